@@ -1,0 +1,53 @@
+# Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
+#   make reproduce [PROFILE=smoke|cpu|gpu|paper]   run the notebooks, write tables and figures
+#   make test | lint | lab | setup | lock
+
+PROFILE ?= cpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: reproduce test lint format lab setup lock clean
+.DEFAULT_GOAL := reproduce
+
+reproduce: $(STAMP)
+	$(RUN) -m apexlib.reproduce --profile "$(PROFILE)" $(ARGS)
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+lab: $(STAMP)
+	$(RUN) -m jupyter lab notebooks
+
+setup: $(STAMP)
+
+# requirements-cuda.lock only constrains: a CPU build of torch asks for none of it
+$(STAMP): requirements.lock requirements-cuda.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "need Python 3.11 or newer; found none (name one with PYTHON=...)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock -c requirements-cuda.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(STAMP)
+
+# pins for every platform and Python version at once; the CUDA packages go to a file of their own
+lock:
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/python -m pip install --quiet uv
+	printf 'torch==2.13.0\n' > .venv/lock/torch.txt
+	.venv/lock/bin/python -m uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-header --no-annotate \
+		-c .venv/lock/torch.txt pyproject.toml -o .venv/lock/all.txt
+	grep -v -E '^(nvidia-|cuda-|triton)' .venv/lock/all.txt > requirements.lock
+	grep -E '^(nvidia-|cuda-|triton)' .venv/lock/all.txt > requirements-cuda.lock
+
+clean:
+	rm -rf $(VENV) data/cache data/models data/runs

@@ -1,0 +1,161 @@
+"""Where results lie and what they carry: folders of a profile, provenance, hashes, writes that are never half done."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+_RECORDED = ("apexlib", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of one profile, below the project's root; none is made before something is written to it."""
+
+    results: Path
+    figures: Path
+    models: Path
+    cache: Path
+    runs: Path
+
+
+def project_root(start: Path | None = None) -> Path:
+    """Find the project's folder: `start` (default: the working directory) or the nearest one above it."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    raise FileNotFoundError(f"{start} is not inside the project: need a folder with pyproject.toml and notebooks/")
+
+
+def folders(profile: str, root: Path | None = None) -> Folders:
+    """Name the folders of `profile`.
+
+    >>> folders("cpu", Path("project")).results.as_posix()
+    'project/data/results/cpu'
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", profile):
+        raise ValueError(f"profile {profile!r}: need letters, digits, '_', '-' or '.', since it names a folder")
+    root = root or project_root()
+    data = root / "data"
+    return Folders(
+        results=data / "results" / profile,
+        figures=root / "figures" / profile,
+        models=data / "models" / profile,
+        cache=data / "cache",
+        runs=data / "runs" / profile,
+    )
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path`, else it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_json(value: Any, path: Path) -> Path:
+    """Write `value` as JSON with sorted keys, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(*parts: Any) -> str:
+    """SHA-256, in hex, of values that JSON can hold; equal values give equal hashes, whatever the order of keys.
+
+    >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def save_table(table: pd.DataFrame, name: str, folder: Path, **facts: Any) -> Path:
+    """Write `table` to `folder/name.csv` and its provenance, with any `facts` given, to `folder/name.json`.
+
+    An empty table is refused: a result file without a result reads as a success.
+    """
+    if table.empty:
+        raise ValueError(f"table {name!r} has no rows: nothing to save")
+    path = Path(folder) / f"{name}.csv"
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+    write_json(provenance(sha256=file_hash(path), rows=len(table), **facts), path.with_suffix(".json"))
+    return path
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """Record when, with which software and on which device a result was made; `facts` are added as given.
+
+    Only what is named here is recorded: no environment variable, user or host name.
+    """
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": _device(),
+        "versions": {name: version for name in _RECORDED if (version := _version(name))},
+        **facts,
+    }
+
+
+def _commit() -> dict[str, Any]:
+    """Commit of the source that is running, and whether library or notebooks differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).resolve().parent
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20, check=True)
+            return done.stdout.strip()
+        return None
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", "../notebooks", "../requirements.lock") if commit else None
+    return {"commit": commit, "source_modified": None if changed is None else bool(changed)}
+
+
+def _device() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return "cpu"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _version(package: str) -> str | None:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
