@@ -1,0 +1,220 @@
+"""Expansion operators: small k × k matrices M that map k source rows to k target rows (APEX, arXiv:2505.24241).
+
+The method's own is a Monarch matrix, two block-diagonal factors around a fixed permutation (Dao et al. 2022,
+arXiv:2204.00595); diagonal, low-rank and dense M serve its ablations. M is zero at the start, exactly, and trains from
+there. For attention, k is the number of selected heads times `head_dim`. A product from the right is a transpose away:
+W Mᵀ = (M Wᵀ)ᵀ, that is `operator(weight.T).T`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from math import isqrt
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+
+class Operator(nn.Module):
+    """A trainable k × k matrix M, known by its product with rows; its parameters are float32, whatever the model."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"an operator needs at least one row, got k={k}")
+        self.k = k
+
+    def forward(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        """Compute M @ rows in the parameters' dtype, under autocast too.
+
+        Rows of another dtype are cast to it: M composes weights, once per step, and bfloat16 would round them.
+        """
+        if rows.shape[0] != self.k:
+            raise ValueError(f"{type(self).__name__} maps {self.k} rows, got {rows.shape[0]}")
+        with _without_autocast(rows.device.type):
+            return self._multiply(rows.to(next(self.parameters()).dtype))
+
+    def dense(self) -> Float[Tensor, "k k"]:
+        """Write M out in full."""
+        parameter = next(self.parameters())
+        return self(torch.eye(self.k, dtype=parameter.dtype, device=parameter.device))
+
+    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, parameters={sum(parameter.numel() for parameter in self.parameters())}"
+
+
+class MonarchOperator(Operator):
+    """M = Πᵀ L₂ Π L₁ with n blocks of m × m in L₁ (`first`), m blocks of n × n in L₂ (`second`); see `monarch_blocks`.
+
+    If n·m > k, the rows are padded with zeros to n·m and the product is cut off after row k. If m = 1, there is no L₁:
+    L₂ alone is dense.
+
+    >>> operator = MonarchOperator(6)
+    >>> operator.first.shape, operator.second.shape
+    (torch.Size([2, 3, 3]), torch.Size([3, 2, 2]))
+    >>> operator.dense().count_nonzero().item()  # L₂ is zero at the start
+    0
+    """
+
+    def __init__(self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__(k)
+        n, m = monarch_blocks(k)
+        self.register_parameter("first", None if m == 1 else _kaiming((n, m, m), generator, device))
+        self.second = _zeros((m, n, n), device)
+
+    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        m, n, _ = self.second.shape
+        if padding := n * m - self.k:  # padding by zero rows would still copy
+            rows = nn.functional.pad(rows, (0, 0, 0, padding))
+        blocks = rearrange(rows, "(block column) d -> block column d", block=n)
+        if self.first is not None:
+            blocks = einsum(self.first, blocks, "block row column, block column d -> block row d")
+        # Π hands row r of every L₁ block to L₂ block r, Πᵀ hands it back
+        product = einsum(self.second, blocks, "row out block, block row d -> out row d")
+        return rearrange(product, "out row d -> (out row) d")[: self.k]
+
+
+class DiagonalOperator(Operator):
+    """M = diag(`diagonal`): target row i reads source row i only."""
+
+    def __init__(self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__(k)
+        self.diagonal = _zeros((k,), device)
+
+    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        return self.diagonal[:, None] * rows
+
+
+class LowRankOperator(Operator):
+    """M = B A with A (`down`) of `rank` rows and B (`up`) of `rank` columns, B zero at the start.
+
+    By default `rank` is the largest that costs no more than the Monarch operator, so that an ablation compares forms at
+    an equal budget; it is at least 1, which for k = 1 is one parameter more than dense.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        rank: int | None = None,
+        generator: Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(k)
+        rank = _rank(k, rank)
+        self.down = _kaiming((rank, k), generator, device)
+        self.up = _zeros((k, rank), device)
+
+    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        return self.up @ (self.down @ rows)
+
+
+class DenseOperator(Operator):
+    """M = `matrix`, every target row reads every source row, at k² parameters."""
+
+    def __init__(self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__(k)
+        self.matrix = _zeros((k, k), device)
+
+    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+        return self.matrix @ rows
+
+
+OPERATORS: dict[str, type[Operator]] = {
+    "monarch": MonarchOperator,
+    "diagonal": DiagonalOperator,
+    "low_rank": LowRankOperator,
+    "dense": DenseOperator,
+}
+
+
+def make_operator(
+    kind: str,
+    k: int,
+    *,
+    rank: int | None = None,
+    generator: Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Operator:
+    """Make the operator of that kind for `k` rows; `rank` is read by "low_rank" only.
+
+    Random factors are drawn on the generator's device and then moved, so that a seed on the CPU gives the same operator
+    on every device.
+
+    >>> make_operator("diagonal", 5)
+    DiagonalOperator(k=5, parameters=5)
+    """
+    options = {"rank": rank} if kind == "low_rank" else {}
+    return _known(kind)(k, generator=generator, device=device, **options)
+
+
+def parameter_count(kind: str, k: int, rank: int | None = None) -> int:
+    """Count the parameters of `make_operator(kind, k, rank=rank)` without making it.
+
+    >>> [parameter_count(kind, 2064) for kind in OPERATORS]  # 18.75 % of LLaMA-2-7B's 11008 channels
+    [187824, 2064, 185760, 4260096]
+    """
+    if k < 1:
+        raise ValueError(f"an operator needs at least one row, got k={k}")
+    _known(kind)
+    if kind == "monarch":
+        return _monarch_cost(*monarch_blocks(k))
+    if kind == "low_rank":
+        return 2 * k * _rank(k, rank)
+    return k if kind == "diagonal" else k * k
+
+
+def monarch_blocks(k: int) -> tuple[int, int]:
+    """Choose n and m, n·m ≥ k, for a Monarch matrix with n blocks of m × m and m blocks of n × n.
+
+    n is the divisor of k nearest √k and m = k / n, if n ≥ √k / 2: then M costs k·(n + m), from 2·k·√k to 2.5·k·√k
+    parameters. A k without such a divisor (a prime, twice a prime) is padded to the n·m that costs least. Where even
+    that would cost more than a dense matrix (k = 1, 2, 3, 5), the answer is (k, 1): one dense block.
+
+    >>> [monarch_blocks(k) for k in (2064, 768, 1031, 34, 3)]
+    [(43, 48), (24, 32), (28, 37), (5, 7), (3, 1)]
+    """
+    root = isqrt(k)
+    divisor = max(n for n in range(1, root + 1) if k % n == 0)
+    n, m = divisor, k // divisor
+    if 4 * n * n < k:
+        padded = ((n, -(-k // n)) for n in range(1, root + 1))
+        n, m = min(padded, key=lambda blocks: _monarch_cost(*blocks))
+    return (n, m) if _monarch_cost(n, m) <= k * k else (k, 1)
+
+
+def _monarch_cost(n: int, m: int) -> int:
+    return n * m * (n + m) if m > 1 else n * n
+
+
+def _rank(k: int, rank: int | None) -> int:
+    if rank is None:
+        return max(1, parameter_count("monarch", k) // (2 * k))
+    if not 1 <= rank <= k:
+        raise ValueError(f"a low-rank operator for k={k} rows needs a rank from 1 to {k}, got {rank}")
+    return rank
+
+
+def _known(kind: str) -> type[Operator]:
+    if kind not in OPERATORS:
+        raise ValueError(f"unknown operator {kind!r}; known: {', '.join(OPERATORS)}")
+    return OPERATORS[kind]
+
+
+def _kaiming(shape: tuple[int, ...], generator: Generator | None, device: torch.device | str | None) -> nn.Parameter:
+    """Draw Kaiming-uniform as `nn.Linear` does, with bound 1/√fan_in; `nn.init` would take the blocks for a kernel."""
+    drawn = torch.empty(shape, dtype=torch.float32, device=generator.device if generator else "cpu")
+    drawn.uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
+    return nn.Parameter(drawn.to(device or torch.get_default_device()))
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    # some devices (meta) have no autocast and refuse even to switch it off
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
