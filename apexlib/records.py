@@ -165,10 +165,10 @@ def _version(package: str) -> str | None:
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Show a progress bar while iterating: in a terminal and in JupyterLab, never in a log.
+    """Iterate over `items` under a progress bar, unless `hide_progress()`."""
+    return tqdm(items, desc=description, total=total, disable=hide_progress(), leave=False)
 
-    The environment variable TQDM_DISABLE, set by the notebook runner, keeps it quiet everywhere.
-    """
-    in_notebook = "ipykernel" in sys.modules
-    disable = True if os.environ.get("TQDM_DISABLE") else (False if in_notebook else None)
-    return tqdm(items, desc=description, total=total, disable=disable, leave=False)
+
+def hide_progress() -> bool:
+    """Whether a progress bar would only flood a log: neither a terminal nor JupyterLab, or TQDM_DISABLE is set."""
+    return bool(os.environ.get("TQDM_DISABLE")) or not ("ipykernel" in sys.modules or sys.stderr.isatty())

@@ -29,7 +29,7 @@ GATES = {
 
 
 def seen_by_attention(model, batch, monkeypatch):
-    """Outputs of the query heads of each layer, (batch, tokens, heads, head_dim), from inside the attention function."""
+    """Outputs of the heads of each layer, (batch, tokens, heads, head_dim), from inside the attention function."""
     outputs = []
     modeling = sys.modules[type(model).__module__]
     eager = modeling.eager_attention_forward
