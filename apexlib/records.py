@@ -8,15 +8,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
 
 _RECORDED = ("apexlib", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "numpy", "pandas")
 
@@ -62,7 +65,7 @@ def folders(profile: str, root: Path | None = None) -> Folders:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path`, else it is removed."""
+    """Yield a temporary path beside `path`; on success flush it and put it in place of `path`, else remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -159,3 +162,13 @@ def _version(package: str) -> str | None:
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return None
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Iterate over `items` under a progress bar, unless `hide_progress()`."""
+    return tqdm(items, desc=description, total=total, disable=hide_progress(), leave=False)
+
+
+def hide_progress() -> bool:
+    """Whether a progress bar would only flood a log: neither a terminal nor JupyterLab, or TQDM_DISABLE is set."""
+    return bool(os.environ.get("TQDM_DISABLE")) or not ("ipykernel" in sys.modules or sys.stderr.isatty())

@@ -1,0 +1,217 @@
+"""Streaming activation statistics of heads and channels: the advantage assessment of APEX (arXiv:2505.24241)."""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Literal, Self
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apexlib.architectures import Component, Kind, model_components
+from apexlib.records import progress
+
+EMA_DECAY = 0.9  # the moving averages that the paper compares with the plain rank score
+
+
+def activation_statistics(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    top: float = 0.1875,
+    statistic: Literal["gate", "product"] = "gate",
+) -> pd.DataFrame:
+    """Assess every head and channel of `model` over `batches`, in evaluation mode and without gradients.
+
+    A batch is what the model's forward takes (`input_ids`, `attention_mask`, …; `labels` are left out). The table is
+    that of `ActivationRecorder.table`. The model comes back in the mode it was in, without hooks, also after an error.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    ...                      vocab_size=32)
+    >>> batch = {"input_ids": torch.arange(20).view(2, 10)}
+    >>> table = activation_statistics(LlamaForCausalLM(config), [batch])
+    >>> table.groupby("component", sort=False).size().to_dict()
+    {'head': 8, 'channel': 48}
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with ActivationRecorder(model, top=top, statistic=statistic) as recorder, torch.no_grad():
+            for batch in progress(batches, "assessing"):
+                inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+                model.base_model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+    return recorder.table()
+
+
+class ActivationRecorder:
+    """Gather statistics from every forward pass of `model` inside the `with` block, also during training.
+
+    `top` is the fraction K of the units that count as Top-K and as Min-K of a batch (0 < top ≤ 0.5). `statistic` says
+    where channels are seen: "gate", the output of the activation function (the paper's), or "product", the input of
+    the FFN's output projection (for an FFN without a gate the two are the same). Heads are always seen at the input
+    of the attention's output projection.
+
+    Padding is left out by the 2-D `attention_mask` of the forward pass. A pass that gradient checkpointing repeats in
+    backward is counted once. The first NaN or infinite activation raises ValueError and names layer and batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, top: float = 0.1875, statistic: Literal["gate", "product"] = "gate"
+    ) -> None:
+        if not 0 < top <= 0.5:
+            raise ValueError(f"top = {top}: need a fraction above 0 and at most 0.5 (Top-K and Min-K are disjoint)")
+        if statistic not in ("gate", "product"):
+            raise ValueError(f"statistic {statistic!r}: need 'gate' or 'product'")
+        self.model, self.top, self.statistic = model, top, statistic
+        self.components = model_components(model)
+        self.tokens = 0
+        self.batches = 0
+        self._sums = {kind: _UnitSums(parts, top) for kind, parts in _by_kind(self.components).items()}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._pass: torch.nn.Module | None = None  # the module whose forward opened the running pass
+        self._rows: Tensor | None = None  # which tokens of the running pass are no padding; None: all
+        self._tokens = 0
+        self._squares: dict[tuple[Kind, int], Tensor] = {}
+
+    def __enter__(self) -> Self:
+        # the outermost forward marks a pass: what backward recomputes runs outside it
+        for module in (self.model, self.model.base_model):
+            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+        for part in self.components:
+            if part.component == "channel" and self.statistic == "gate":
+                module, hook = self.model.get_submodule(part.activation), partial(self._see_output, part)
+                self._handles.append(module.register_forward_hook(hook))
+            else:
+                module, hook = self.model.get_submodule(part.reader.module), partial(self._see_input, part)
+                self._handles.append(module.register_forward_pre_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._pass = None
+
+    def table(self) -> pd.DataFrame:
+        """One row per layer, component and unit, in that order, units numbered as in the model.
+
+        Columns: `layer`, `component` ("head" or "channel"), `unit`; `activation`, the mean squared norm per token;
+        `rank_score`, the number of batches in which the unit was in the Top-K less those in which it was in the
+        Min-K; `ema` and `ema_rank`, moving averages of both (decay 0.9, started at the first batch); `tokens`,
+        `batches`. Within a batch, ties are ranked by unit number.
+        """
+        if not self.batches:
+            raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
+        tables = [self._part_table(part) for part in self.components]
+        return pd.concat(tables, ignore_index=True)
+
+    def _part_table(self, part: Component) -> pd.DataFrame:
+        sums = self._sums[part.component]
+        row = sums.parts.index(part)
+        return pd.DataFrame(
+            {
+                "layer": part.layer,
+                "component": part.component,
+                "unit": range(part.units),
+                "activation": sums.total[row] / self.tokens,
+                "rank_score": sums.rank_score[row],
+                "ema": sums.ema[row],
+                "ema_rank": sums.ema_rank[row],
+                "tokens": self.tokens,
+                "batches": self.batches,
+            }
+        )
+
+    def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._pass not in (None, module):
+            return
+        self._pass, self._squares = module, {}
+        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
+        mask = inputs.get("attention_mask")
+        self._rows, self._tokens = None, tokens.numel()
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise ValueError("attention_mask: need a tensor of shape (batch, tokens) that is 0 on padding")
+            rows = mask[:, -tokens.shape[1] :].reshape(-1).bool()  # with a cache the mask also covers what went before
+            if not rows.all():
+                self._rows, self._tokens = rows, int(rows.sum())
+
+    def _see_input(self, part: Component, _: torch.nn.Module, args: tuple) -> None:
+        self._add(part, args[0])
+
+    def _see_output(self, part: Component, _: torch.nn.Module, __: tuple, output: Tensor) -> None:
+        self._add(part, output)
+
+    def _add(self, part: Component, activation: Tensor) -> None:
+        if self._pass is not None:
+            rows = activation.detach().flatten(0, -2)
+            if self._rows is not None:
+                rows = rows[self._rows.to(rows.device)]
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            squares = rows.square().sum(0)
+            self._squares[part.component, part.layer] = squares[part.reader.index.to(squares.device)].sum((1, 2))
+
+    def _end(self, module: torch.nn.Module, _: tuple, output: object) -> None:
+        if self._pass is not module:
+            return
+        self._pass = None
+        squares, self._squares = self._squares, {}
+        if output is None or not self._tokens:  # the forward raised, or the batch was all padding
+            return
+        for kind, sums in self._sums.items():
+            device = squares[kind, sums.parts[0].layer].device
+            batch = torch.stack([squares[kind, part.layer].to(device) for part in sums.parts]).double().cpu()
+            if not batch.isfinite().all():
+                row, unit = (~batch.isfinite()).nonzero()[0].tolist()
+                raise ValueError(
+                    f"batch {self.batches}: {kind} {unit} of layer {sums.parts[row].layer} has a NaN or infinite "
+                    "activation; nothing can be ranked"
+                )
+            sums.add(batch, self._tokens)
+        self.tokens += self._tokens
+        self.batches += 1
+
+
+class _UnitSums:
+    """Running sums over batches for all layers of one component, arrays of shape (layers, units)."""
+
+    def __init__(self, parts: list[Component], top: float) -> None:
+        self.parts = parts
+        shape = (len(parts), parts[0].units)
+        self.count = min(max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2)  # a single unit ranks nowhere
+        self.total = torch.zeros(shape, dtype=torch.float64)
+        self.rank_score = torch.zeros(shape, dtype=torch.int64)
+        self.ema: Tensor | None = None
+        self.ema_rank: Tensor | None = None
+
+    def add(self, squares: Float[Tensor, "layers units"], tokens: int) -> None:
+        self.total += squares
+        rank = self._rank(squares)
+        self.rank_score += rank
+        mean, rank = squares / tokens, rank.double()
+        self.ema = mean if self.ema is None else EMA_DECAY * self.ema + (1 - EMA_DECAY) * mean
+        self.ema_rank = rank if self.ema_rank is None else EMA_DECAY * self.ema_rank + (1 - EMA_DECAY) * rank
+
+    def _rank(self, squares: Float[Tensor, "layers units"]) -> Tensor:
+        """+1 for the Top-K of each layer, −1 for its Min-K, else 0; ties by unit number, so that no device decides."""
+        rank = torch.zeros_like(self.rank_score)
+        order = squares.argsort(dim=1, stable=True)
+        rank.scatter_(1, order[:, : self.count], -1)
+        rank.scatter_(1, order[:, order.shape[1] - self.count :], 1)
+        return rank
+
+
+def _by_kind(components: Iterable[Component]) -> dict[Kind, list[Component]]:
+    kinds: dict[Kind, list[Component]] = {}
+    for part in components:
+        kinds.setdefault(part.component, []).append(part)
+    return kinds

@@ -1,0 +1,252 @@
+"""The units of a decoder as data: which rows and columns of which weights belong to one head or FFN channel.
+
+The only file that knows module names. A unit is an attention head (under grouped-query attention one key/value group:
+a value head and the query heads it serves) or an FFN channel. Its parameters are slices of a few weights, each
+described by a `Slot`: module, axis, index table. That absorbs fused, interleaved and transposed projections.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+Kind = Literal["head", "channel"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module names of one model family, relative to a layer; equal names mean one fused projection.
+
+    `interleaved`: a fused qkv projection holds query, key and value head by head (GPT-NeoX), else one after another.
+    `coupled`: roles that a norm over all heads ties together, so that a head's output depends on other heads' rows.
+    An empty `down` means that the FFN has no units here (mixture of experts).
+    """
+
+    layers: str = "model.layers"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
+    interleaved: bool = False
+    coupled: tuple[str, ...] = ()
+
+
+_LLAMA = Family()
+_EXPERTS = replace(_LLAMA, gate="", up="", down="", activation="")
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gemma3": replace(_LLAMA, layers="model.language_model.layers"),
+    "olmo2": replace(_LLAMA, coupled=("query", "key")),
+    "phi": replace(
+        _LLAMA, output="self_attn.dense", gate="mlp.fc1", up="", down="mlp.fc2", activation="mlp.activation_fn"
+    ),
+    "phi3": replace(
+        _LLAMA,
+        query="self_attn.qkv_proj",
+        key="self_attn.qkv_proj",
+        value="self_attn.qkv_proj",
+        gate="mlp.gate_up_proj",
+        up="mlp.gate_up_proj",
+        activation="mlp.activation_fn",
+    ),
+    "gpt2": Family(
+        layers="transformer.h",
+        query="attn.c_attn",
+        key="attn.c_attn",
+        value="attn.c_attn",
+        output="attn.c_proj",
+        gate="mlp.c_fc",
+        up="",
+        down="mlp.c_proj",
+        activation="mlp.act",
+    ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        query="attention.query_key_value",
+        key="attention.query_key_value",
+        value="attention.query_key_value",
+        output="attention.dense",
+        gate="mlp.dense_h_to_4h",
+        up="",
+        down="mlp.dense_4h_to_h",
+        activation="mlp.act",
+        interleaved=True,
+    ),
+    "opt": replace(
+        _LLAMA,
+        layers="model.decoder.layers",
+        output="self_attn.out_proj",
+        gate="fc1",
+        up="",
+        down="fc2",
+        activation="activation_fn",
+    ),
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where the units lie in one weight: `index[unit, copy, dim]` counts along `axis` of `module.weight`.
+
+    A `copy` is a query head of a KV group; it is 1 wherever a unit has a single slice. Rows of a projection
+    (`is_input` false) carry bias entries of the same index.
+    """
+
+    role: str
+    module: str
+    axis: int
+    index: Tensor
+    is_input: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """All units of one kind in one layer: their slots, and the modules at which their activations can be seen."""
+
+    layer: int
+    component: Kind
+    units: int
+    slots: dict[str, Slot]
+    activation: str  # the module whose output is f(x W_gate); empty for heads
+
+    @cached_property
+    def reader(self) -> Slot:
+        """The projection that reads the units' outputs: `o_proj` for heads, `down_proj` for channels."""
+        return next(slot for slot in self.slots.values() if slot.is_input)
+
+
+def model_components(model: PreTrainedModel) -> tuple[Component, ...]:
+    """List heads and channels of every layer, in layer order, heads first.
+
+    Raises ValueError for a `model_type` that is not in `FAMILIES` and for modules that do not have the shapes of the
+    family. Warns where a family's FFN has no units (mixture of experts). Works on the meta device.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+    ...                      num_key_value_heads=2, vocab_size=32)
+    >>> for part in model_components(LlamaForCausalLM(config)):
+    ...     print(part.component, part.units, {role: tuple(slot.index.shape) for role, slot in part.slots.items()})
+    head 2 {'query': (2, 2, 4), 'key': (2, 1, 4), 'value': (2, 1, 4), 'output': (2, 2, 4)}
+    channel 24 {'gate': (24, 1, 1), 'up': (24, 1, 1), 'down': (24, 1, 1)}
+    """
+    family = family_of(model)
+    if not family.down:
+        warnings.warn(
+            f"{model.config.model_type}: the experts' channels are not units here; only attention heads are covered",
+            stacklevel=2,
+        )
+    components = []
+    for layer in range(len(_module(model, family.layers))):
+        components.append(_heads(model, family, layer))
+        if family.down:
+            components.append(_channels(model, family, layer))
+    for component in components:
+        for slot in component.slots.values():
+            _check_shape(model, slot, [s for s in component.slots.values() if s.module == slot.module])
+    return tuple(components)
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Look up the family of `model` by its config's `model_type`."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def unit_weight_norms(model: PreTrainedModel, component: Component) -> Tensor:
+    """Frobenius norm of each unit's weights over all its slots, shape (units,), float64."""
+    total = torch.zeros(component.units, dtype=torch.float64)
+    for slot in component.slots.values():
+        weight = model.get_submodule(slot.module).weight.detach()
+        squares = weight.double().square().sum(dim=1 - slot.axis).cpu()
+        total += squares[slot.index].sum(dim=(1, 2))
+    return total.sqrt()
+
+
+def _heads(model: PreTrainedModel, family: Family, layer: int) -> Component:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    copies = heads // groups
+    query = torch.arange(heads * head_dim).view(groups, copies, head_dim)
+    value = torch.arange(groups * head_dim).view(groups, 1, head_dim)
+    starts = {"query": 0, "key": 0, "value": 0}
+    if family.query == family.value:
+        if family.interleaved:  # head h holds rows 3·h·head_dim …: its query, its key, its value
+            base = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
+            query = value = base
+            starts = {"query": 0, "key": head_dim, "value": 2 * head_dim}
+        else:
+            starts = {"query": 0, "key": heads * head_dim, "value": (heads + groups) * head_dim}
+    index = {"query": query, "key": value + starts["key"], "value": value + starts["value"]}
+    output = torch.arange(heads * head_dim).view(groups, copies, head_dim)
+    slots = {role: _slot(model, family, layer, role, index[role]) for role in index}
+    slots["output"] = _slot(model, family, layer, "output", output)
+    return Component(layer, "head", groups, slots, activation="")
+
+
+def _channels(model: PreTrainedModel, family: Family, layer: int) -> Component:
+    down = _module(model, f"{family.layers}.{layer}.{family.down}")
+    units = down.weight.shape[_axis(down, is_input=True)]
+    channel = torch.arange(units).view(units, 1, 1)
+    slots = {"gate": _slot(model, family, layer, "gate", channel)}
+    if family.up:
+        start = units if family.up == family.gate else 0
+        slots["up"] = _slot(model, family, layer, "up", channel + start)
+    slots["down"] = _slot(model, family, layer, "down", channel)
+    return Component(layer, "channel", units, slots, activation=f"{family.layers}.{layer}.{family.activation}")
+
+
+def _slot(model: PreTrainedModel, family: Family, layer: int, role: str, index: Tensor) -> Slot:
+    name = f"{family.layers}.{layer}.{getattr(family, role)}"
+    is_input = role in ("output", "down")
+    return Slot(role, name, _axis(_module(model, name), is_input=is_input), index, is_input)
+
+
+def _axis(module: nn.Module, *, is_input: bool) -> int:
+    """Axis of `weight` along which inputs (or outputs) lie: Conv1D stores (in, out), Linear (out, in)."""
+    return int(is_input) if not isinstance(module, Conv1D) else int(not is_input)
+
+
+def _module(model: PreTrainedModel, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) has no module {name!r}; "
+            "need an unwrapped ...ForCausalLM of transformers"
+        ) from None
+
+
+def _check_shape(model: PreTrainedModel, slot: Slot, same_module: list[Slot]) -> None:
+    """The slots that share an axis of a weight must fill it exactly."""
+    weight = model.get_submodule(slot.module).weight
+    if weight.dim() != 2:
+        raise ValueError(f"{slot.module}: weight of shape {tuple(weight.shape)}; need a matrix (quantised or sharded?)")
+    claimed = sum(math.prod(other.index.shape) for other in same_module)
+    if claimed != weight.shape[slot.axis]:
+        raise ValueError(
+            f"{slot.module}: axis {slot.axis} has {weight.shape[slot.axis]} entries; the config's heads and "
+            f"channels need {claimed}"
+        )

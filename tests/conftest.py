@@ -1,0 +1,89 @@
+"""Tiny models of every supported family, built from configs; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 48
+SHARED = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
+# one entry per variant: family, and what differs from SHARED
+VARIANTS = {
+    "llama": ("llama", {}),
+    "llama-mha-bias": ("llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 6, "attention_bias": True}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "gpt2": ("gpt2", {"n_inner": 24}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    "opt": ("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "opt-post-norm": ("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+}
+# GPT-2 and GPT-NeoX have no grouped queries; OPT names its FFN width differently
+_NOT_TAKEN = {
+    "gpt2": {"num_key_value_heads", "intermediate_size"},
+    "gpt_neox": {"num_key_value_heads"},
+    "opt": {"num_key_value_heads", "intermediate_size"},
+}
+
+
+def build(
+    variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str = "eager", **changes
+) -> PreTrainedModel:
+    """A random model of `variant` in evaluation mode; biases, norms and all are drawn away from their defaults."""
+    family, own = VARIANTS[variant]
+    settings = {name: value for name, value in SHARED.items() if name not in _NOT_TAKEN.get(family, ())}
+    config = AutoConfig.for_model(family, **(settings | own | changes))
+    for dropout in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
+        if hasattr(config, dropout):
+            setattr(config, dropout, 0.0)
+    how = {"attn_implementation": attention} | ({"experts_implementation": "eager"} if "num_experts" in own else {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, **how).to(dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(dtype)
+            parameter.add_(noise, alpha=0.3 if parameter.dim() > 1 else 0.1)
+    return model
+
+
+@pytest.fixture
+def tiny_model():
+    return build
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Two sequences, the second padded on the right by three tokens."""
+    ids = torch.randint(2, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, 6:], mask[1, 6:] = 1, 0
+    return {"input_ids": ids, "attention_mask": mask}
