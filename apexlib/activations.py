@@ -158,6 +158,9 @@ class ActivationRecorder:
                 rows = rows[self._rows.to(rows.device)]
             rows = rows if rows.dtype == torch.float64 else rows.float()
             squares = rows.square().sum(0)
+            order = getattr(self.model.get_submodule(part.reader.module), "input_order", None)
+            if order is not None:  # an expanded layer that trains runs its units in another order
+                squares = torch.empty_like(squares).index_copy_(0, order.to(squares.device), squares)
             self._squares[part.component, part.layer] = squares[part.reader.index.to(squares.device)].sum((1, 2))
 
     def _end(self, module: torch.nn.Module, _: tuple, output: object) -> None:

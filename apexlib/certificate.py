@@ -1,0 +1,211 @@
+"""Save a fused model with a certificate: what fusing and casting changed, and a hash of every file; check it later."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from apexlib.expansion import SplitProjection, composed_weights, fuse, is_expanded
+from apexlib.records import file_hash, provenance, write_json
+
+CERTIFICATE = "certificate.json"
+_FORMAT = 1
+
+
+def save_fused(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    base: PreTrainedModel | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Fuse `model`, cast it to `dtype` (default: its own), save it to a new folder; return the certificate.
+
+    The folder holds a plain model for any `from_pretrained`, and appears whole or not at all. `model` comes back fused
+    and in `dtype`. The certificate has a SHA-256 of each file, provenance, and
+
+    - `drift`, with `batches`: by how much the logits of the saved weights differ from those of the model as it trained
+      (dropout off), `max` and `mean` over `tokens` that are no padding; `largest_logit` says on which scale. All logits
+      of all batches are held in memory.
+    - `update`, with `base`, the model or folder from which training started: its norm before the cast, the norm of what
+      the cast rounded away, and `survived`, 1 − rounded / norm, over all weights that train.
+    """
+    folder, batches = Path(folder), list(batches or ())
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not an empty folder; need a new one")
+    before = _logits(model, batches)
+    update = None if base is None else _update(model, base, dtype)
+    if is_expanded(model):
+        fuse(model)
+    if dtype is not None:
+        for parameter in model.parameters():  # not model.to: rotary frequencies stay in float32, as in a loaded model
+            parameter.data = parameter.data.to(dtype)
+    drift = _drift(before, _logits(model, batches)) if batches else None
+    with _new_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        files = {path.name: file_hash(path) for path in sorted(temporary.iterdir()) if path.is_file()}
+        certificate = {
+            "format": _FORMAT,
+            "model": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "drift": drift,
+            "update": update,
+            "files": files,
+            "provenance": provenance(),
+        }
+        write_json(certificate, temporary / CERTIFICATE)
+    return certificate
+
+
+def verify_folder(folder: str | Path) -> pd.DataFrame:
+    """Check a folder that `save_fused` wrote, one row per check: `check`, `file`, `passed`, `detail`.
+
+    The certificate can be read; each file has its hash, no weights are unlisted; all values are finite; the model loads
+    with plain transformers, without missing, unexpected or mismatched keys. Nothing in the folder is executed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: need a folder that `save_fused` wrote")
+    rows: list[tuple[str, str, str]] = []
+    listed: Mapping[str, str] = {}
+    try:
+        listed = _read_certificate(folder / CERTIFICATE)
+        rows.append(("certificate", CERTIFICATE, ""))
+    except (OSError, ValueError) as error:
+        rows.append(("certificate", CERTIFICATE, str(error)))
+    for name, expected in listed.items():
+        path = folder / name
+        fault = "is missing" if not path.is_file() else "" if file_hash(path) == expected else "was changed"
+        rows.append(("hash", name, fault))
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth") and path.name not in listed:
+            rows.append(("hash", path.name, "is not in the certificate"))
+        if path.suffix == ".safetensors":
+            rows.append(("finite", path.name, _not_finite(path)))
+    rows.append(("loads", "", _load_fault(folder)))
+    table = pd.DataFrame(rows, columns=["check", "file", "detail"])
+    table.insert(2, "passed", table["detail"] == "")
+    return table
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Logits of all tokens that are no padding, of an expanded model as it computes them in training."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        if isinstance(module, SplitProjection):
+            module.train()
+    try:
+        logits = []
+        for batch in batches:
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+            logits.append(model(**inputs, use_cache=False).logits[mask].double().cpu())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return logits
+
+
+def _drift(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
+    old, new = torch.cat(before), torch.cat(after)
+    difference = (new - old).abs()
+    if not difference.isfinite().all():
+        raise ValueError("logits are not finite before fusing and casting or after it; nothing was saved")
+    drift = {"max": difference.max(), "mean": difference.mean(), "largest_logit": old.abs().max()}
+    return {name: value.item() for name, value in drift.items()} | {"tokens": len(old)}
+
+
+@torch.no_grad()
+def _update(
+    model: PreTrainedModel, base: PreTrainedModel | str | Path, dtype: torch.dtype | None
+) -> dict[str, float | None]:
+    if not isinstance(base, PreTrainedModel):
+        base = type(model).from_pretrained(base, dtype="auto")
+    updated = rounded = 0.0
+    for name, weight, own in composed_weights(model):
+        try:
+            start = base.get_parameter(name).to(weight.device, weight.dtype)
+        except AttributeError:
+            raise ValueError(f"base: has no {name}; need the model from which training started") from None
+        if start.shape != weight.shape:
+            raise ValueError(f"base: {name} is {tuple(start.shape)} there, {tuple(weight.shape)} here")
+        updated += _square(weight - start)
+        rounded += _square(weight - weight.to(dtype or own).to(weight.dtype))
+    survived = max(0.0, 1 - (rounded / updated) ** 0.5) if updated else None
+    return {"norm": updated**0.5, "rounded": rounded**0.5, "survived": survived}
+
+
+def _square(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success flush its files and rename it, else remove it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_certificate(path: Path) -> Mapping[str, str]:
+    """Read the hashes; a file name that leads out of the folder is refused."""
+    certificate = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(certificate, dict) or certificate.get("format") != _FORMAT:
+        raise ValueError(f"need an object with format {_FORMAT}")
+    files = certificate.get("files")
+    if not isinstance(files, dict) or not any(str(name).endswith(".safetensors") for name in files):
+        raise ValueError("need the hashes of the model's files")
+    if bad := [name for name in files if Path(name).name != name or not isinstance(files[name], str)]:
+        raise ValueError(f"files: {bad[0]!r} is no file of this folder")
+    return files
+
+
+def _not_finite(path: Path) -> str:
+    """Name the tensors of a safetensors file that hold NaN or infinite values."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            bad = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        return f"cannot be read: {error}"
+    return f"not finite: {', '.join(bad)}" if bad else ""
+
+
+def _load_fault(folder: Path) -> str:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        cls = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+            return f"architecture {config.architectures}: not in transformers"
+        _, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype="auto")
+    except Exception as error:  # whatever a damaged folder makes a loader raise is the finding
+        return f"{type(error).__name__}: {error}"
+    faults = {name: keys for name, keys in info.items() if keys}
+    return "; ".join(f"{name}: {sorted(map(str, keys))[:3]}" for name, keys in faults.items())
