@@ -11,6 +11,7 @@ _HOME = {
     "activation_statistics": "activations",
     "ActivationRecorder": "activations",
     "model_components": "architectures",
+    "claims_table": "claims",
     "imbalance_table": "difference",
     "masking_curve": "difference",
     "perplexity": "evaluation",

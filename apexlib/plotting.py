@@ -142,8 +142,11 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes, *, label: str = "coefficient o
         x = rows["tokens"].where(rows["tokens"] > 0, first / 2) / 1e6
         ax.plot(x, rows["mean"], color=colour, marker=marker, label=model)
         ax.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
-    ax.set(xscale="log", xlabel="tokens seen (millions; leftmost: untrained)", ylabel=label)
+    ax.set(xscale="log", xlabel="tokens seen (millions)", ylabel=label)
     ax.set_ylim(bottom=0)
+    if (tokens := table["tokens"].drop_duplicates().sort_values()).size <= 8:
+        ax.set_xticks(tokens.where(tokens > 0, first / 2) / 1e6, [f"{count / 1e6:.2g}" for count in tokens])
+        ax.minorticks_off()
     ax.legend()
     return _remember(ax, table)
 

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from readme import rendered
 
 from apexlib.claims import read_claims
 from apexlib.notebooks import read_notebook, read_profile
@@ -125,6 +126,11 @@ def test_every_claim_has_an_id_of_its_own_and_a_source():
     claims = read_claims(ROOT / "data" / "claims.yaml")
     assert len(claims) == (ROOT / "data" / "claims.yaml").read_text().count("- id:")
     assert all("2505.24241" in claim["source"] for claim in claims.values())
+
+
+def test_the_readme_says_what_the_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rendered(text) == text, "run `make readme`"
 
 
 def test_no_file_names_a_path_of_a_machine():
