@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -471,7 +472,8 @@ def test_an_interrupt_stops_the_kernel_too(tmp_path):
     project = Project(tmp_path).make().notebook("00_long", "import time\nopen('begun', 'w').close()\ntime.sleep(60)")
     project.profile(notebooks={"00_long": {}})
     command = [sys.executable, "-m", "apexlib.reproduce"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it from birth
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "notebooks" / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
