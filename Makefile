@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
 #   make reproduce [PROFILE=smoke|cpu|gpu|paper]   run the notebooks, write tables and figures
-#   make test | lint | lab | setup | lock
+#   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
 VENV := .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce test lint format lab setup lock clean
+.PHONY: reproduce test lint format readme lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -25,6 +25,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+readme: $(STAMP)
+	$(RUN) tests/readme.py
 
 lab: $(STAMP)
 	$(RUN) -m jupyter lab notebooks

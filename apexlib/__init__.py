@@ -1,1 +1,40 @@
-"""Understand and train the advantageous parameters of language models (APEX, arXiv:2505.24241)."""
+"""Understand and train the advantageous parameters of language models (APEX, arXiv:2505.24241).
+
+Every public name is imported from its module when it is first used, so that `import apexlib` costs nothing and a table
+can be plotted without torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "activation_statistics": "activations",
+    "ActivationRecorder": "activations",
+    "model_components": "architectures",
+    "claims_table": "claims",
+    "imbalance_table": "difference",
+    "masking_curve": "difference",
+    "perplexity": "evaluation",
+    "load_corpus": "corpora",
+    "load_chat": "corpora",
+    "train_tokenizer": "tokenizer",
+    "pack": "data",
+    "encode_chat": "data",
+    "batches": "data",
+    "collate": "data",
+    "pretrain": "training",
+    "save_table": "records",
+    "save_figure": "plotting",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'apexlib' has no attribute {name!r}")
+    return getattr(import_module(f"apexlib.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

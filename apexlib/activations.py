@@ -50,6 +50,12 @@ def activation_statistics(
     return recorder.table()
 
 
+def check_top(top: float) -> None:
+    """Refuse a fraction K of which Top-K and Min-K could not be disjoint."""
+    if not 0 < top <= 0.5:
+        raise ValueError(f"top = {top}: need a fraction above 0 and at most 0.5 (Top-K and Min-K are disjoint)")
+
+
 class ActivationRecorder:
     """Gather statistics from every forward pass of `model` inside the `with` block, also during training.
 
@@ -65,8 +71,7 @@ class ActivationRecorder:
     def __init__(
         self, model: PreTrainedModel, *, top: float = 0.1875, statistic: Literal["gate", "product"] = "gate"
     ) -> None:
-        if not 0 < top <= 0.5:
-            raise ValueError(f"top = {top}: need a fraction above 0 and at most 0.5 (Top-K and Min-K are disjoint)")
+        check_top(top)
         if statistic not in ("gate", "product"):
             raise ValueError(f"statistic {statistic!r}: need 'gate' or 'product'")
         self.model, self.top, self.statistic = model, top, statistic

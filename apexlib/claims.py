@@ -70,3 +70,11 @@ def decide(measured: Mapping[Hashable, Sequence[float]], claims: Mapping[str, Ma
         row = {"claim": name, "statement": claims[name]["statement"], "mean": float(np.mean(values))}
         rows.append(row | {"low": low, "high": high, "n": len(values), "verdict": verdict})
     return pd.DataFrame(rows)
+
+
+def claims_table(results_dir: Path) -> pd.DataFrame:
+    """Join the verdicts that notebooks wrote to a results folder (`claims_*.csv`), in the order of their names."""
+    paths = sorted(Path(results_dir).glob("claims_*.csv"))
+    if not paths:
+        raise FileNotFoundError(f"{results_dir}: no claims_*.csv; need a run of the notebooks")
+    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True)

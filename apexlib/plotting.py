@@ -20,10 +20,10 @@ from apexlib.records import atomic_write
 COLUMN = 3.4  # width of a paper's column in inches; two columns: 7.0
 PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-ORDER_STYLE = {
-    "advantageous": (PALETTE[3], "o"),
-    "random": (PALETTE[7], "s"),
-    "disadvantageous": (PALETTE[0], "^"),
+ORDERS = {  # order of masking: its name in a legend, colour, marker
+    "advantageous": ("most active first", PALETTE[3], "o"),
+    "random": ("at random", PALETTE[7], "s"),
+    "disadvantageous": ("least active first", PALETTE[0], "^"),
 }
 STYLE = {
     "figure.dpi": 110,
@@ -105,8 +105,10 @@ def plot_activation_distribution(table: pd.DataFrame, ax: Axes) -> Axes:
         marker = "o" if len(values) <= 32 else None
         ax.plot(share, np.maximum(values / values.mean(), 1e-4), color=colour, marker=marker, label=f"layer {layer}")
     ax.axhline(1, color="0.4", linewidth=0.8, linestyle=":")
-    ax.set(yscale="log", xlabel="units of a layer, strongest first", ylabel="activation / mean of layer")
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    low, high = ax.dataLim.intervaly
+    ax.set(yscale="log" if high > 20 * low else "linear", xlim=(0, 1))
+    ax.set(xlabel="units of a layer, most active first", ylabel="activation / mean of layer")
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend(ncols=2 if len(layers) > 4 else 1)
     return _remember(ax, table)
 
@@ -116,13 +118,15 @@ def plot_masking_curve(table: pd.DataFrame, ax: Axes) -> Axes:
 
     Columns: `order`, `fraction`, `mean`, `low`, `high` (nats per token).
     """
-    for order, (colour, marker) in ORDER_STYLE.items():
+    for order, (name, colour, marker) in ORDERS.items():
         rows = table[table["order"] == order].sort_values("fraction")
-        ax.plot(rows["fraction"], rows["mean"], color=colour, marker=marker, label=f"{order} first")
+        ax.plot(rows["fraction"], rows["mean"], color=colour, marker=marker, label=name)
         ax.fill_between(rows["fraction"], rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
     ax.axhline(0, color="0.4", linewidth=0.8, linestyle=":")
     ax.set(xlabel="units masked in every layer", ylabel="increase of loss (nats per token)")
-    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    if table["fraction"].nunique() <= 5:
+        ax.set_xticks(sorted(table["fraction"].unique()))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend()
     return _remember(ax, table)
 
@@ -138,8 +142,11 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes, *, label: str = "coefficient o
         x = rows["tokens"].where(rows["tokens"] > 0, first / 2) / 1e6
         ax.plot(x, rows["mean"], color=colour, marker=marker, label=model)
         ax.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.2, linewidth=0)
-    ax.set(xscale="log", xlabel="tokens seen (millions; leftmost: untrained)", ylabel=label)
+    ax.set(xscale="log", xlabel="tokens seen (millions)", ylabel=label)
     ax.set_ylim(bottom=0)
+    if (tokens := table["tokens"].drop_duplicates().sort_values()).size <= 8:
+        ax.set_xticks(tokens.where(tokens > 0, first / 2) / 1e6, [f"{count / 1e6:.2g}" for count in tokens])
+        ax.minorticks_off()
     ax.legend()
     return _remember(ax, table)
 

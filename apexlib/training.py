@@ -50,6 +50,7 @@ def pretrain(
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=max(1, steps // 40),
         save_strategy="no",
         report_to="none",

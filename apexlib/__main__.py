@@ -1,0 +1,64 @@
+"""The command line: `python -m apexlib COMMAND`; each command imports what it needs when it runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0: done, 2: it could not start, and one line on stderr says why."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["reproduce"]:
+        from apexlib.reproduce import main as reproduce
+
+        return reproduce(given[1:])
+    parser = argparse.ArgumentParser(prog="python -m apexlib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("reproduce", help="run the notebooks of a profile (options: reproduce --help)")
+    difference = commands.add_parser("difference", help="assess heads and channels of a model; write two tables")
+    difference.add_argument("model", help="a causal LM: folder, or name on the Hub")
+    difference.add_argument("--revision", help="commit of a model on the Hub")
+    difference.add_argument("--corpus", default="stdlib", help="stdlib, stdlib-code, stdlib-prose or a file")
+    difference.add_argument("--length", type=int, default=256, help="tokens per block")
+    difference.add_argument("--blocks", type=int, default=256, help="blocks to assess over")
+    difference.add_argument("--batch", type=int, default=8, help="blocks per batch")
+    difference.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
+    difference.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
+    difference.set_defaults(run=_difference)
+    options = parser.parse_args(given)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _difference(options: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from apexlib.activations import activation_statistics, check_top
+    from apexlib.corpora import corpus_hash, load_corpus
+    from apexlib.data import batches, pack
+    from apexlib.difference import imbalance_table
+    from apexlib.records import hide_progress, save_table
+
+    check_top(options.top)
+    if hide_progress():
+        disable_progress_bar()
+    documents = load_corpus(options.corpus)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
+    blocks = batches(pack(documents, tokenizer, options.length), options.batch, limit=options.blocks)
+    model = AutoModelForCausalLM.from_pretrained(options.model, revision=options.revision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    statistics = activation_statistics(model, blocks, top=options.top)
+    facts = {"model": options.model, "revision": options.revision, "data": corpus_hash(documents), "top": options.top}
+    for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
+        print(save_table(table, name, options.out, **facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

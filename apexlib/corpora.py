@@ -1,0 +1,284 @@
+"""Where text comes from: documents and conversations, embedded (no download), from local files, or from the Hub."""
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from apexlib.records import atomic_write, content_hash
+from apexlib.rows import hub_rows, object_rows, text_field, text_rows
+from apexlib.skills import SPLITS, skills, split_of
+
+EMBEDDED = ("stdlib", "stdlib-code", "stdlib-prose")
+
+_log = logging.getLogger(__name__)
+_NO_MODULES = {"encodings", "pydoc_data", "turtledemo"}  # character tables; the topics, read below; demos
+_NO_FOLDERS = {"test", "tests", "idle_test"}
+
+
+def load_corpus(
+    source: str | Path = "stdlib",
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    subset: str | None = None,
+    column: str = "text",
+    cache: Path | None = None,
+) -> list[str]:
+    """Read the documents of one split, each once.
+
+    `source` is one of
+    - "stdlib-code", "stdlib-prose" or "stdlib" (both): the source of the running interpreter's standard library; its
+      docstrings, one document a module, with the language reference topics of pydoc. The order is fixed and mixed, so
+      the first n documents are a fair sample. Code and docstrings of a module fall in the same split.
+    - a file: .txt (documents separated by a line `<|endoftext|>`), .jsonl or .parquet (text in `column`); .txt and
+      .jsonl also as .gz. Documents keep their order; a hash of the text decides the split, split="all" takes them all.
+    - the name of a data set on the Hub, with `revision` (a commit) and, if need be, `subset`; `split` is the Hub's.
+
+    About 90 % of documents are train, 5 % valid, 5 % test. Blank documents, repetitions and library files that do not
+    decode are left out, and their number is logged. `cache` is a folder that keeps the docstrings, which take seconds
+    to collect, by a hash of the library's source.
+
+    >>> documents = load_corpus("stdlib-code", split="valid")
+    >>> any("import " in document for document in documents)
+    True
+    """
+    source = _locate(source, EMBEDDED, revision, subset)
+    if source in EMBEDDED:
+        _check_split(split, SPLITS)
+        return [text for text, part in _stdlib(source, cache) if part == split]
+    if not (on_hub := _on_hub(source)):
+        _check_split(split, (*SPLITS, "all"))
+    rows = hub_rows(source, revision, subset, split) if on_hub else text_rows(source)
+    documents: dict[str, None] = {}  # in order, each once
+    read = blank = 0
+    for where, row in rows:
+        text = text_field(row, column, where)
+        read += 1
+        blank += not text.strip()
+        if text.strip():
+            documents[text] = None
+    _log_dropped(source, blank=blank, repeated=read - blank - len(documents))
+    found = [text for text in documents if on_hub or split == "all" or split_of(text) == split]
+    return _some(found, split, len(documents), source)
+
+
+def load_chat(
+    source: str | Path = "skills",
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    subset: str | None = None,
+) -> list[dict[str, Any]]:
+    """Read conversations `{"messages": [{"role", "content"}, ...], ...}`; what else a row has is kept.
+
+    `source` is "skills" (generated from `seed`: `limit` tasks, 2000 without a limit), a .jsonl (or .jsonl.gz) or
+    .parquet file, or a data set on the Hub, split as in `load_corpus` (files by a hash of all but the last message).
+    Rows hold `messages`, or alpaca's `instruction`, `input` and `output`. An optional system message comes first, then
+    user and assistant take turns, the assistant last; a row that differs is an error that names it.
+
+    >>> load_chat(limit=1)[0]["messages"][-1]["role"]
+    'assistant'
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: need at least one conversation, or None for all")
+    source = _locate(source, ("skills",), revision, subset)
+    if source == "skills":
+        return skills(split, limit or 2000, seed=seed)
+    if not (on_hub := _on_hub(source)):
+        _check_split(split, (*SPLITS, "all"))
+    rows = hub_rows(source, revision, subset, split) if on_hub else object_rows(source)
+    examples, read = [], 0
+    for where, row in rows:
+        example = _conversation(row, where)
+        read += 1
+        if on_hub or split == "all" or split_of(json.dumps(example["messages"][:-1])) == split:
+            examples.append(example)
+    return _some(examples, split, read, source)[:limit]
+
+
+def corpus_hash(documents: Iterable[str]) -> str:
+    """SHA-256, in hex, over documents and their borders: the fingerprint of a corpus.
+
+    >>> corpus_hash(["ab", "c"]) == corpus_hash(["a", "bc"])
+    False
+    """
+    total = hashlib.sha256()
+    for document in documents:
+        total.update(hashlib.sha256(document.encode()).digest())
+    return total.hexdigest()
+
+
+def cached(folder: Path | None, name: str, key: str, build: Callable[[], bytes]) -> bytes:
+    """Return `build()`, kept in `folder` under its key; a file that is damaged is built anew, no folder keeps nothing.
+
+    >>> cached(None, "greeting", "0", lambda: b"hello")
+    b'hello'
+    """
+    if folder is None:
+        return build()
+    path = Path(folder) / f"{name}-{key[:32]}.bin"
+    if path.is_file():
+        stored = path.read_bytes()
+        digest, content = stored[:32], stored[32:]
+        if hashlib.sha256(content).digest() == digest:
+            return content
+        _log.warning("%s is damaged; it is built anew", path)
+    content = build()
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(hashlib.sha256(content).digest() + content)
+    return content
+
+
+# embedded: the standard library
+
+
+def _stdlib(source: str, cache: Path | None) -> list[tuple[str, str]]:
+    """The documents of an embedded corpus with their splits, ordered by hash."""
+    modules = _stdlib_modules(Path(sysconfig.get_path("stdlib")))
+    documents: dict[str, str] = {}
+    if source != "stdlib-prose":
+        documents |= {text: split_of(text) for text in modules.values()}
+    if source != "stdlib-code":
+        key = content_hash("prose", 1, sys.version_info[:3], corpus_hash(modules.values()))
+        prose = json.loads(cached(cache, "stdlib-prose", key, lambda: json.dumps(_prose(modules)).encode()))
+        documents |= {text: part for text, part in prose if text not in documents}
+    return sorted(documents.items(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+
+
+@functools.cache
+def _stdlib_modules(root: Path) -> dict[str, str]:
+    """Source of each module of the standard library below `root`, by its path there; no tests, no tables."""
+    modules, undecodable = {}, []
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        folder_names = path.relative_to(root).parts[:-1]
+        top = folder_names[0] if folder_names else path.stem
+        # the interpreter's own list leaves out what an installation adds, such as its build configuration
+        if top not in sys.stdlib_module_names - _NO_MODULES or _NO_FOLDERS & set(folder_names):
+            continue
+        try:
+            text = importlib.util.decode_source(path.read_bytes())  # by its PEP 263 declaration
+        except (SyntaxError, UnicodeDecodeError, LookupError):
+            undecodable.append(path.name)
+            continue
+        if text.strip():
+            modules[path.relative_to(root).as_posix()] = text
+    if not modules:
+        raise FileNotFoundError(f"{root} holds no Python source: need a standard library in source form, or a file")
+    _log_dropped("stdlib", undecodable=len(undecodable))
+    return modules
+
+
+def _prose(modules: dict[str, str]) -> list[tuple[str, str]]:
+    """The docstrings of each module, and the reference topics, with their splits."""
+    from pydoc_data.topics import topics
+
+    documents, seen = [], set()
+    for text in modules.values():
+        new = [docstring for docstring in dict.fromkeys(_docstrings(text)) if docstring not in seen]
+        seen.update(new)
+        if new:  # in the split of its module: else valid prose would stand in train code
+            documents.append(("\n\n".join(new), split_of(text)))
+    return documents + [(topic.strip(), split_of(topic)) for _, topic in sorted(topics.items())]
+
+
+def _docstrings(text: str) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # templates, and files for another version
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+            if docstring:
+                yield docstring.encode(errors="replace").decode()  # a docstring may hold a lone surrogate
+
+
+# sources, splits, counts
+
+
+def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Bring a row to `messages` and check them."""
+    if "messages" in row:
+        given, extras = row["messages"], {name: value for name, value in row.items() if name != "messages"}
+    elif "instruction" in row:
+        question = text_field(row, "instruction", where)
+        if row.get("input"):
+            question += "\n\n" + text_field(row, "input", where)
+        answer = text_field(row, "output", where)
+        given = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        extras = {name: value for name, value in row.items() if name not in ("instruction", "input", "output")}
+    else:
+        raise ValueError(f"{where}: no field 'messages' or 'instruction'; it has {', '.join(map(repr, row)) or 'none'}")
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}: 'messages' is {given!r:.40}; need a list of messages")
+    messages: list[dict[str, str]] = []
+    for number, message in enumerate(given, 1):
+        here = f"{where}, message {number}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{here}: {type(message).__name__}; need an object with 'role' and 'content'")
+        role, content = text_field(message, "role", here), text_field(message, "content", here)
+        previous = messages[-1]["role"] if messages else None
+        allowed = {None: ("system", "user"), "user": ("assistant",)}.get(previous, ("user",))
+        if role not in allowed:
+            raise ValueError(f"{here}: role {role!r}; need {' or '.join(allowed)}")
+        if not content.strip():
+            raise ValueError(f"{here}: the {role}'s content is empty")
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the last message is by {messages[-1]['role']}; need the assistant's answer")
+    return {"messages": messages, **extras}
+
+
+def _locate(source: str | Path, embedded: tuple[str, ...], revision: str | None, subset: str | None) -> str | Path:
+    """Tell an embedded name, a file (as a Path) and a pinned name on the Hub apart."""
+    path = Path(source).expanduser()
+    if source in embedded or path.is_file():
+        if revision or subset:
+            raise ValueError(f"{source}: revision and subset are for data sets on the Hub")
+        return source if source in embedded else path
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder: need one file")
+    looks_like_file = isinstance(source, Path) or re.search(r"^[./~]|\.[A-Za-z]\w*$", source)
+    if looks_like_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise FileNotFoundError(f"{str(source)!r} does not exist: need a file, {', '.join(embedded)}, or a Hub name")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise ValueError(
+            f"{source!r} is no file and none of {', '.join(embedded)}; to read it from the Hub, pin it: need "
+            f"revision=<a commit of 40 hex digits>, got {revision!r}"
+        )
+    return source
+
+
+def _on_hub(source: str | Path) -> bool:
+    return not isinstance(source, Path)
+
+
+def _check_split(split: str, allowed: tuple[str, ...]) -> None:
+    if split not in allowed:
+        raise ValueError(f"split {split!r}: need one of {', '.join(allowed)}")
+
+
+def _some(found: list[Any], split: str, total: int, source: str | Path) -> list[Any]:
+    if not found:
+        raise ValueError(f"{source}: nothing in split {split!r} of {total} rows; need at least one, or split='all'")
+    return found
+
+
+def _log_dropped(source: str | Path, **counts: int) -> None:
+    if found := {name: count for name, count in counts.items() if count}:
+        _log.warning("%s: left out %s", source, ", ".join(f"{count} {name}" for name, count in found.items()))

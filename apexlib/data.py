@@ -1,0 +1,292 @@
+"""What a trainer reads: packed documents, conversations with loss on the assistant's tokens only, and their batches."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from transformers import PreTrainedTokenizerFast
+
+from apexlib.corpora import cached, corpus_hash
+from apexlib.records import content_hash
+
+IGNORED = -100  # the label that transformers leaves out of the loss
+
+Item = dict[str, Tensor]
+Messages = list[dict[str, str]]
+
+
+class PackedTokens(Dataset):
+    """Blocks of equal length from one stream of documents; the labels are the input (the model shifts them itself).
+
+    `blocks` is int32 (block, position); `left_over` counts the tokens behind the last full block.
+    """
+
+    def __init__(self, stream: np.ndarray, length: int) -> None:
+        if length < 2:
+            raise ValueError(f"length={length}: need two tokens or more, to predict one from another")
+        if len(stream) < length:
+            raise ValueError(f"the documents have {len(stream)} tokens, EOS included: need {length} for one block")
+        n_blocks, self.left_over = divmod(len(stream), length)
+        self.blocks = stream[: n_blocks * length].reshape(n_blocks, length)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Item:
+        tokens = torch.from_numpy(self.blocks[index].astype(np.int64))
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+class ChatTokens(Dataset):
+    """Conversations of different lengths, as (tokens, labels); batch them with `collate`."""
+
+    def __init__(self, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Item:
+        tokens, labels = self.examples[index]
+        return {
+            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
+            "labels": torch.from_numpy(labels.astype(np.int64)),
+        }
+
+
+def pack(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerFast, length: int, *, cache: Path | None = None
+) -> PackedTokens:
+    """Join the documents, each ended by EOS, and cut the stream into blocks of `length` tokens.
+
+    Text that looks like a special token is encoded as text. The short rest at the end is left out and counted
+    (`left_over`). `cache` is a folder that keeps the stream by a hash of documents and tokenizer, for every length.
+
+    >>> from apexlib.tokenizer import train_tokenizer
+    >>> documents = ["to be or not to be"] * 2
+    >>> blocks = pack(documents, train_tokenizer(documents, 261), length=8)  # 261 tokens: a token a byte
+    >>> len(blocks), blocks[0]["input_ids"].shape, blocks.left_over
+    (4, torch.Size([8]), 6)
+    """
+    _check_tokenizer(tokenizer)
+
+    def encode() -> bytes:
+        stream: list[np.ndarray] = []
+        for start in range(0, len(documents), 256):
+            encoded = tokenizer(
+                list(documents[start : start + 256]),
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                verbose=False,  # documents may be longer than the model's context
+            )
+            stream += [np.array([*ids, tokenizer.eos_token_id], dtype="<i4") for ids in encoded["input_ids"]]
+        return np.concatenate(stream).tobytes() if stream else b""
+
+    key = content_hash(
+        "stream", 1, corpus_hash(documents), tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    )
+    return PackedTokens(np.frombuffer(cached(cache, "stream", key, encode), dtype="<i4"), length)
+
+
+def encode_chat(
+    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, *, max_length: int
+) -> tuple[ChatTokens, pd.DataFrame]:
+    """Encode conversations by the tokenizer's chat template, with loss on the assistant's tokens and their EOS only.
+
+    Where the template marks the assistant's words ({% generation %}) the mark is used; else each turn is found by
+    rendering the conversation up to it, and tokens are labelled by their place in the text. Where the template writes
+    no EOS after an answer one is added (`eos_added`). Left out, and counted, are examples that contain a special token
+    as text (it would become one) and examples longer than `max_length` tokens: by the prompt (everything before the
+    first answer), or by an answer (cut, it would lose its EOS).
+
+    The report has one row: examples, kept, dropped_prompt, dropped_answer, dropped_special, eos_added, tokens,
+    trained_tokens, trained_share (of the kept tokens).
+
+    >>> from apexlib.corpora import load_chat
+    >>> from apexlib.tokenizer import train_tokenizer
+    >>> examples = load_chat("skills", limit=20)
+    >>> tokenizer = train_tokenizer([message["content"] for e in examples for message in e["messages"]], 300)
+    >>> dataset, report = encode_chat(examples, tokenizer, max_length=128)
+    >>> len(dataset), int(report.dropped_answer[0])
+    (20, 0)
+    """
+    _check_tokenizer(tokenizer)
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.chat_template is None:
+        raise ValueError(f"tokenizer {name!r} has no chat template: set its chat_template, or use train_tokenizer")
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
+    encode = _by_generation_mark if marked else _by_rendered_prefixes
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special_text = re.compile("|".join(map(re.escape, sorted(special))))
+
+    counts = dict.fromkeys(("dropped_prompt", "dropped_answer", "dropped_special", "eos_added"), 0)
+    kept, shortest = [], None
+    for number, example in enumerate(examples, 1):
+        messages = example["messages"]
+        if any(special_text.search(message["content"]) for message in messages):
+            counts["dropped_special"] += 1
+            continue
+        try:
+            tokens, trained, added = _end_turns(*encode(messages, tokenizer), tokenizer.eos_token_id)
+        except (TemplateError, ValueError) as error:
+            raise ValueError(f"example {number}, chat template of {name!r}: {error}") from error
+        if not trained.any():
+            raise ValueError(f"example {number}: the chat template of {name!r} marks no token as the assistant's")
+        n_tokens = int(trained.nonzero()[0][-1]) + 1  # nothing is learnt from what follows the last answer
+        shortest = min(n_tokens, shortest or n_tokens)
+        if n_tokens > max_length:
+            counts["dropped_prompt" if trained.argmax() >= max_length else "dropped_answer"] += 1
+            continue
+        counts["eos_added"] += added
+        kept.append((tokens[:n_tokens], np.where(trained, tokens, IGNORED)[:n_tokens]))
+    if not kept:
+        raise ValueError(
+            f"none of {len(examples)} examples is left: {counts['dropped_prompt']} prompts and "
+            f"{counts['dropped_answer']} answers pass max_length={max_length} (the shortest example needs {shortest}), "
+            f"{counts['dropped_special']} contain a special token"
+        )
+    n_tokens = sum(len(tokens) for tokens, _ in kept)
+    n_trained = sum(int((labels != IGNORED).sum()) for _, labels in kept)
+    row = {"examples": len(examples), "kept": len(kept), **counts, "tokens": n_tokens, "trained_tokens": n_trained}
+    return ChatTokens(kept), pd.DataFrame([row | {"trained_share": n_trained / n_tokens}])
+
+
+def collate(
+    pad_token_id: int, *, side: str = "right", multiple_of: int | None = None
+) -> Callable[[Sequence[Item]], Item]:
+    """Make a data collator that pads to the longest item of a batch, or on to a multiple of `multiple_of` tokens.
+
+    The attention mask comes from the lengths, never from the ids, so a pad token that is also EOS is no trouble. A
+    batch without any label is an error: its loss would be NaN.
+
+    >>> items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 0], [7, 0])]
+    >>> collate(pad_token_id=0)(items)["attention_mask"]
+    tensor([[1, 1, 1],
+            [1, 1, 0]])
+    """
+    if side not in ("right", "left"):
+        raise ValueError(f"side {side!r}: need 'right' or 'left'")
+    if not isinstance(pad_token_id, int) or pad_token_id < 0:
+        raise ValueError(f"pad_token_id={pad_token_id!r}: need a token id; a tokenizer without one can lend its EOS")
+    return partial(_collate, pad_token_id=pad_token_id, side=side, multiple_of=multiple_of)
+
+
+def batches(
+    dataset: Dataset, batch_size: int, *, collator: Callable | None = None, limit: int | None = None
+) -> list[Item]:
+    """Batch the first `limit` items (default: all) in order; the last batch may be smaller.
+
+    >>> blocks = PackedTokens(np.arange(20, dtype=np.int32), length=4)
+    >>> [batch["input_ids"].shape[0] for batch in batches(blocks, 2)]
+    [2, 2, 1]
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"batch_size={batch_size}, limit={limit}: need at least one item")
+    if collator is None and isinstance(dataset, ChatTokens):
+        raise ValueError("conversations differ in length: need collator=collate(pad_token_id)")
+    n_items = min(len(dataset), limit or len(dataset))
+    join = collator or default_collate
+    return [
+        join([dataset[i] for i in range(start, min(start + batch_size, n_items))])
+        for start in range(0, n_items, batch_size)
+    ]
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} is not a fast one: need the place of tokens in the text"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no EOS token: need one to end documents and answers"
+        )
+
+
+def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of: int | None) -> Item:
+    length = max(len(item["input_ids"]) for item in items)
+    if multiple_of:
+        length = -(-length // multiple_of) * multiple_of
+    batch = {
+        "input_ids": torch.full((len(items), length), pad_token_id),
+        "attention_mask": torch.zeros((len(items), length), dtype=torch.long),
+        "labels": torch.full((len(items), length), IGNORED),
+    }
+    for row, item in enumerate(items):
+        n = len(item["input_ids"])
+        place = slice(0, n) if side == "right" else slice(length - n, length)
+        batch["input_ids"][row, place] = item["input_ids"]
+        batch["attention_mask"][row, place] = 1
+        batch["labels"][row, place] = item["labels"]
+    if (batch["labels"] == IGNORED).all():
+        raise ValueError(f"a batch of {len(items)} items has no label to learn from: need one other than {IGNORED}")
+    return batch
+
+
+def _by_generation_mark(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], np.ndarray]:
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+    )
+    trained = np.array(encoded["assistant_masks"], dtype=bool)
+    offsets = encoded["offset_mapping"]
+    for i in range(1, len(trained)):  # the mask stops at the first token of a last character of several
+        if trained[i - 1] and offsets[i][0] < offsets[i - 1][1]:
+            trained[i] = True
+    return encoded["input_ids"], trained
+
+
+def _by_rendered_prefixes(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], np.ndarray]:
+    """Find the answers in the rendered text. The prompt is never tokenized alone: tokens may merge across its end."""
+
+    def render(part: Messages, **options: bool) -> str:
+        text = tokenizer.apply_chat_template(part, tokenize=False, **options)
+        if not full.startswith(text):
+            raise ValueError(
+                f"it renders the first {len(part)} messages in another way when more follow: need a template with "
+                "{% generation %} around the assistant's words, or conversations of one answer"
+            )
+        return text
+
+    full = tokenizer.apply_chat_template(messages, tokenize=False)
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T
+    trained = np.zeros(len(starts), dtype=bool)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = len(render(messages[:i], add_generation_prompt=True))
+            turn = full[start : len(render(messages[: i + 1]))].rstrip()
+            if tokenizer.eos_token in turn:
+                turn = turn[: turn.index(tokenizer.eos_token) + len(tokenizer.eos_token)]
+            trained |= (starts < start + len(turn)) & (ends > start)
+    return encoded["input_ids"], trained
+
+
+def _end_turns(tokens: list[int], trained: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Make EOS the last label of each turn, and count where the template had none so that one is added."""
+    out_tokens: list[int] = []
+    out_trained: list[bool] = []
+    added = 0
+    for i, token in enumerate(tokens):
+        out_tokens.append(token)
+        out_trained.append(bool(trained[i]))
+        turn_ends = trained[i] and (i + 1 == len(tokens) or not trained[i + 1])
+        if turn_ends and token != eos:
+            if i + 1 < len(tokens) and tokens[i + 1] == eos:
+                trained[i + 1] = True
+            else:
+                out_tokens.append(eos)
+                out_trained.append(True)
+                added += 1
+    return np.array(out_tokens, dtype=np.int32), np.array(out_trained), added

@@ -1,0 +1,221 @@
+"""Run one notebook through papermill in a kernel of this interpreter; check that it finished and kept its promises."""
+
+import csv
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from apexlib.notebooks import Notebook
+
+Stamps = dict[str, list[int]]  # path below the root → size, time of change in ns
+
+_LONG_CELL = 5.0  # seconds; where there is no progress bar, shorter cells get no line of their own
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run of one notebook went; no `problem`: every cell completed and every artifact is there, new and whole."""
+
+    problem: str
+    seconds: float
+    peak_memory_mb: int | None  # resident, of the kernel's own process
+
+
+def execute(notebook: Notebook, values: Mapping[str, Any], *, root: Path, copy: Path) -> Execution:
+    """Run `notebook` in its folder with the parameters `values`; the executed notebook goes to `copy`."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would repeat what is said here
+    before = {path: stamps(root, path) for path in notebook.writes}
+    watch = _Watch(notebook)
+    with copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
+        try:
+            executed = papermill.execute_notebook(
+                _not_a_template(notebook.path),
+                _not_a_template(copy),
+                parameters=dict(values),
+                kernel_name="python3",
+                language="python",
+                cwd=notebook.path.parent,
+                progress_bar=False,
+                kernel_manager_class=_own_kernel(root, copy.parent / ".ipython", log, watch),
+                timeout_func=lambda cell: max(0.1, watch.deadline - time.monotonic()),  # 0 would mean no limit
+                iopub_timeout=60,  # for output still under way at the end of a cell; the default is too short
+                on_cell_start=watch.cell_starts,
+                on_cell_executed=watch.cell_ends,
+            )
+            problem = _unfinished_cell(executed) or _broken_promise(notebook, before, root)
+        except Exception as error:  # whatever stopped this notebook, others may still run
+            problem = _explain(error, watch, log)
+        finally:
+            watch.bar.close()
+    return Execution(problem, time.monotonic() - watch.began, watch.peak_memory_mb)
+
+
+def stamps(root: Path, path: str) -> Stamps:
+    """Stat the file `path` below `root` or, if `path` ends in "/", every visible file in that folder."""
+    files = [root / path]
+    if path.endswith("/"):
+        hidden = re.compile(r"(^|/)\.")
+        found = {file.relative_to(root / path).as_posix(): file for file in (root / path).rglob("*")}
+        files = [found[name] for name in sorted(found) if not hidden.search(name)]
+    stats = {file.relative_to(root).as_posix(): file.stat() for file in files if file.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people.
+
+    >>> duration(3.21), duration(754)
+    ('3.2 s', '12 min 34 s')
+    """
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class _Watch:
+    """Follow a notebook while it runs: the cell it is in, how long cells take, how much memory the kernel needs."""
+
+    def __init__(self, notebook: Notebook) -> None:
+        self.notebook = notebook
+        self.numbers: dict[int, int] = {}  # place in the executed copy → which of the notebook's own code cells
+        self.index, self.source = 0, ""
+        self.began = self.cell_began = time.monotonic()
+        self.deadline = math.inf  # known once the kernel has started
+        self.kernel: Any = None
+        self.peak_memory_mb: int | None = None
+        self.bar = tqdm(total=notebook.n_code_cells, desc=notebook.name, unit="cell", leave=False, disable=None)
+
+    def cell_starts(self, cell: Any, cell_index: int) -> None:
+        if _is_own_code(cell):
+            self.index, self.source, self.cell_began = cell_index, cell.source, time.monotonic()
+            if not self.numbers:
+                self.deadline = self.cell_began + 60 * self.notebook.timeout_minutes
+            self.numbers[cell_index] = len(self.numbers) + 1
+
+    def cell_ends(self, cell: Any, cell_index: int, **_: Any) -> None:
+        if cell_index not in self.numbers:
+            return
+        self.peak_memory_mb = _peak_memory(self.kernel.provisioner.pid) or self.peak_memory_mb
+        self.bar.update()
+        seconds = time.monotonic() - self.cell_began
+        if self.bar.disable and seconds > _LONG_CELL:
+            say(f"  code cell {self.numbers[cell_index]} of {self.notebook.n_code_cells} took {duration(seconds)}")
+
+
+def _own_kernel(root: Path, ipython: Path, log: TextIO, watch: _Watch) -> type:
+    """Make a kernel manager that starts this very interpreter, whatever kernels are installed; it can import `root`."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpec
+
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # bars would flood the executed copy
+        "IPYTHONDIR": str(ipython),  # a user's own start-up files are not part of the run
+    }
+    environment = {name: value.replace("$", "$$") for name, value in environment.items()}  # each is a string.Template
+
+    class OwnKernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict(python_arguments=["-Xfrozen_modules=off"]), env=environment)
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            watch.kernel = self
+
+        async def start_kernel(self, **options: Any) -> None:
+            await super().start_kernel(stdout=log, stderr=log, **options)  # what no cell catches
+
+    return OwnKernel
+
+
+def _unfinished_cell(executed: Any) -> str:
+    """Name the first code cell that did not complete: papermill takes `sys.exit(0)` for a success."""
+    own = [cell for cell in executed.cells if _is_own_code(cell)]
+    for number, cell in enumerate(own, 1):
+        if cell.source.strip() and (cell.metadata.papermill.status != "completed" or cell.execution_count is None):
+            left = any(output.get("ename") == "SystemExit" for output in cell.outputs)
+            how = "left the notebook by sys.exit" if left else "was not run"
+            return f"code cell {number} of {len(own)} {how}{_quote(cell.source)}"
+    return ""
+
+
+def _broken_promise(notebook: Notebook, before: Mapping[str, Stamps], root: Path) -> str:
+    """Name the first artifact that is missing, empty, left over from before, or lacks a promised column."""
+    for path, columns in notebook.writes.items():
+        after = stamps(root, path)
+        if not after:
+            return f"promised {path}, but did not write it"
+        if all(before[path].get(name) == stamp for name, stamp in after.items()):
+            return f"promised {path}, but left an older one in place"
+        if not any(size for size, _ in after.values()):
+            return f"promised {path}, but it is empty"
+        if path.endswith(".csv"):
+            with (root / path).open(newline="", encoding="utf-8-sig") as file:
+                rows = csv.reader(file)
+                header, first = next(rows, []), next(rows, None)
+            if missing := [column for column in columns if column not in header]:
+                return f"promised {path} with {', '.join(missing)}; its columns are {', '.join(header)}"
+            if first is None:
+                return f"promised {path}, but it has no rows"
+    return ""
+
+
+def _explain(error: Exception, watch: _Watch, log: TextIO) -> str:
+    """Say which cell failed and how, with its source and the end of the traceback."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    index, source, trace = watch.index, watch.source, ""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, PapermillExecutionError):
+        index, source, said = error.cell_index, error.source, f"{error.ename}: {error.evalue}".removesuffix(": ")
+        trace = "\n".join(error.traceback)
+    elif isinstance(error, CellTimeoutError) and time.monotonic() >= watch.deadline:
+        said = f"not done after {watch.notebook.timeout_minutes:g} minutes, the notebook's timeout_minutes"
+    else:
+        log.seek(0)
+        trace = "\n".join(line for line in log.read().splitlines() if not line.startswith("[IPKernelApp]"))
+        said = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else said
+    trace = "\n".join(trace.splitlines()[-20:])
+    number = watch.numbers.get(index)
+    where = f"code cell {number} of {watch.notebook.n_code_cells}" if number else "before the first cell"
+    return _ANSI.sub("", f"{where}: {said}{_quote(source)}{_quote(trace)}")
+
+
+def _peak_memory(process: int) -> int | None:
+    """Read the peak resident memory of a living process, in MB; None where the system does not tell."""
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text()):
+            return round(int(found[1]) * 1024 / 1e6)
+    return None
+
+
+def _is_own_code(cell: Any) -> bool:
+    return cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+
+
+def _not_a_template(path: Path) -> str:
+    return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats paths with the parameters
+
+
+def _quote(text: str, limit: int = 30) -> str:
+    lines = text.splitlines()
+    return "".join(f"\n    | {line}" for line in [*lines[:limit], *["…"] * (len(lines) > limit)])

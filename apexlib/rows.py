@@ -1,0 +1,111 @@
+"""Rows of data files and of data sets on the Hub, each with its place in words, so that an error can name it."""
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SEPARATOR = "<|endoftext|>"
+
+Row = tuple[str, dict[str, Any]]  # "file, row n" (from 1), and the row
+
+
+def text_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file of documents; plain text has the one field `text`."""
+    if _kind(path) != ".txt":
+        yield from object_rows(path)
+        return
+    text = _decode(_bytes(path), path).replace("\r\n", "\n")
+    for number, document in enumerate(re.split(rf"(?m)^{re.escape(SEPARATOR)}[ \t]*$", text), 1):
+        if document.strip():  # a file may begin or end with a separator
+            yield f"{path}, document {number}", {"text": document.strip("\n")}
+
+
+def object_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file of objects with named fields."""
+    if _kind(path) == ".parquet":
+        yield from _parquet_rows(path)
+    elif _kind(path) == ".jsonl":
+        for number, line in enumerate(_bytes(path).split(b"\n"), 1):
+            if not line.strip():
+                continue
+            where, text = f"{path}, row {number}", _decode(line, path, first_line=number)
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a JSON {type(row).__name__}; need an object with named fields")
+            yield where, row
+    else:
+        raise ValueError(
+            f"{path}: unknown kind of file; need .jsonl, .jsonl.gz or .parquet, for documents also .txt or .txt.gz"
+        )
+
+
+def hub_rows(name: str, revision: str | None, subset: str | None, split: str) -> Iterator[Row]:
+    """Rows of one split of a data set on the Hub, at one commit."""
+    import datasets
+
+    for number, row in enumerate(datasets.load_dataset(name, subset, revision=revision, split=split), 1):
+        yield f"{name}, row {number}", row
+
+
+def text_field(row: dict[str, Any], field: str, where: str) -> str:
+    """Take a string from a row; a field that is missing or no string is an error that names the row."""
+    if field not in row:
+        raise ValueError(f"{where}: no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
+    if not isinstance(text := row[field], str):
+        raise ValueError(f"{where}: field {field!r} is {type(text).__name__}; need a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: field {field!r} holds half a surrogate pair; need valid Unicode") from None
+    return text
+
+
+def _kind(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, after row {number}: not readable as parquet ({error})") from None
+
+
+def _bytes(path: Path) -> bytes:
+    """Content of a file, unpacked, without a byte order mark."""
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz" and content:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not readable as gzip ({error})") from None
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if not content.strip():
+        raise ValueError(f"{path} is empty")
+    return content
+
+
+def _decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = first_line + content[: error.start].count(b"\n")
+        raise ValueError(f"{path}, line {line}: byte {content[error.start]:#04x} is not UTF-8; need UTF-8") from None

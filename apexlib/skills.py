@@ -1,0 +1,297 @@
+"""Skills: short generated tasks with one exact answer each, easy enough to teach a model of a million parameters."""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import date, timedelta
+from typing import Any
+
+from apexlib.records import content_hash
+
+SPLITS = ("train", "valid", "test")
+DIFFICULTIES = (1, 2, 3)
+
+Generator = Callable[[random.Random, int], tuple[dict[str, Any], str]]
+_FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {}
+
+# few, so that a small model meets each of them often
+_WORDS = re.findall(
+    r"\w+",
+    """apple bag bear bird book box bread cake cat chair cloud cow cup dog door egg fish fox girl hat horse key king
+    lamp leaf map milk moon owl pen pig ring road sand ship star sun tree wind wolf""",
+)
+_ORDINALS = ("first", "second", "third", "fourth")
+# written out, since the calendar module's names follow the locale
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+_MONTHS = tuple(
+    re.findall(r"\w+", "January February March April May June July August September October November December")
+)
+
+
+def families() -> list[str]:
+    """Name the families of tasks.
+
+    >>> families()[:5], len(families())
+    (['copy', 'reverse', 'sort', 'count', 'arithmetic'], 14)
+    """
+    return list(_FAMILIES)
+
+
+def skills(
+    split: str,
+    n: int,
+    *,
+    seed: int = 0,
+    families: Iterable[str] | None = None,
+    difficulties: Iterable[int] = DIFFICULTIES,
+) -> list[dict[str, Any]]:
+    """Generate `n` different tasks of `split`, taking turns over families and difficulties (1 easy, 3 hard).
+
+    What a task asks decides its split, by hash (80 % train, 10 % valid, 10 % test): a task of one split is in no other,
+    under no seed and in no phrasing. Families and difficulties draw independently, so leaving one out keeps the rest.
+    When a family has no further task the others go on; when all are used up that is an error, which says how many
+    there are.
+
+    >>> task = skills("train", 1, families=["reverse"])[0]
+    >>> task["messages"][0]["content"], task["answer"]
+    ('Reverse: wind girl.', 'girl wind')
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: need one of {', '.join(SPLITS)}")
+    if n < 1:
+        raise ValueError(f"n={n}: need at least one task")
+    cells = [
+        _distinct(family, difficulty, split, seed)
+        for difficulty in _known(difficulties, DIFFICULTIES, "difficulty")
+        for family in _known(families, tuple(_FAMILIES), "family")
+    ]
+    tasks: list[dict[str, Any]] = []
+    while len(tasks) < n:
+        going = []
+        for cell in cells:
+            if (task := next(cell, None)) is not None:
+                tasks.append(task)
+                going.append(cell)
+        if not going:
+            raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
+        cells = going
+    return tasks[:n]
+
+
+def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
+    """Write tasks as `n` plain documents, question and answer on lines of their own, to mix into pre-training.
+
+    Every task is of the train split and stands in one document only, so no valid or test question is among them.
+
+    >>> print(skills_text(1, per_document=2)[0])
+    Say exactly this: fox wind.
+    fox wind
+    <BLANKLINE>
+    Reverse: wind girl.
+    girl wind
+    """
+    if n < 1 or per_document < 1:
+        raise ValueError(f"n={n}, per_document={per_document}: need at least one document with one task")
+    pairs = [f"{t['messages'][0]['content']}\n{t['answer']}" for t in skills("train", n * per_document, seed=seed)]
+    return ["\n\n".join(pairs[i * per_document : (i + 1) * per_document]) for i in range(n)]
+
+
+def split_of(text: str, *, held_out: float = 0.05) -> str:
+    """Assign `text` to a split by its hash: a share `held_out` to valid, as much to test, the rest to train.
+
+    >>> [split_of(word) for word in ("shore", "wave", "gull")]
+    ['train', 'train', 'train']
+    """
+    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return "test" if share < held_out else "valid" if share < 2 * held_out else "train"
+
+
+def _known(given: Iterable[Any] | None, known: tuple[Any, ...], what: str) -> list[Any]:
+    given = list(known if given is None else given)
+    if not given or (unknown := [one for one in given if one not in known]):
+        found = f"unknown {what} {unknown[0]!r}" if given else f"no {what} given"
+        raise ValueError(f"{found}; need some of {', '.join(map(str, known))}")
+    return list(dict.fromkeys(given))
+
+
+def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Draw the tasks of one family and difficulty; end when 2000 draws in a row bring nothing new."""
+    generate, phrasings = _FAMILIES[family]
+    rng = random.Random(f"{family}/{difficulty}/{split}/{seed}")  # a string is seeded through SHA-512, not hash()
+    seen: set[str] = set()
+    misses = 0
+    while misses < 2000:
+        fields, answer = generate(rng, difficulty)
+        key = content_hash(family, fields)  # of what is asked, not of how: a rephrased test question is a test question
+        if key in seen or split_of(key, held_out=0.1) != split:
+            misses += 1
+            continue
+        misses = 0
+        seen.add(key)
+        prompt = rng.choice(phrasings).format(**fields)
+        yield {
+            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+            "family": family,
+            "difficulty": difficulty,
+            "answer": answer,
+        }
+
+
+def _family(*phrasings: str) -> Callable[[Generator], Generator]:
+    """Register a generator of (fields, answer), which for one difficulty gives nothing that it gives for another.
+
+    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another.
+    """
+
+    def register(generate: Generator) -> Generator:
+        _FAMILIES[generate.__name__.strip("_")] = (generate, phrasings)
+        return generate
+
+    return register
+
+
+def _words(rng: random.Random, difficulty: int, *sizes: tuple[int, int]) -> list[str]:
+    """Draw different words, as many as the range of the difficulty says."""
+    return rng.sample(_WORDS, rng.randint(*sizes[difficulty - 1]))
+
+
+@_family("Copy: {words}.", "Repeat these words: {words}.", "Say exactly this: {words}.")
+def _copy(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    words = " ".join(_words(rng, difficulty, (2, 3), (4, 5), (6, 8)))
+    return {"words": words}, words
+
+
+@_family("Reverse: {words}.", "Say these words backwards: {words}.")
+def _reverse(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    words = _words(rng, difficulty, (2, 2), (3, 3), (4, 5))
+    return {"words": " ".join(words)}, " ".join(words[::-1])
+
+
+@_family("Sort: {numbers}.", "Put in order, smallest first: {numbers}.")
+def _sort(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    numbers = rng.sample(range(100), (2, 3, 5)[difficulty - 1])
+    return {"numbers": " ".join(map(str, numbers))}, " ".join(map(str, sorted(numbers)))
+
+
+@_family("How many times is {word} in: {words}?", "Count {word} in this list: {words}.")
+def _count(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    word, *others = rng.sample(_WORDS, 3)
+    size = (3, 5, 8)[difficulty - 1]
+    times = rng.randint(1, size - 1)
+    words = [word] * times + rng.choices(others, k=size - times)
+    rng.shuffle(words)
+    return {"word": word, "words": " ".join(words)}, str(times)
+
+
+@_family("What is {sum}?", "Compute {sum}.", "Work out: {sum}.")
+def _arithmetic(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    low, high = (0, 20) if difficulty == 1 else (21, 99)
+    a, b, c = (rng.randint(low, high) for _ in range(3))
+    if difficulty == 3:
+        return {"sum": f"{a} + {b} - {c}"}, str(a + b - c)
+    if rng.random() < 0.5:
+        return {"sum": f"{a} + {b}"}, str(a + b)
+    return {"sum": f"{max(a, b)} - {min(a, b)}"}, str(abs(a - b))
+
+
+@_family("Which is the {end}: {numbers}?", "Find the {end} number of {numbers}.")
+def _compare(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    numbers = rng.sample(range((100, 1000, 1000)[difficulty - 1]), (2, 3, 5)[difficulty - 1])
+    end, pick = rng.choice((("largest", max), ("smallest", min)))
+    return {"end": end, "numbers": " ".join(map(str, numbers))}, str(pick(numbers))
+
+
+@_family("Given {pairs}, what is {word}?", "Look up {word} in {pairs}.")
+def _lookup(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    words = _words(rng, difficulty, (2, 2), (4, 4), (6, 6))
+    values = rng.sample(range(100), len(words))
+    asked = rng.randrange(len(words))
+    return {"pairs": _pairs(words, values), "word": words[asked]}, str(values[asked])
+
+
+@_family("What comes {steps}?", "Name what is {steps}.")
+def _calendar(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    side, sign = rng.choice((("after", 1), ("before", -1)))
+    if difficulty == 2:
+        names, unit, most = rng.choice(((_DAYS, "day", 30), (_MONTHS, "month", 24)))
+        start, n = rng.randrange(len(names)), rng.randint(1, most)
+        return {"steps": f"{_many(n, unit)} {side} {names[start]}"}, names[(start + sign * n) % len(names)]
+    while True:  # within a month, or across its end; never across the end of February, which moves
+        start = date(2023, 1, 1) + timedelta(days=rng.randrange(365))
+        n = rng.randint(1, 3) if difficulty == 1 else rng.randint(4, 20)
+        end = start + timedelta(days=sign * n)
+        crosses = {start.month, end.month}
+        if len(crosses) == (1 if difficulty == 1 else 2) and crosses != {2, 3}:
+            return {"steps": f"{_many(n, 'day')} {side} {_day(start)}"}, _day(end)
+
+
+@_family("Is {word} in: {words}?", "Does this list have {word}: {words}?")
+def _membership(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    absent, *words = _words(rng, difficulty, (3, 4), (5, 6), (8, 9))
+    word, answer = rng.choice(((absent, "no"), (rng.choice(words), "yes")))
+    return {"word": word, "words": " ".join(words)}, answer
+
+
+@_family("Write in {style}: {words}.", "Change to {style}: {words}.")
+def _case(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    words = _words(rng, difficulty, (1, 2), (3, 3), (5, 5))
+    styles = {"capitals": str.upper, "lower case": str.lower, "title case": str.title}
+    style = rng.choice(list(styles)[: 2 if difficulty == 1 else 3])
+    given = [rng.choice([change for name, change in styles.items() if name != style])(word) for word in words]
+    return {"style": style, "words": " ".join(given)}, " ".join(map(styles[style], words))
+
+
+@_family("Rewrite {how}: {text}.", "Give this {how}: {text}.")
+def _format(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    if difficulty == 1:
+        name, sign = rng.choice((("dashes", "-"), ("commas", ","), ("slashes", "/")))
+        words = rng.sample(_WORDS, rng.randint(2, 3))
+        return {"how": f"with {name}", "text": " ".join(words)}, sign.join(words)
+    if difficulty == 2:
+        day = date(1950, 1, 1) + timedelta(days=rng.randrange(36500))
+        return {"how": "as day/month/year", "text": day.isoformat()}, f"{day.day:02}/{day.month:02}/{day.year}"
+    words, values = rng.sample(_WORDS, 3), rng.sample(range(100), 3)
+    return {"how": "as value=word", "text": _pairs(words, values)}, _pairs(values, words)
+
+
+@_family("What comes next: {numbers}?", "Continue {numbers}, with one number.")
+def _sequence(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    if difficulty == 3:  # each number is the sum of the two before it
+        numbers = [rng.randint(1, 30), rng.randint(1, 30)]
+        while len(numbers) < 5:
+            numbers.append(numbers[-1] + numbers[-2])
+    else:
+        step = rng.randint(1, 4) if difficulty == 1 else rng.choice((1, -1)) * rng.randint(5, 12)
+        start = rng.randrange(200) if step > 0 else rng.randrange(40, 200)
+        numbers = [start + i * step for i in range(4)]
+    return {"numbers": ", ".join(map(str, numbers[:-1]))}, str(numbers[-1])
+
+
+@_family("What is the {place} word of: {words}?", "Take the {place} word from: {words}.")
+def _position(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    words = _words(rng, difficulty, (2, 3), (4, 5), (6, 7))
+    index = rng.choice((0, -1)) if difficulty == 1 else rng.randrange(4)
+    if difficulty == 3:
+        index = rng.choice((index, -1 - index))
+    places = (*_ORDINALS, *(f"{ordinal} to last" for ordinal in reversed(_ORDINALS[1:])), "last")
+    return {"place": places[index], "words": " ".join(words)}, words[index]
+
+
+@_family("Remove {word} from: {words}.", "Leave out {word}: {words}.")
+def _remove(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
+    words = _words(rng, difficulty, (2, 3), (4, 5), (7, 8))
+    word = rng.choice(words)
+    return {"word": word, "words": " ".join(words)}, " ".join(other for other in words if other != word)
+
+
+def _pairs(keys: list[Any], values: list[Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+
+
+def _many(n: int, unit: str) -> str:
+    return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
+
+
+def _day(day: date) -> str:
+    return f"{_MONTHS[day.month - 1]} {day.day}"

@@ -1,0 +1,90 @@
+"""Figures: what is drawn is what the table says; equal tables give equal bytes."""
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from apexlib import plotting
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def masking():
+    rows = [
+        {"order": order, "fraction": fraction, "mean": slope * fraction, "low": -0.1, "high": 2.0}
+        for order, slope in (("advantageous", 3.0), ("random", 1.0), ("disadvantageous", 0.1))
+        for fraction in (0.0, 0.5, 1.0)
+    ]
+    return pd.DataFrame(rows)
+
+
+def imbalance():
+    return pd.DataFrame({"model": "base", "tokens": [0, 4e6, 8e6], "mean": [0.2, 1.0, 2.0], "low": 0.1, "high": 2.5})
+
+
+def curve():
+    train = pd.DataFrame({"model": "base", "seed": [0, 1] * 3, "split": "train", "tokens": [1, 1, 2, 2, 3, 3]})
+    valid = pd.DataFrame({"model": "base", "seed": 0, "split": "valid", "tokens": [0, 3]})
+    table = pd.concat([train, valid], ignore_index=True)
+    return table.assign(tokens=table["tokens"] * 1e6, loss=np.linspace(5, 3, len(table)))
+
+
+def activations():
+    return pd.DataFrame({"layer": np.repeat([0, 1], 50), "unit": list(range(50)) * 2, "activation": np.arange(100.0)})
+
+
+PLOTS = {
+    plotting.plot_masking_curve: masking,
+    plotting.plot_imbalance: imbalance,
+    plotting.plot_loss_curve: curve,
+    plotting.plot_activation_distribution: activations,
+}
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
+def test_figures_have_labels_legend_their_data_and_the_same_bytes_twice(plot, tmp_path):
+    written = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        (ax,) = plotting.new_figure()
+        assert plot(PLOTS[plot](), ax) is ax
+        assert ax.get_xlabel()
+        assert ax.get_ylabel()
+        assert ax.get_legend().get_texts()
+        written.append(plotting.save_figure(ax, "figure", folder=folder))
+    assert [path.suffix for path in written[0]] == [".svg", ".png", ".csv"]
+    for first, second in zip(*written, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(written[0][2]), PLOTS[plot](), check_dtype=False)
+
+
+def test_lines_are_drawn_at_the_tables_values():
+    (ax,) = plotting.new_figure()
+    plotting.plot_masking_curve(masking(), ax)
+    lines = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
+    assert lines["most active first"].tolist() == [[0, 0], [0.5, 1.5], [1, 3]]
+
+
+def test_panels_are_told_apart_in_the_saved_data(tmp_path):
+    axes = plotting.new_figure(2)
+    for ax, title in zip(axes, ("heads", "channels"), strict=True):
+        plotting.plot_masking_curve(masking(), ax)
+        ax.set_title(title)
+    table = pd.read_csv(plotting.save_figure(axes, "two", folder=tmp_path)[2])
+    assert table["panel"].value_counts().to_dict() == {"heads": 9, "channels": 9}
+
+
+def test_a_figure_without_its_data_is_refused(tmp_path):
+    (ax,) = plotting.new_figure()
+    ax.plot([1, 2])
+    with pytest.raises(ValueError, match="figure 'bare': every ax must come from a plot_"):
+        plotting.save_figure(ax, "bare", folder=tmp_path)
+    assert not list(tmp_path.iterdir())

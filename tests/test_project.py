@@ -1,0 +1,147 @@
+"""The frame: lock, environment and borders between modules agree with what the project says of itself."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from readme import rendered
+
+from apexlib.claims import read_claims
+from apexlib.notebooks import read_notebook, read_profile
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# who may import whom from apexlib; records holds what every file needs and imports nothing
+ARROWS = {
+    "records": set(),
+    "architectures": set(),
+    "activations": {"architectures", "records"},
+    "evaluation": {"records"},
+    "difference": {"architectures", "activations", "evaluation", "records"},
+    "skills": {"records"},
+    "rows": set(),
+    "corpora": {"records", "rows", "skills"},
+    "tokenizer": {"corpora", "records", "rows"},
+    "data": {"corpora", "records", "tokenizer"},
+    "training": {"records"},
+    "claims": set(),
+    "plotting": {"records"},
+    "notebooks": {"records"},
+    "execution": {"notebooks", "records"},
+    "reproduce": {"notebooks", "execution", "records"},
+}  # the command line is free to import anything, once a command runs
+
+
+def imports(path):
+    """Names of the modules of apexlib that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "apexlib":
+            found |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "apexlib").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_modules_import_only_what_the_design_allows(path):
+    assert imports(path) <= ARROWS[path.stem]
+
+
+def test_importing_the_library_stays_light():
+    heavy = {"datasets", "peft", "papermill", "matplotlib", "seaborn", "accelerate", "pyarrow", "yaml", "IPython"}
+    runner = {"plotting", "notebooks", "execution", "reproduce"}
+    for name in ARROWS.keys() - runner:
+        top_level = ast.parse((ROOT / "apexlib" / f"{name}.py").read_text(encoding="utf-8")).body
+        found = {alias.name for node in top_level if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in top_level if isinstance(node, ast.ImportFrom)}
+        assert not {module.split(".")[0] for module in found} & heavy, name
+
+
+def test_plotting_claims_and_the_runner_need_no_torch():
+    code = "import sys, apexlib.plotting, apexlib.claims, apexlib.reproduce; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def pins():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    return dict(line.split(" ;")[0].strip().split("==") for line in lines if line)
+
+
+def test_the_lock_pins_every_dependency_within_its_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    for text in [*project["dependencies"], *(text for extra in extras for text in extra)]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins()[requirement.name]), text
+
+
+def test_what_is_installed_is_what_the_lock_says():
+    for name in ("torch", "transformers", "tokenizers", "datasets", "pandas", "papermill", "matplotlib"):
+        assert metadata.version(name).split("+")[0] == pins()[name], name
+
+
+def test_conda_installs_from_the_same_lock():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == ["-r requirements.lock", "-c requirements-cuda.lock", "-e ."]
+    (python,) = [entry for entry in environment["dependencies"] if str(entry).startswith("python=")]
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert Requirement(f"python{wanted}").specifier.contains(python.split("=")[1])
+    assert not any(line.startswith(("nvidia-", "cuda-", "triton")) for line in pins())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_clean_and_thin(path):
+    notebook = nbformat.read(path, 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert notebook.metadata.kernelspec.name == "python3"
+    opening = notebook.cells[0].source
+    assert all(word in opening for word in ("**Question.**", "**Needs**", "**Writes**", "**Costs**"))
+    for cell in code:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 10, node.name
+    declared = read_notebook(path, "cpu").writes
+    missing = [name for name in declared if not name.endswith("/") and Path(name).stem not in opening]
+    assert not missing, "the opening does not mention what the notebook writes"
+
+
+def test_the_cpu_profile_is_the_notebooks_own_values():
+    profile = read_profile("cpu", ROOT / "notebooks" / "profiles")
+    assert {name: {} for name in (path.stem for path in NOTEBOOKS)} == {
+        name: values or {} for name, values in profile.notebooks.items()
+    }
+
+
+def test_every_claim_has_an_id_of_its_own_and_a_source():
+    claims = read_claims(ROOT / "data" / "claims.yaml")
+    assert len(claims) == (ROOT / "data" / "claims.yaml").read_text().count("- id:")
+    assert all("2505.24241" in claim["source"] for claim in claims.values())
+
+
+def test_the_readme_says_what_the_results_say():
+    changed = subprocess.run(["git", "status", "--porcelain", "data/results"], cwd=ROOT, capture_output=True, text=True)
+    if changed.returncode or changed.stdout:
+        pytest.skip("data/results are not those of the commit: you have run the notebooks yourself")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rendered(text) == text, "run `make readme`"
+
+
+def test_no_file_names_a_path_of_a_machine():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"(?<![\w.])/(home|root|work|Users)/\w")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".ipynb", ".md", ".yaml", ".yml", ".toml", ".json", ".csv") and path.is_file():
+            assert not pattern.search(path.read_text(encoding="utf-8")), name

@@ -1,0 +1,735 @@
+"""The runner runs what changed and nothing else, refuses what it does not know, and takes nothing for a success."""
+
+import fcntl
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import redirect_stderr
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from apexlib import execution, reproduce
+from apexlib.notebooks import ReproduceError, read_notebook
+from apexlib.records import file_hash
+from apexlib.reproduce import RunError, main, plan_profile, run_profile
+
+PROFILE = 'profile: str = "cpu"  # whose folders'
+
+
+class Project:
+    """A folder with notebooks that start in a second, since they import nothing heavy."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def make(self) -> "Project":
+        (self.root / "notebooks" / "profiles").mkdir(parents=True)
+        for name in ("pyproject.toml", "requirements.lock"):
+            (self.root / name).write_text("")
+        return self
+
+    def notebook(self, name, *cells, parameters=PROFILE, needs=(), writes=None, minutes=1.0, prose="# Why?", tags=()):
+        content = nbformat.v4.new_notebook()
+        content.cells = [
+            nbformat.v4.new_markdown_cell(prose),
+            nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+            *(nbformat.v4.new_code_cell(textwrap.dedent(cell), metadata={"tags": list(tags)}) for cell in cells),
+        ]
+        content.metadata["apexlib"] = {"needs": list(needs), "writes": writes or {}, "timeout_minutes": minutes}
+        nbformat.write(content, self.root / "notebooks" / f"{name}.ipynb")
+        return self
+
+    def profile(self, name="cpu", **content):
+        path = self.root / "notebooks" / "profiles" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"description": "as written", **content}), encoding="utf-8")
+        return self
+
+    def table(self, name: str) -> Path:
+        return self.root / "data" / "results" / "cpu" / name
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "data" / "runs" / "cpu"
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads(self.table("manifest.json").read_text(encoding="utf-8"))
+
+    def plan(self, **options) -> dict[str, tuple[str, str]]:
+        return {step.notebook[:2]: (step.status, step.reason) for step in plan_profile(root=self.root, **options)}
+
+    def run(self, **options) -> dict[str, str]:
+        return {step.notebook[:2]: step.status for step in run_profile(root=self.root, **options)}
+
+
+def four_notebooks(root: Path) -> Project:
+    """00 → 01 → 02, and 03 beside them."""
+    project = Project(root).make()
+    (root / "apexlib").mkdir()
+    (root / "apexlib" / "__init__.py").write_text("WHERE = 'the project'\n")
+    project.notebook(
+        "00_make",
+        """
+        import hashlib, json, os, sys
+        from pathlib import Path
+        import apexlib
+        results = Path("../data/results") / profile
+        """,
+        """
+        models = Path("../data/models") / profile / "tiny"
+        for folder in (results, models):
+            folder.mkdir(parents=True, exist_ok=True)
+        table = f"step,loss\\n{n},{n * 2}\\n".encode()
+        (results / "a.csv").write_bytes(table)
+        facts = {"sha256": hashlib.sha256(table).hexdigest(), "data": {"corpus": "c0ffee"}, "device": "cpu, 1 threads"}
+        (results / "a.json").write_text(json.dumps(facts))
+        (models / "weights.bin").write_bytes(bytes(n))
+        """,
+        """
+        seen = {key: os.environ.get(key) for key in ("PYTHONHASHSEED", "TOKENIZERS_PARALLELISM")}
+        seen |= {"python": sys.executable, "where": apexlib.WHERE, "cwd": os.getcwd(), "text": text, "rates": rates}
+        (results / "seen.json").write_text(json.dumps(seen))
+        print(bytearray(80_000_000)[-1])  # 80 MB for a moment
+        """,
+        parameters=PROFILE
+        + '\nn: int = 3  # größe\ntext: str = ""\nrates: list[float] | None = None\nspare: bool = False',
+        writes={
+            "data/results/{profile}/a.csv": ["step", "loss"],
+            "data/results/{profile}/seen.json": [],
+            "data/models/{profile}/tiny/": [],
+        },
+    )
+    project.notebook(
+        "01_use",
+        """
+        import csv
+        from pathlib import Path
+        results = Path("../data/results") / profile
+        with open(results / "a.csv") as file:
+            steps = int(next(csv.DictReader(file))["step"])
+        (results / "b.csv").write_text(f"even\\n{steps % 2 == 0}\\n")
+        """,
+        needs=["data/results/{profile}/a.csv", "data/models/{profile}/tiny/weights.bin"],
+        writes={"data/results/{profile}/b.csv": ["even"]},
+    )
+    project.notebook(
+        "02_last",
+        """
+        from pathlib import Path
+        figure = Path("../figures") / profile / "f.svg"
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.write_text("<svg/>")
+        """,
+        needs=["data/results/{profile}/b.csv"],
+        writes={"figures/{profile}/f.svg": []},
+    )
+    project.notebook("03_beside", "1 + 1")
+    text = 'ä "quoted" \\ {n} $HOME'
+    values = {"text": text, "rates": [1, 0.5]}
+    return project.profile(notebooks={"00_make": values, "01_use": {}, "02_last": None, "03_beside": {}})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A project after its first run; its folder has every character that papermill or jupyter give a meaning to."""
+    project = four_notebooks(tmp_path_factory.mktemp("runner") / "prö ject {n} $HOME")
+    kernels = project.root.parent / "kernels" / "python3"
+    kernels.mkdir(parents=True)
+    kernels.joinpath("kernel.json").write_text(
+        '{"argv": ["/nowhere/python"], "display_name": "", "language": "python"}'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(project.root.parent))  # another environment's kernel of the same name
+        assert project.run() == dict.fromkeys(("00", "01", "02", "03"), "done")
+    return project
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    """A copy of the finished project, times included, to go on from."""
+    return Project(shutil.copytree(finished.root, tmp_path / finished.root.name))
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a notebook was run")
+
+    monkeypatch.setattr(reproduce, "execute", refuse)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+# a run that goes well
+
+
+def test_a_kernel_is_this_interpreter_in_the_notebooks_folder_and_sees_the_project(finished):
+    seen = json.loads(finished.table("seen.json").read_text())
+    assert seen["python"] == sys.executable
+    assert Path(seen["cwd"]) == finished.root / "notebooks"
+    assert (seen["where"], seen["PYTHONHASHSEED"], seen["TOKENIZERS_PARALLELISM"]) == ("the project", "0", "false")
+    assert (seen["text"], seen["rates"]) == ('ä "quoted" \\ {n} $HOME', [1.0, 0.5])
+
+
+def test_the_executed_copies_lie_in_the_runs_folder_and_the_sources_stay_clean(finished):
+    for path in sorted(finished.root.glob("notebooks/*.ipynb")):
+        copy = nbformat.read(finished.runs / path.name, as_version=4)
+        assert all(cell.execution_count for cell in copy.cells if cell.cell_type == "code")
+        assert not any(cell.get("execution_count") for cell in nbformat.read(path, as_version=4).cells)
+
+
+def test_the_manifest_tells_what_was_run_with_what(finished):
+    manifest, entry = finished.manifest, finished.manifest["notebooks"]["00_make"]
+    assert manifest["profile"] == "cpu"
+    assert {"commit", "python", "versions", "created"} <= set(manifest)
+    assert "device" not in manifest  # the runner itself sees no accelerator
+    assert set(manifest["notebooks"]) == {"00_make", "01_use", "02_last", "03_beside"}
+    assert entry["parameters"]["n"] == 3
+    assert entry["parameters"]["profile"] == "cpu"
+    table = "data/results/cpu/a.csv"
+    assert entry["artifacts"][table] == file_hash(finished.root / table)
+    assert set(entry["artifacts"]) == {table, "data/results/cpu/seen.json", "data/models/cpu/tiny/"}
+    assert (entry["data"], entry["device"]) == ({table: {"corpus": "c0ffee"}}, "cpu, 1 threads")
+    assert 0 < entry["seconds"] < 60
+    assert str(finished.root) not in json.dumps(manifest)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell peak memory")
+def test_peak_memory_is_that_of_each_notebooks_own_kernel(finished):
+    peak = {name: entry["peak_memory_mb"] for name, entry in finished.manifest["notebooks"].items()}
+    assert 70 < peak["00_make"] - peak["03_beside"] < 120  # 80 MB more, though it ran before
+    assert 20 < peak["03_beside"] < 200
+
+
+# what runs again
+
+
+def test_a_second_run_does_nothing(project, no_kernel):
+    results = {path: path.stat().st_mtime_ns for path in project.table("").iterdir()}
+    assert set(project.run().values()) == {"up to date"}
+    assert {path: path.stat().st_mtime_ns for path in project.table("").iterdir()} == results
+
+
+def test_touched_files_do_nothing(project, no_kernel):
+    for path in project.root.rglob("*"):
+        os.utime(path)
+    assert set(project.run().values()) == {"up to date"}
+
+
+def test_bytes_are_hashed_again_only_when_a_file_was_touched(project, no_kernel, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(reproduce, "file_hash", lambda path: hashed.append(path.name) or file_hash(path))
+    project.run()
+    assert hashed == []
+    os.utime(project.table("a.csv"))
+    project.run()
+    assert hashed == ["a.csv"]
+    project.run()
+    assert hashed == ["a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("# Why?", "# Because"), ("größe", "size"), ('"timeout_minutes": 1.0', '"timeout_minutes": 2.0')],
+)
+def test_prose_help_and_time_limit_do_not_count(project, no_kernel, old, new):
+    edit(project.root / "notebooks" / "00_make.ipynb", old, new)
+    assert set(project.run().values()) == {"up to date"}
+
+
+def test_a_changed_parameter_reruns_its_notebook_and_only_those_whose_inputs_changed_with_it(project):
+    spare = {"00_make.spare": True}  # 00 writes the same bytes again
+    assert project.run(settings=spare) == {"00": "done", "01": "up to date", "02": "up to date", "03": "up to date"}
+    assert project.manifest["notebooks"]["00_make"]["parameters"]["spare"] is True
+    odd = spare | {"00_make.n": 5}  # other bytes from 00, but 5 is as odd as 3, so the same from 01
+    assert project.run(settings=odd) == {"00": "done", "01": "done", "02": "up to date", "03": "up to date"}
+    assert project.table("a.csv").read_text() == "step,loss\n5,10\n"
+    assert set(project.manifest["notebooks"]) == {"00_make", "01_use", "02_last", "03_beside"}
+
+
+def changed(reason: str, *notebooks: str) -> dict[str, str]:
+    return dict.fromkeys(notebooks, reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        pytest.param(
+            lambda p: edit(p.root / "notebooks/01_use.ipynb", "% 2", "% 3"),
+            changed("changed: source", "01"),
+            id="source",
+        ),
+        pytest.param(
+            lambda p: edit(p.root / "notebooks/00_make.ipynb", "n: int = 3", "n: int = 4"),
+            changed("changed: parameter n", "00"),
+            id="parameter",
+        ),
+        pytest.param(
+            lambda p: edit(p.root / "apexlib/__init__.py", "the", "The"),
+            changed("changed: apexlib/__init__.py", "00", "01", "02", "03"),
+            id="library",
+        ),
+        pytest.param(
+            lambda p: (p.root / "requirements.lock").write_text("numpy==2\n"),
+            changed("changed: requirements.lock", "00", "01", "02", "03"),
+            id="lock",
+        ),
+        pytest.param(
+            lambda p: p.table("a.csv").write_text("step,loss\n3,7\n"),
+            {"00": "not as it was written: data/results/cpu/a.csv", "01": "changed: data/results/cpu/a.csv"},
+            id="edited table",
+        ),
+        pytest.param(
+            lambda p: p.table("seen.json").unlink(), {"00": "missing: data/results/cpu/seen.json"}, id="deleted file"
+        ),
+        pytest.param(
+            lambda p: (p.root / "data/models/cpu/tiny/extra").write_text("x"),
+            {"00": "not as it was written: data/models/cpu/tiny/"},
+            id="folder",
+        ),
+        pytest.param(
+            lambda p: (p.runs / "state.json").write_text("{"), changed("never run", "00", "01", "02", "03"), id="state"
+        ),
+    ],
+)
+def test_the_plan_names_what_changed_and_whom_it_may_concern(project, no_kernel, change, reasons):
+    change(project)
+    state = (project.runs / "state.json").read_bytes()
+    plan = project.plan()
+    assert {name: reason for name, (status, reason) in plan.items() if status == "run"} == reasons
+    for name, (status, reason) in plan.items():
+        upstream = {"01": "00", "02": "01"}.get(name)
+        if name not in reasons:
+            moves = upstream is not None and plan[upstream][0] != "skip"
+            assert status == ("maybe" if moves else "skip")
+            assert not moves or reason.startswith(f"if {upstream}_")
+    assert (project.runs / "state.json").read_bytes() == state
+
+
+def test_the_runners_own_source_is_no_input(project, no_kernel):
+    (project.root / "apexlib" / "reproduce.py").write_text("")
+    assert set(project.run().values()) == {"up to date"}
+
+
+def test_dry_run_prints_a_table(project, no_kernel, monkeypatch, capsys):
+    monkeypatch.chdir(project.root / "notebooks" / "profiles")  # anywhere in the project will do
+    assert main(["--dry-run", "--set", "00_make.n=4"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "00_make    run    changed: parameter n",
+        "01_use     maybe  if 00_make changes data/results/cpu/a.csv",
+        "02_last    maybe  if 01_use changes data/results/cpu/b.csv",
+        "03_beside  skip   up to date",
+    ]
+
+
+def test_only_from_and_force_choose(project):
+    assert set(project.plan(only=["03", "01"])) == {"01", "03"}
+    assert set(project.plan(start="02")) == {"02", "03"}
+    assert project.plan(start="02", force=True) == {"02": ("run", "forced"), "03": ("run", "forced")}
+    before = project.manifest["notebooks"]
+    with redirect_stderr(Terminal()) as error:
+        assert project.run(only=["03_b"], force=True) == {"03": "done"}
+    assert re.search(r"03_beside: +\d+%.* \d/2 ", error.getvalue())
+    after = project.manifest["notebooks"]
+    assert {name for name in after if after[name] != before[name]} == {"03_beside"}
+
+
+def test_a_missing_input_is_traced_to_its_notebook(project, no_kernel):
+    project.table("a.csv").unlink()
+    with pytest.raises(ReproduceError, match=r"01_use needs data/results/cpu/a.csv.*00_make writes it.*--from 00"):
+        project.run(only=["01"])
+    project.profile("part", notebooks={"01_use": {}})
+    with pytest.raises(ReproduceError, match=r"00_make writes it, but is not in profile part"):
+        project.plan(profile="part")
+    project.notebook("03_beside", needs=["data/given.csv"])
+    with pytest.raises(ReproduceError, match=r"03_beside needs data/given.csv.*no notebook writes"):
+        project.plan(only=["03"])
+
+
+def test_outdated_inputs_are_mentioned(project, no_kernel, capsys):
+    edit(project.root / "notebooks" / "00_make.ipynb", "n: int = 3", "n: int = 4")
+    assert project.run(only=["01"]) == {"01": "up to date"}
+    assert "data/results/cpu/a.csv is out of date, 00_make: changed: parameter n" in capsys.readouterr().err
+
+
+def test_one_runner_at_a_time(project, no_kernel, monkeypatch, capsys):
+    monkeypatch.chdir(project.root)
+    with (project.runs / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([]) == 2
+    assert capsys.readouterr().err == "error: profile cpu: another run of it has not ended yet\n"
+    assert main([]) == 0
+
+
+# runs that fail
+
+FAILURES = {
+    "raises": "code cell 3 of 4: ValueError: no such luck",
+    "dies": "code cell 2 of 3: the kernel died (out of memory?)",
+    "hangs": "code cell 3 of 4: not done after 0.04 minutes, the notebook's timeout_minutes",
+    "exits": "code cell 2 of 3 left the notebook by sys.exit",
+    "skips": "code cell 2 of 2 was not run",
+}
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    project = Project(tmp_path_factory.mktemp("failing")).make()
+    promise = {"data/results/{profile}/never.csv": ["x"]}
+    project.notebook("00_raises", "before = 1", "raise ValueError('no such luck')", "after = 1", writes=promise)
+    project.notebook("01_needs", "1", needs=list(promise), writes={"data/results/{profile}/next.csv": []})
+    project.notebook("02_needs", "1", needs=["data/results/{profile}/next.csv"])
+    project.notebook("03_dies", "import os\nos.kill(os.getpid(), 9)", "1")
+    project.notebook("04_hangs", "import time\ntime.sleep(1.5)", "time.sleep(1.5)", "1", minutes=0.04)
+    project.notebook("05_exits", "import sys\nsys.exit(0)", "1")
+    project.notebook("06_skips", "1", tags=["skip-execution"])
+    project.notebook("07_good", "1")
+    names = sorted(path.stem for path in project.root.glob("notebooks/*.ipynb"))
+    project.profile(notebooks=dict.fromkeys(names))
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as error:
+        patch.chdir(project.root)
+        patch.setattr(execution, "_LONG_CELL", 0.0)
+        noise = logging.StreamHandler(error)
+        logging.getLogger("papermill").addHandler(noise)
+        code = main([])
+        logging.getLogger("papermill").removeHandler(noise)
+    return project, code, error.getvalue()
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_names_the_cell_and_shows_its_source(failed, name):
+    project, code, error = failed
+    assert code == 1
+    notebook = next(project.root.glob(f"notebooks/*_{name}.ipynb"))
+    report, copy = error.split(f"{notebook.stem}  failed  ")[1].split("  as far as it got: ", 1)
+    assert report.startswith(FAILURES[name])
+    source = nbformat.read(notebook, as_version=4).cells[3 if name in ("raises", "hangs") else 2].source
+    assert all(f"    | {line}\n" in report for line in source.splitlines())
+    assert Path(copy.splitlines()[0]) == project.runs / notebook.name
+    assert nbformat.read(project.runs / notebook.name, as_version=4).cells
+    assert "\x1b" not in error
+    assert "waiting for execute reply" not in error  # papermill's own words
+
+
+def test_what_depends_on_a_failed_notebook_does_not_run_and_the_rest_does(failed):
+    project, _, error = failed
+    assert "01_needs  not run  needs 00_raises\n02_needs  not run  needs 01_needs\n" in error
+    assert re.search(r"^07_good  done  ", error, flags=re.M)
+    assert error.splitlines()[-1].startswith("error: 00_raises (failed), 01_needs (not run), ")
+    assert set(project.manifest["notebooks"]) == {"07_good"}
+    assert not (project.runs / "01_needs.ipynb").exists()
+    assert not kernels_of(project.root)
+
+
+def test_long_cells_get_a_line_where_there_is_no_progress_bar(failed):
+    cells = re.findall(r"^  code cell (\d of \d) took [\d.]+ s$", failed[2].split("07_good  start")[1], flags=re.M)
+    assert cells == ["1 of 2", "2 of 2"]
+
+
+def test_after_a_failure_the_run_goes_on_from_there(failed):
+    project, _, _ = failed
+    assert project.plan()["00"] == ("run", "the last run did not finish")
+    assert project.plan()["01"] == ("run", "never run")
+    assert project.plan()["07"] == ("skip", "up to date")
+
+
+def kernels_of(root: Path) -> list[str]:
+    """Command lines of the kernels whose working directory is in `root`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            if "ipykernel" in command and (process / "cwd").resolve().is_relative_to(root):
+                found.append(command)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks for processes in /proc")
+def test_an_interrupt_stops_the_kernel_too(tmp_path):
+    project = Project(tmp_path).make().notebook("00_long", "import time\nopen('begun', 'w').close()\ntime.sleep(60)")
+    project.profile(notebooks={"00_long": {}})
+    command = [sys.executable, "-m", "apexlib.reproduce"]
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it from birth
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "notebooks" / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert kernels_of(tmp_path)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.splitlines() == [
+        "00_long  start: never run",  # and no word of papermill's or the kernel's own
+        "interrupted: the notebook under way starts again next time",
+    ]
+    assert not kernels_of(tmp_path)
+    assert project.plan() == {"00": ("run", "the last run did not finish")}
+
+
+def test_a_kernel_that_does_not_start_says_why(tmp_path):
+    project = Project(tmp_path).make().notebook("00_any", "1").profile(notebooks={"00_any": {}})
+    (tmp_path / "notebooks" / "ipykernel_launcher.py").write_text("raise SystemExit('no kernel today')")
+    with pytest.raises(RunError, match=r"00_any failed: before the first cell: (?s:.*)\| no kernel today"):
+        project.run()
+
+
+TABLE = "data/results/cpu/t.csv"
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ({TABLE: "x,y\n1,2\n"}, ""),
+        ({TABLE: "y,z,x\n1,2,3\n"}, ""),
+        ({TABLE: "x,y\n0,0\n"}, ""),  # the same bytes as before, but written again
+        ({}, f"promised {TABLE}, but left an older one in place"),
+        ({TABLE: None}, f"promised {TABLE}, but did not write it"),
+        ({TABLE: ""}, f"promised {TABLE}, but it is empty"),
+        ({TABLE: "x,y\n"}, f"promised {TABLE}, but it has no rows"),
+        ({TABLE: "x,z\n1,2\n"}, f"promised {TABLE} with y; its columns are x, z"),
+        ({TABLE: "x,y\n1,2\n", "models/a": None}, "promised models/, but did not write it"),
+        ({TABLE: "x,y\n1,2\n", "models/a": ""}, "promised models/, but it is empty"),
+    ],
+)
+def test_every_promise_is_checked(tmp_path, monkeypatch, written, problem):
+    project = Project(tmp_path).make()
+    project.notebook("00_any", "1", writes={TABLE: ["x", "y"], "models/": []})
+    for path, text in {TABLE: "x,y\n0,0\n", "models/a": "0", "runs/old": ""}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        os.utime(tmp_path / path, (1e9, 1e9))
+
+    def papermill_does(*_, **__):
+        for path, text in {"models/a": "0", **written}.items():
+            (tmp_path / path).unlink() if text is None else (tmp_path / path).write_text(text)
+        return nbformat.v4.new_notebook()
+
+    monkeypatch.setattr("papermill.execute_notebook", papermill_does)
+    notebook = read_notebook(tmp_path / "notebooks" / "00_any.ipynb", "cpu")
+    done = execution.execute(notebook, {}, root=tmp_path, copy=tmp_path / "runs" / "00_any.ipynb")
+    assert done.problem == problem
+
+
+# what is refused before anything starts
+
+
+@pytest.fixture
+def small(tmp_path, no_kernel, monkeypatch):
+    """One notebook with a parameter of every kind; whatever is run here is a mistake."""
+    lines = (PROFILE, "n: int = 1", "lr: float = 0.1", "on: bool = True", "s: str | None = None", "l: list[int] = [1]")
+    project = Project(tmp_path).make().notebook("00_only", "1", parameters="\n".join(lines), writes={"data/x": []})
+    monkeypatch.chdir(tmp_path)
+    return project.profile(notebooks={"00_only": {}})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"m": 1}, "unknown parameter 'm' in profile cpu, 00_only: need one of l, lr, n, on, profile, s"),
+        ({"lrr": 1}, "unknown parameter 'lrr' in profile cpu, 00_only: did you mean lr?"),
+        ({"n": 1.5}, "cpu, 00_only, parameter n: need int, got 1.5 (float)"),
+        ({"n": True}, "cpu, 00_only, parameter n: need int, got True (bool)"),
+        ({"n": None}, "cpu, 00_only, parameter n: need int, got None (NoneType)"),
+        ({"on": "false"}, "cpu, 00_only, parameter on: need bool, got 'false' (str)"),
+        ({"on": 0}, "cpu, 00_only, parameter on: need bool, got 0 (int)"),
+        ({"lr": True}, "cpu, 00_only, parameter lr: need float, got True (bool)"),
+        ({"lr": float("nan")}, "cpu, 00_only, parameter lr: need float, got nan (float)"),
+        ({"lr": "fast"}, "cpu, 00_only, parameter lr: need float, got 'fast' (str)"),
+        ({"lr": "1e-4"}, "YAML takes this for text, need a point and a sign as in 1.0e-4"),
+        ({"s": 7}, "cpu, 00_only, parameter s: need str | None, got 7 (int)"),
+        ({"l": 7}, "cpu, 00_only, parameter l: need list[int], got 7 (int)"),
+        ({"l": [1, "2"]}, "cpu, 00_only, parameter l: need list[int], got [1, '2'] (list)"),
+        ({"profile": "gpu"}, "cpu, 00_only: parameter profile is set by the runner"),
+        ([1], "cpu.yaml, 00_only: need a mapping, got [1]"),
+    ],
+)
+def test_wrong_parameters_are_refused_in_one_line(small, capsys, values, said):
+    small.profile(notebooks={"00_only": values})
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (small.root / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("00_only.n=1.5", "--set, 00_only, parameter n: need int, got 1.5 (float)"),
+        ("00_only.on='false'", "need bool, got 'false' (str)"),
+        ("00_only.steps=1", "unknown parameter 'steps' in --set, 00_only"),
+        ("01_other.n=1", "unknown notebook '01_other': need one of 00_only"),
+        ("00_only.n", "--set 00_only.n: need NOTEBOOK.PARAMETER=VALUE"),
+        ("00_only.n=[", "--set 00_only.n=[: while parsing"),
+    ],
+)
+def test_wrong_settings_are_refused(small, capsys, text, said):
+    assert main(["--set", text]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_right_values_arrive_as_they_are(small, monkeypatch):
+    small.profile(notebooks={"00_only": {"lr": 2, "s": "x", "l": []}})
+    seen = {}
+    monkeypatch.setattr(
+        reproduce, "execute", lambda _, values, **__: seen.update(values) or execution.Execution("stop", 0.0, None)
+    )
+    assert main(["--set", "00.n=7", "--set", "00_only.on=false"]) == 1
+    assert seen == {"profile": "cpu", "n": 7, "lr": 2.0, "on": False, "s": "x", "l": []}
+    assert isinstance(seen["lr"], float)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"notebooks": {"00_onyl": {}}}, "unknown notebook '00_onyl' in profile cpu: did you mean 00_only?"),
+        ({"notebooks": {"00_only": {}}, "note": 1}, "unknown key 'note' in cpu.yaml"),
+        ({"notebooks": ["00_only"]}, "cpu.yaml, notebooks: need dict, got ['00_only']"),
+        ({"notebooks": {}}, "cpu.yaml: need both description and notebooks"),
+        ({"runnable": "no", "notebooks": {"00_only": {}}}, "cpu.yaml, runnable: need bool, got 'no'"),
+        ({"runnable": False}, "cpu.yaml: need `why`, since it is not runnable"),
+        ({"runnable": False, "why": "Needs\n8 GPUs."}, "profile cpu is not run here: Needs 8 GPUs."),
+    ],
+)
+def test_wrong_profiles_are_refused(small, capsys, content, said):
+    small.profile(**content)
+    assert main(["--force"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one(small, capsys):
+    assert main(["--profile", "cpuu"]) == 2
+    assert "unknown profile 'cpuu': did you mean cpu?" in capsys.readouterr().err
+    assert main(["--only", "07"]) == 2
+    assert "unknown notebook '07': need one of 00_only" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "00", "--from", "00"])
+
+
+def test_a_profile_file_of_ones_own(small, capsys):
+    own = small.root / "mine.yaml"
+    own.write_text("description: mine\nnotebooks: {00_only: {n: 9}}\n")
+    assert main(["--profile", str(own), "--dry-run"]) == 0
+    assert plan_profile(str(own))[0].reason == "never run"
+    for name, said in {"cpu.yaml": "the project has a profile cpu", "a b.yaml": "need letters"}.items():
+        shutil.copy(own, small.root / name)
+        assert main(["--profile", name]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["--profile", "gone.yaml"]) == 2
+    (small.root / "bad.yaml").write_text("description: [\n")
+    assert main(["--profile", "bad.yaml"]) == 2
+    assert "error: bad.yaml: while parsing" in capsys.readouterr().err
+
+
+def test_list_shows_profiles_notebooks_and_parameters(small, capsys):
+    small.profile("paper", runnable=False, why="8 GPUs")
+    small.profile("more", notebooks={"00_only": {"n": 9}})
+    assert main(["--list", "--profile", "more"]) == 0
+    shown = capsys.readouterr().out
+    assert "profile paper     as written (not run here)" in shown
+    assert "00_only  writes data/x" in shown
+    assert "  n: int = 9\n" in shown
+    assert "  profile: str = 'more'  # whose folders\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("m = 2", "got `m = 2`"),
+        ("m: int = 2 * 3", "got `m: int = 2 * 3`"),
+        ("m: int", "got `m: int`"),
+        ("m: dict = {}", "got `m: dict = {}`"),
+        ("import os", "got `import os`"),
+        ("m: int = 'a'", "parameter m: need int, got 'a' (str)"),
+        ("m: int =", "invalid syntax"),
+        ('profile: str = "cpu"', "profile is there already"),
+    ],
+)
+def test_a_parameters_cell_holds_annotated_literals_only(tmp_path, line, said):
+    Project(tmp_path).make().notebook("00_any", parameters=f"{PROFILE}\n# a comment is fine\n{line}")
+    with pytest.raises(ReproduceError) as error:
+        read_notebook(tmp_path / "notebooks" / "00_any.ipynb", "cpu")
+    assert str(error.value).startswith("00_any.ipynb, parameters cell, line 3")
+    assert said in str(error.value)
+
+
+def test_parameters_are_read_with_type_and_help(tmp_path):
+    cell = f'{PROFILE}\nn: int | None = -3  # a "#" = b\nsizes: list[int] = [\n    1,  # one\n    2,\n]  # both, größer'
+    Project(tmp_path).make().notebook("00_any", parameters=cell)
+    found = read_notebook(tmp_path / "notebooks" / "00_any.ipynb", "cpu").parameters
+    assert [(p.name, p.kind, p.default, p.help) for p in found.values()] == [
+        ("profile", "str", "cpu", "whose folders"),
+        ("n", "int | None", -3, 'a "#" = b'),
+        ("sizes", "list[int]", [1, 2], "both, größer"),
+    ]
+
+
+def writing(paths):
+    return {"needs": [], "writes": paths, "timeout_minutes": 1}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        (None, "need a mapping with needs, timeout_minutes, writes; got None"),
+        ({"needs": [], "writes": {}}, "need a mapping with"),
+        ({"needs": [], "writes": {}, "timeout_minutes": 0}, "need timeout_minutes > 0, got 0"),
+        ({"needs": "x", "writes": {}, "timeout_minutes": 1}, "need a list of needs and a mapping of writes"),
+        (writing({"/etc/x": []}), "need paths relative to the project's root, got '/etc/x'"),
+        (writing({"data/../../x": []}), "need paths relative to the project's root"),
+        (writing({"x.csv": "step"}), "need a list of column names, got 'step'"),
+        (writing({"x.svg": ["step"]}), "columns can be promised of a .csv only"),
+    ],
+)
+def test_declarations_are_checked(tmp_path, metadata, said):
+    path = tmp_path / "notebooks" / "00_any.ipynb"
+    Project(tmp_path).make().notebook("00_any")
+    content = json.loads(path.read_text())
+    content["metadata"]["apexlib"] = metadata
+    path.write_text(json.dumps(content))
+    with pytest.raises(ReproduceError, match=re.escape(said)):
+        read_notebook(path, "cpu")
+
+
+def test_notebooks_that_cannot_be_ordered_are_refused(small):
+    small.notebook("01_again", writes={"data/": []})
+    with pytest.raises(ReproduceError, match="01_again writes data/, which 00_only writes already"):
+        small.plan()
+    small.notebook("01_again", writes={"late/": []}).notebook("00_only", needs=["late/x"])
+    with pytest.raises(ReproduceError, match="00_only needs late/x, which 01_again writes: need an earlier one"):
+        small.plan()
+    small.notebook("01_again", writes={}).notebook("00_only", parameters="n: int = 1")
+    with pytest.raises(ReproduceError, match='need `profile: str = "cpu"` as the first parameter'):
+        small.plan()
+    (small.root / "notebooks" / "00_only.ipynb").write_text("{")
+    with pytest.raises(ReproduceError, match=r"00_only\.ipynb: need a notebook of format 4"):
+        small.plan()
+
+
+def test_the_runner_starts_light():
+    code = "import sys, apexlib.reproduce; sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
