@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0: done, 2: it could not start, and one line on stderr says why."""
+    """Run one command; 0: done, 1: a check failed, 2: it could not start, and one line on stderr says why."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["reproduce"]:
         from apexlib.reproduce import main as reproduce
@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     difference.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
     difference.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
     difference.set_defaults(run=_difference)
+    verify = commands.add_parser("verify", help="check a folder that save_fused wrote: hashes, values, loading")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(run=_verify)
     options = parser.parse_args(given)
     try:
         return options.run(options)
@@ -58,6 +61,15 @@ def _difference(options: argparse.Namespace) -> int:
     for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
         print(save_table(table, name, options.out, **facts))
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from apexlib.certificate import verify_folder
+
+    checks = verify_folder(options.folder)
+    for row in checks.itertuples():
+        print(f"{'ok    ' if row.passed else 'FAILED'}  {row.check:<12}{row.file}  {row.detail}".rstrip())
+    return 0 if checks["passed"].all() else 1
 
 
 if __name__ == "__main__":

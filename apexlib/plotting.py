@@ -25,6 +25,12 @@ ORDERS = {  # order of masking: its name in a legend, colour, marker
     "random": ("at random", PALETTE[7], "s"),
     "disadvantageous": ("least active first", PALETTE[0], "^"),
 }
+ROLES = {  # role of a unit in a plan: its name in a legend, colour
+    "source": ("advantageous", PALETTE[3]),
+    "target": ("disadvantageous", PALETTE[0]),
+    "direct": ("directly tuned", PALETTE[2]),
+    "frozen": ("frozen", "0.85"),
+}
 STYLE = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
@@ -148,6 +154,29 @@ def plot_imbalance(table: pd.DataFrame, ax: Axes, *, label: str = "coefficient o
         ax.set_xticks(tokens.where(tokens > 0, first / 2) / 1e6, [f"{count / 1e6:.2g}" for count in tokens])
         ax.minorticks_off()
     ax.legend()
+    return _remember(ax, table)
+
+
+def plot_weight(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw a weight as an image, one row per unit, with each unit's role marked at the left edge.
+
+    Columns: `unit`, `column`, `value`, `role` ("source", "target", "direct" or "frozen"). Colours are symmetric
+    around zero and end at the 99.5th percentile of the magnitude.
+    """
+    matrix = table.pivot(index="unit", columns="column", values="value").to_numpy()
+    limit = np.quantile(np.abs(matrix), 0.995)
+    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02).ax.tick_params(labelsize=6)
+    roles = table.drop_duplicates("unit").set_index("unit")["role"].sort_index()
+    strip = -0.06 * matrix.shape[1]
+    for role, (name, colour) in ROLES.items():
+        units = roles.index[roles == role]
+        ax.barh(units, width=strip, height=1.0, left=-0.5, color=colour, linewidth=0, label=name)
+    ax.set(xlim=(strip - 0.5, matrix.shape[1] - 0.5), ylim=(len(matrix) - 0.5, -0.5))
+    ax.set(xlabel="input dimension", ylabel="channel, in the model's order")
+    ax.grid(visible=False)
+    if not ax.figure.legends:  # one for all panels
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return _remember(ax, table)
 
 

@@ -37,6 +37,7 @@ def split_logits(model, batch):
 def test_the_certificate_says_what_a_reader_of_the_folder_would_measure(variant, dtype, tmp_path, batches):
     base, model = build(variant), perturb(expanded(variant, **EVERY), 0.01)
     before = [split_logits(model, batch) for batch in batches]
+    model.train()  # and so it comes back
     modes = {name: module.training for name, module in model.named_modules() if "apex" not in name}
     exact = {name: tensor.clone() for name, tensor in fuse(copy.deepcopy(model)).named_parameters()}
     base.save_pretrained(tmp_path / "base")

@@ -50,6 +50,22 @@ def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, folder, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_verify_tells_a_sound_folder_from_a_damaged_one(tmp_path, capsys):
+    from conftest import build
+
+    apexlib.save_fused(build("llama"), tmp_path / "model")
+    assert main(["verify", str(tmp_path / "model")]) == 0
+    assert "FAILED" not in capsys.readouterr().out
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert main(["verify", str(tmp_path / "model")]) == 1
+    assert "FAILED  hash        model.safetensors  was changed" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "absent")]) == 2
+    assert "need a folder that `save_fused` wrote" in capsys.readouterr().err
+
+
 def test_every_public_name_can_be_imported():
     for name in apexlib.__all__:
         assert callable(getattr(apexlib, name)), name
