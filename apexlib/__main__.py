@@ -26,13 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     difference.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
     difference.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
     difference.set_defaults(run=_difference)
+    train = commands.add_parser("train", help="train a model as a YAML file says; runs under accelerate launch too")
+    train.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
+    train.set_defaults(run=_train)
     verify = commands.add_parser("verify", help="check a folder that save_fused wrote: hashes, values, loading")
     verify.add_argument("folder", type=Path)
     verify.set_defaults(run=_verify)
     options = parser.parse_args(given)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -61,6 +64,61 @@ def _difference(options: argparse.Namespace) -> int:
     for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
         print(save_table(table, name, options.out, **facts))
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    from apexlib.corpora import load_chat, load_corpus
+    from apexlib.data import collate, encode_chat, pack
+    from apexlib.records import save_table
+    from apexlib.selection import ApexConfig
+    from apexlib.training import train_in_stages
+
+    given = _settings(options.settings)
+    arguments = TrainingArguments(**({"report_to": "none"} | given["training"]))
+    tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given["revision"])
+    data, length = dict(given["data"]), given["length"]
+    if given["kind"] == "chat":
+        dataset, report = encode_chat(load_chat(**data), tokenizer, max_length=length)
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        collator = collate(pad)
+    else:
+        dataset, report, collator = pack(load_corpus(**data), tokenizer, length), None, None
+    model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")
+    config = ApexConfig(**given["apex"])
+    record = train_in_stages(model, dataset, arguments, config, method=given["method"], data_collator=collator)
+    if arguments.should_save:
+        folder = Path(arguments.output_dir)
+        record.model.save_pretrained(folder / "final")
+        tokenizer.save_pretrained(folder / "final")
+        facts = {"settings": given, "trainable": record.trainable.to_dict("records")}
+        for name, table in (("log", record.log), ("data", report)):
+            if table is not None:
+                print(save_table(table, name, folder, **facts))
+    return 0
+
+
+def _settings(path: Path) -> dict:
+    """Read a training file: what it may say, with defaults, and nothing else."""
+    import yaml
+
+    defaults = {"model": None, "revision": None, "kind": "text", "data": {}, "length": 512, "method": "apex"}
+    defaults |= {"apex": {}, "training": {}}
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: need a mapping with model, kind, data, length, method, apex, training")
+    if unknown := given.keys() - defaults.keys():
+        raise ValueError(f"{path}: unknown {', '.join(sorted(map(str, unknown)))}; known: {', '.join(defaults)}")
+    settings = defaults | given
+    if not isinstance(settings["model"], str) or "output_dir" not in settings["training"]:
+        raise ValueError(f"{path}: need model (a name or path) and training.output_dir")
+    if settings["kind"] not in ("text", "chat"):
+        raise ValueError(f"{path}: kind {settings['kind']!r}: need text or chat")
+    return settings
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.architectures import Component, Kind, model_components
+from apexlib.architectures import Component, Kind, model_components, unit_weight_norms
 from apexlib.records import progress
 
 EMA_DECAY = 0.9  # the moving averages that the paper compares with the plain rank score
@@ -64,17 +64,28 @@ class ActivationRecorder:
     the FFN's output projection (for an FFN without a gate the two are the same). Heads are always seen at the input
     of the attention's output projection.
 
+    `training_only` passes over what runs in evaluation mode. With `differentiable`, `imbalance` holds, after each pass,
+    the mean over layers and components of the coefficient of variation of its activations, as a term of a loss.
+
     Padding is left out by the 2-D `attention_mask` of the forward pass. A pass that gradient checkpointing repeats in
     backward is counted once. The first NaN or infinite activation raises ValueError and names layer and batch.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, top: float = 0.1875, statistic: Literal["gate", "product"] = "gate"
+        self,
+        model: PreTrainedModel,
+        *,
+        top: float = 0.1875,
+        statistic: Literal["gate", "product"] = "gate",
+        training_only: bool = False,
+        differentiable: bool = False,
     ) -> None:
         check_top(top)
         if statistic not in ("gate", "product"):
             raise ValueError(f"statistic {statistic!r}: need 'gate' or 'product'")
         self.model, self.top, self.statistic = model, top, statistic
+        self.training_only, self.differentiable = training_only, differentiable
+        self.imbalance: Tensor | None = None
         self.components = model_components(model)
         self.tokens = 0
         self.batches = 0
@@ -104,6 +115,17 @@ class ActivationRecorder:
             handle.remove()
         self._handles = []
         self._pass = None
+
+    def gather(self) -> None:
+        """Add up what the processes of a distributed run have seen, so that all of them hold the same statistics."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        states: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, (self.tokens, self.batches, self._sums))
+        self.tokens = sum(tokens for tokens, _, _ in states)
+        self.batches = sum(batches for _, batches, _ in states)
+        for kind, sums in self._sums.items():
+            sums.combine([others[kind] for _, _, others in states])
 
     def table(self) -> pd.DataFrame:
         """One row per layer, component and unit, in that order, units numbered as in the model.
@@ -136,7 +158,7 @@ class ActivationRecorder:
         )
 
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._pass not in (None, module):
+        if self._pass not in (None, module) or (self.training_only and not module.training):
             return
         self._pass, self._squares = module, {}
         inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
@@ -158,7 +180,7 @@ class ActivationRecorder:
 
     def _add(self, part: Component, activation: Tensor) -> None:
         if self._pass is not None:
-            rows = activation.detach().flatten(0, -2)
+            rows = (activation if self.differentiable else activation.detach()).flatten(0, -2)
             if self._rows is not None:
                 rows = rows[self._rows.to(rows.device)]
             rows = rows if rows.dtype == torch.float64 else rows.float()
@@ -175,9 +197,11 @@ class ActivationRecorder:
         squares, self._squares = self._squares, {}
         if output is None or not self._tokens:  # the forward raised, or the batch was all padding
             return
+        if self.differentiable:
+            self.imbalance = torch.stack([_variation(values) for values in squares.values() if len(values) > 1]).mean()
         for kind, sums in self._sums.items():
             device = squares[kind, sums.parts[0].layer].device
-            batch = torch.stack([squares[kind, part.layer].to(device) for part in sums.parts]).double().cpu()
+            batch = torch.stack([squares[kind, part.layer].detach().to(device) for part in sums.parts]).double().cpu()
             if not batch.isfinite().all():
                 row, unit = (~batch.isfinite()).nonzero()[0].tolist()
                 raise ValueError(
@@ -209,6 +233,13 @@ class _UnitSums:
         self.ema = mean if self.ema is None else EMA_DECAY * self.ema + (1 - EMA_DECAY) * mean
         self.ema_rank = rank if self.ema_rank is None else EMA_DECAY * self.ema_rank + (1 - EMA_DECAY) * rank
 
+    def combine(self, others: list["_UnitSums"]) -> None:
+        """Become the sum of `others`; moving averages become their mean, since no order joins parallel batches."""
+        self.total = torch.stack([other.total for other in others]).sum(0)
+        self.rank_score = torch.stack([other.rank_score for other in others]).sum(0)
+        self.ema = torch.stack([other.ema for other in others]).mean(0)
+        self.ema_rank = torch.stack([other.ema_rank for other in others]).mean(0)
+
     def _rank(self, squares: Float[Tensor, "layers units"]) -> Tensor:
         """+1 for the Top-K of each layer, −1 for its Min-K, else 0; ties by unit number, so that no device decides."""
         rank = torch.zeros_like(self.rank_score)
@@ -216,6 +247,27 @@ class _UnitSums:
         rank.scatter_(1, order[:, : self.count], -1)
         rank.scatter_(1, order[:, order.shape[1] - self.count :], 1)
         return rank
+
+
+def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
+    """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
+    tables = [
+        pd.DataFrame(
+            {
+                "layer": part.layer,
+                "component": part.component,
+                "unit": range(part.units),
+                "weight_norm": unit_weight_norms(model, part),
+            }
+        )
+        for part in model_components(model)
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _variation(values: Float[Tensor, " units"]) -> Tensor:
+    """Coefficient of variation, with a gradient of zero, not NaN, where all values are equal."""
+    return values.var(unbiased=False).clamp_min(torch.finfo(values.dtype).tiny).sqrt() / values.mean().clamp_min(1e-30)
 
 
 def _by_kind(components: Iterable[Component]) -> dict[Kind, list[Component]]:

@@ -1,13 +1,14 @@
 """How well a model predicts held-out text."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.records import progress
 
@@ -53,3 +54,97 @@ def unigram_loss(train: Tensor, test: Tensor, vocabulary: int) -> float:
     """
     counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
     return -(counts / counts.sum()).log()[test.flatten()].mean().item()
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 64,
+    extract: Callable[[str], str] = str.strip,
+) -> pd.DataFrame:
+    """Let the model answer and compare with `answer`, one row per example, in order.
+
+    The prompt is everything before the last message, in the tokenizer's chat template; decoding is greedy.
+    `extract` takes the answer out of what the model wrote. Columns: `example`, `family` and `difficulty` where the
+    examples have them, `answer`, `output` (as written), `correct`.
+    """
+    if missing := [row for row, example in enumerate(examples) if "answer" not in example]:
+        raise ValueError(f"example {missing[0]}: no answer to compare with")
+    prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
+    outputs: dict[int, str] = {}
+    was_training, pad = model.training, _pad_token(tokenizer)
+    model.eval()
+    try:
+        starts = range(0, len(order), batch_size)
+        for start in progress(starts, "answering"):
+            rows = order[start : start + batch_size]
+            length = max(len(prompts[row]) for row in rows)
+            ids = torch.tensor([[pad] * (length - len(prompts[row])) + prompts[row] for row in rows])
+            mask = torch.tensor([[0] * (length - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
+            written = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )[:, length:]
+            texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+            outputs |= dict(zip(rows, texts, strict=True))
+    finally:
+        model.train(was_training)
+    table = [
+        {"example": row}
+        | {name: example[name] for name in ("family", "difficulty") if name in example}
+        | {"answer": example["answer"], "output": outputs[row], "correct": extract(outputs[row]) == example["answer"]}
+        for row, example in enumerate(examples)
+    ]
+    return pd.DataFrame(table)
+
+
+def multiple_choice(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
+    """Let the model choose among `choices` by the likelihood it gives each as its answer, one row per example.
+
+    A choice is scored by its mean log-probability per token (nats), the end of the turn left out, so that longer
+    choices are not at a disadvantage. Columns: `example`, `answer`, `chosen`, `score`, `correct`.
+    """
+    was_training = model.training
+    model.eval()
+    rows = []
+    try:
+        for row, example in enumerate(progress(examples, "choosing")):
+            if example.get("answer") not in (choices := list(example.get("choices", ()))):
+                raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
+            prompt = _prompt(tokenizer, example["messages"][:-1])
+            scores = [_mean_log_probability(model, tokenizer, prompt, choice) for choice in choices]
+            best = max(range(len(choices)), key=scores.__getitem__)
+            found = {"answer": example["answer"], "chosen": choices[best], "score": scores[best]}
+            rows.append({"example": row} | found | {"correct": choices[best] == example["answer"]})
+    finally:
+        model.train(was_training)
+    return pd.DataFrame(rows)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def _mean_log_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], choice: str
+) -> float:
+    answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logp = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return logp.gather(1, ids[0, len(prompt) :, None]).mean().item()

@@ -1,96 +1,297 @@
-"""Training around a stock `transformers.Trainer`."""
+"""Staged training around a stock `transformers.Trainer` (APEX, arXiv:2505.24241, section 3)."""
 
-from collections.abc import Iterable
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Subset, default_collate
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, get_scheduler, set_seed
 
-from apexlib.records import hide_progress
+from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
+from apexlib.baselines import Method, Name, method_of, plans_of
+from apexlib.records import atomic_write
+from apexlib.selection import ApexConfig, ExpansionPlan
+
+_BY_STEP = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 
 
-def pretrain(
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run leaves: the plain model, one log over all stages, the plans and the statistics behind each."""
+
+    model: PreTrainedModel
+    log: pd.DataFrame
+    plans: tuple[ExpansionPlan, ...]
+    statistics: tuple[pd.DataFrame, ...]
+    trainable: pd.DataFrame  # per stage: parameters that train, of all, share
+
+
+def train_in_stages(
+    model: PreTrainedModel,
+    train_dataset: Dataset,
+    args: TrainingArguments,
+    config: ApexConfig | None = None,
+    *,
+    method: Name = "apex",
+    eval_dataset: Dataset | None = None,
+    data_collator: Callable | None = None,
+    trainer_class: type | None = None,
+    **options: Any,
+) -> TrainingRecord:
+    """Train `model` in place by `method`, stage by stage: assess, select, expand, train, fuse.
+
+    `args` speaks of the whole run: its steps (or epochs) are cut into `config.stages` equal parts, its learning-rate
+    schedule runs once over all of them, and its data order, drawn from `args.data_seed` or `args.seed`, is one shuffled
+    order of which every stage takes the next slice. The first stage assesses `config.assessment_samples` examples in a
+    pass without training; each later one uses what was gathered while the stage before it trained. Every stage has a
+    fresh optimizer. Methods without stages ("full", "lora", "gmt") run the same steps on the same data as one.
+
+    Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`.
+    `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
+    cannot be done, RuntimeError if a parameter that should train did not move or a frozen one did.
+    """
+    if trainer_class is None:
+        from transformers import Trainer
+
+        trainer_class = Trainer
+    config = config or ApexConfig()
+    how = method_of(method, config, **options)
+    stages = config.stages if how.staged else 1
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    total = _total_steps(args, len(train_dataset), per_step)
+    _check_run(args, config, stages, total, train_dataset, eval_dataset)
+    borders = [round(total * stage / stages) for stage in range(stages + 1)]
+    seed = args.seed if args.data_seed is None else args.data_seed
+    order = data_order(len(train_dataset), total * per_step, seed)
+    set_seed(args.seed)
+
+    statistics = _assess(model, train_dataset, order, data_collator, args, config) if how.assesses else None
+    logs, seen, trainable = [], [], []
+    for stage in range(stages):
+        if statistics is not None:
+            if config.strategy == "magnitude":
+                statistics = statistics.merge(weight_norms(model), on=["layer", "component", "unit"])
+            seen.append(statistics)
+        start, end = borders[stage], borders[stage + 1]
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        trained = how.begin(model, stage, statistics)
+        trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+        trainable.append({"stage": stage, "trainable": trains, "total": weights, "share": trains / weights})
+        recorder = None
+        if how.assesses:
+            differentiable = config.balance_weight > 0
+            recorder = ActivationRecorder(model, top=config.fraction, training_only=True, differentiable=differentiable)
+        trainer = _stage_trainer(trainer_class)(
+            how=how,
+            offset=start,
+            total=total,
+            recorder=recorder,
+            balance=config.balance_weight,
+            model=trained,
+            args=_stage_arguments(args, end - start),
+            train_dataset=_take(train_dataset, order[start * per_step : end * per_step]),
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            callbacks=how.callbacks(),
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = _fingerprints(trained)
+        with recorder or nullcontext():
+            trainer.train()
+        _check_movement(trained, before, trainer, stage)
+        logs.append(_stage_log(trainer.state.log_history, stage, start))
+        model = how.end(trained)
+        if recorder is not None:
+            recorder.gather()
+            statistics = recorder.table()
+        if args.should_save:
+            _save_stage(model, Path(args.output_dir) / f"stage-{stage}", plans_of(how), statistics)
+    log = pd.concat(logs, ignore_index=True)
+    return TrainingRecord(model, log, tuple(plans_of(how)), tuple(seen), pd.DataFrame(trainable))
+
+
+def data_order(size: int, count: int, seed: int) -> list[int]:
+    """Draw the order of a whole run: `count` indices, epoch after epoch, each a permutation of `size` examples.
+
+    >>> data_order(3, 7, seed=0)
+    [2, 0, 1, 2, 1, 0, 1]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
+    return torch.cat(epochs)[:count].tolist()
+
+
+def _total_steps(args: TrainingArguments, size: int, per_step: int) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    return max(1, math.floor(args.num_train_epochs * size / per_step))
+
+
+def _check_run(
+    args: TrainingArguments, config: ApexConfig, stages: int, total: int, train: Dataset, evaluation: Dataset | None
+) -> None:
+    if total < stages:
+        raise ValueError(
+            f"{total} steps for {stages} stages: need at least one step a stage (data set of {len(train)})"
+        )
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if schedule not in _BY_STEP:
+        raise ValueError(
+            f"lr_scheduler_type {schedule!r}: need one that depends on the step alone: {', '.join(_BY_STEP)}"
+        )
+    if args.deepspeed or args.fsdp:
+        raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
+    kind = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if config.balance_weight and args.gradient_checkpointing and kind:
+        raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
+    if evaluation is not None and len(evaluation):
+        seen = {_key(train[row]) for row in range(len(train))}
+        if shared := sum(_key(evaluation[row]) in seen for row in range(len(evaluation))):
+            raise ValueError(f"eval_dataset: {shared} of its {len(evaluation)} examples are in the training data too")
+
+
+def _key(item: Mapping[str, Any]) -> bytes:
+    return torch.as_tensor(item["input_ids"]).numpy().tobytes()
+
+
+def _take(dataset: Dataset, rows: list[int]) -> Dataset:
+    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
+
+
+def _assess(
     model: PreTrainedModel,
     dataset: Dataset,
-    folder: Path,
-    *,
-    steps: int,
-    checkpoints: Iterable[int],
-    batch_size: int = 32,
-    learning_rate: float = 3e-3,
-    warmup_share: float = 0.05,
-    seed: int = 0,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    order: list[int],
+    collator: Callable | None,
+    args: TrainingArguments,
+    config: ApexConfig,
 ) -> pd.DataFrame:
-    """Train `model` in place for `steps` steps and keep plain checkpoints along the way.
-
-    AdamW (β = 0.9, 0.95; weight decay 0.1, none on norms and biases), gradient norm clipped at 1, linear warm-up, then
-    cosine to 0; bf16 autocast on CUDA. The model after step s ∈ `checkpoints` (0: before training) goes to
-    `folder/step-00s`, loadable with `from_pretrained`. Returns the log: `step`, `loss` (mean since the last row, nats
-    per token), `learning_rate`, `gradient_norm`.
-
-    The seed decides data order and dropout; the model's initial weights are the caller's.
-    """
-    from transformers import Trainer, TrainingArguments  # needs accelerate, which the rest of the library does not
-
-    checkpoints = sorted(set(checkpoints))
-    if bad := [step for step in checkpoints if not 0 <= step <= steps]:
-        raise ValueError(f"checkpoints {bad}: need steps from 0 to {steps}")
-    folder = Path(folder)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(warmup_share * steps),
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=max(1, steps // 40),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=hide_progress(),
-        seed=seed,
-    )
-    set_seed(seed)
-    keep = _KeepCheckpoints(folder, checkpoints, tokenizer)
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[keep])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    log = pd.DataFrame(trainer.state.log_history)
-    log = log[log["loss"].notna()].rename(columns={"grad_norm": "gradient_norm"})
-    return log[["step", "loss", "learning_rate", "gradient_norm"]].reset_index(drop=True)
+    size, rows = args.per_device_train_batch_size, order[: config.assessment_samples]
+    join = collator or default_collate
+    batches = (join([dataset[row] for row in rows[start : start + size]]) for start in range(0, len(rows), size))
+    return activation_statistics(model.to(args.device), batches, top=config.fraction)
 
 
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Name the folder of the checkpoint after `step` steps.
+def _stage_arguments(args: TrainingArguments, steps: int) -> TrainingArguments:
+    """The arguments of one stage: its steps, its data in the order given, no checkpoints of an expanded model."""
+    own = copy.copy(args)
+    own.max_steps = steps
+    own.train_sampling_strategy = "sequential"
+    own.save_strategy = type(args.save_strategy)("no")
+    own.load_best_model_at_end = False
+    return own
 
-    >>> checkpoint_folder(Path("base"), 40).as_posix()
-    'base/step-00040'
-    """
-    return Path(folder) / f"step-{step:05d}"
+
+def _stage_trainer(base: type) -> type:
+    """A Trainer of the given class whose optimizer, schedule and loss are those of one stage of a run."""
+
+    class StageTrainer(base):
+        def __init__(self, *, how: Method, offset: int, total: int, recorder: Any, balance: float, **rest: Any) -> None:
+            self.how, self.offset, self.total, self.recorder, self.balance = how, offset, total, recorder, balance
+            super().__init__(**rest)
+
+        def create_optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
+            groups = self.how.groups(self.model, self.args.learning_rate, self.args.weight_decay)
+            if groups is None:
+                return super().create_optimizer(*given, **named)
+            if self.optimizer is None:
+                kind, options = base.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(groups, **options)
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+            optimizer = optimizer or self.optimizer
+            whole = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(self.total),
+                num_training_steps=self.total,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            )
+            later = [lambda step, rate=rate: rate(step + self.offset) for rate in whole.lr_lambdas]
+            self.lr_scheduler = LambdaLR(optimizer, later)
+            return self.lr_scheduler
+
+        def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **named: Any) -> Any:
+            result = super().compute_loss(model, inputs, *given, **named)
+            if not model.training:
+                return result
+            loss, *rest = result if isinstance(result, tuple) else (result,)
+            if not loss.isfinite():
+                step = self.offset + self.state.global_step
+                raise FloatingPointError(f"step {step}: the loss is {loss.item()}; the model of the last stage is kept")
+            if self.balance:
+                term = self.balance * self.recorder.imbalance
+                if self.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None:
+                    term = term / self.current_gradient_accumulation_steps  # else the Trainer divides
+                loss = loss + term
+            return (loss, *rest) if rest else loss
+
+    return StageTrainer
 
 
-class _KeepCheckpoints(TrainerCallback):
-    """Save plain models at chosen steps; the Trainer's own checkpoints know only regular intervals."""
+def _fingerprints(model: nn.Module) -> dict[str, tuple[bool, int]]:
+    """Whether each parameter trains, and a hash of its bits, taken where it lies."""
+    return {name: (p.requires_grad, _bits_hash(p.detach())) for name, p in model.named_parameters()}
 
-    def __init__(self, folder: Path, steps: Iterable[int], tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.folder, self.steps, self.tokenizer = folder, set(steps), tokenizer
 
-    def on_train_begin(self, args, state, control, model, **_) -> None:
-        self._keep(model, state.global_step)
+def _bits_hash(tensor: Tensor, chunk: int = 1 << 22) -> int:
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    bits, total = tensor.contiguous().flatten().view(integers[tensor.element_size()]), 0
+    for start in range(0, len(bits), chunk):
+        part = bits[start : start + chunk].long()
+        place = torch.arange(start, start + len(part), device=part.device)
+        total += int((part * (place * 2654435761 % 2147483647 + 1)).sum())  # a plain sum could cancel: ±lr around one
+    return total
 
-    def on_step_end(self, args, state, control, model, **_) -> None:
-        self._keep(model, state.global_step)
 
-    def _keep(self, model: PreTrainedModel, step: int) -> None:
-        if step in self.steps:
-            target = checkpoint_folder(self.folder, step)
-            model.save_pretrained(target)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(target)
+def _check_movement(model: nn.Module, before: Mapping[str, tuple[bool, int]], trainer: Any, stage: int) -> None:
+    after = _fingerprints(model)
+    optimized = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    whole = {
+        name: name.partition(".operator.")[0] for name in before
+    }  # a factor of M waits for the other to leave zero
+    mobile = {whole[name] for name, (_, bits) in before.items() if after[name][1] != bits}
+    still = [name for name, (trains, _) in before.items() if trains and whole[name] not in mobile]
+    moved = [name for name, (trains, bits) in before.items() if not trains and after[name][1] != bits]
+    for names, what in (
+        (left_out, "should train but are not in the optimizer"),
+        (moved, "are frozen but changed"),
+        (still, "should train but did not move (no gradient, or a learning rate of 0 throughout)"),
+    ):
+        if names:
+            raise RuntimeError(f"stage {stage}: {len(names)} parameters {what}: {', '.join(names[:3])} …")
+
+
+def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.DataFrame:
+    rows = [row for row in history if "loss" in row or "eval_loss" in row]
+    table = pd.DataFrame(rows, columns=None if rows else ["step"]).rename(columns={"grad_norm": "gradient_norm"})
+    table["step"] += offset
+    table.insert(0, "stage", stage)
+    return table.drop(columns=[name for name in table if name.startswith("eval_") and name != "eval_loss"])
+
+
+def _save_stage(model: PreTrainedModel, folder: Path, plans: Any, statistics: pd.DataFrame | None) -> None:
+    model.save_pretrained(folder)
+    if plans:
+        plans[-1].to_json(folder / "plan.json")
+    if statistics is not None:
+        with atomic_write(folder / "statistics.parquet") as temporary:
+            statistics.to_parquet(temporary, index=False)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from apexlib.evaluation import perplexity, unigram_loss
+from apexlib.data import batches, collate, encode_chat
+from apexlib.evaluation import exact_match, multiple_choice, perplexity, unigram_loss
+from apexlib.tokenizer import train_tokenizer
 
 
 def test_perplexity_weighs_every_labelled_token_the_same(tiny_model, batch):
@@ -41,6 +43,59 @@ def test_evaluation_restores_the_mode(tiny_model, batch):
     model = tiny_model("llama").train()
     perplexity(model, [batch])
     assert model.training
+
+
+@pytest.fixture(scope="module")
+def answering():
+    """A model and tokenizer that have learned one habit by heart: to repeat the user's single word."""
+    from conftest import build
+
+    words = ["ant", "bee", "cow", "dog", "eel", "fox"]
+    tokenizer = train_tokenizer([" ".join(words)] * 2, 270)
+    examples = [
+        {"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w}], "answer": w, "family": w[0]}
+        for w in words
+    ]
+    dataset, _ = encode_chat(examples, tokenizer, max_length=32)
+    (batch,) = batches(dataset, len(words), collator=collate(tokenizer.pad_token_id))
+    model = build("llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(150):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer, examples
+
+
+def test_exact_match_counts_what_the_model_writes(answering):
+    model, tokenizer, examples = answering
+    wrong = [examples[0] | {"answer": "bee"}]
+    table = exact_match(model, tokenizer, [*examples, *wrong], max_new_tokens=8, batch_size=4)
+    assert table["output"].tolist() == ["ant", "bee", "cow", "dog", "eel", "fox", "ant"]
+    assert table["correct"].tolist() == [True] * 6 + [False]
+    assert table["family"].tolist()[:3] == ["a", "b", "c"]
+    alone = exact_match(model, tokenizer, examples, max_new_tokens=8, batch_size=1)
+    assert alone["output"].tolist() == table["output"].tolist()[:6]  # padding changes nothing
+    upper = exact_match(model, tokenizer, wrong, max_new_tokens=8, extract=lambda text: text.replace("ant", "bee"))
+    assert upper["correct"].all()
+    with pytest.raises(ValueError, match="example 1: no answer to compare with"):
+        exact_match(model, tokenizer, [examples[0], {"messages": examples[0]["messages"]}])
+
+
+def test_multiple_choice_takes_the_likeliest(answering):
+    model, tokenizer, examples = answering
+    choices = ["ant", "bee", "dog"]
+    table = multiple_choice(model, tokenizer, [examples[1] | {"choices": choices}, examples[3] | {"choices": choices}])
+    assert table["chosen"].tolist() == ["bee", "dog"]
+    assert table["correct"].all()
+    prompt = tokenizer.apply_chat_template(examples[1]["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    ids, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, "bee"))
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+    expected = sum(logp[len(ids) - 1 + i, token].item() for i, token in enumerate(answer)) / len(answer)
+    assert table["score"].iloc[0] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="answer 'fox' is not among its choices"):
+        multiple_choice(model, tokenizer, [examples[5] | {"choices": choices}])
 
 
 def test_unigram_loss_is_the_entropy_on_its_own_text():

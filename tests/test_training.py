@@ -1,61 +1,296 @@
-"""Pre-training: plain checkpoints where asked, a log, the same bits from the same seed."""
+"""Staged training: one run cut into stages, every method through the same function."""
+
+import math
 
 import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from apexlib.training import checkpoint_folder, pretrain
+from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
+from apexlib.baselines import keep_largest, method_of
+from apexlib.expansion import is_expanded
+from apexlib.selection import ApexConfig, ExpansionPlan, select
+from apexlib.training import data_order, train_in_stages
+
+METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
+SMALL = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6, assessment_samples=8)
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Blocks that count upwards: easy to learn."""
+    """Blocks that count upwards from their own number; it notes which of them are read."""
+
+    def __init__(self, size=64, start=0):
+        self.size, self.start, self.read = size, start, []
 
     def __len__(self):
-        return 64
+        return self.size
 
     def __getitem__(self, row):
-        ids = (torch.arange(12) + row) % 40
+        self.read.append(row)
+        ids = (torch.arange(12) * (1 + row % 3) + row + self.start) % 48
         return {"input_ids": ids, "labels": ids}
 
 
-def train(tiny_model, folder, **changes):
-    model = tiny_model("llama").train()
-    how = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
-    return model, pretrain(model, Blocks(), folder, **(how | changes))
+def arguments(folder, **changes):
+    given = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    given |= {"report_to": "none", "disable_tqdm": True, "lr_scheduler_type": "cosine", "save_strategy": "no"}
+    return TrainingArguments(output_dir=str(folder), **(given | {"dataloader_pin_memory": False} | changes))
 
 
-def test_training_lowers_the_loss_and_keeps_loadable_checkpoints(tiny_model, tmp_path):
-    start = {name: value.clone() for name, value in tiny_model("llama").state_dict().items()}
-    model, log = train(tiny_model, tmp_path)
-    assert list(log.columns) == ["step", "loss", "learning_rate", "gradient_norm"]
-    assert log["loss"].iloc[-1] < log["loss"].iloc[0]
-    assert log["step"].iloc[-1] == 12
-    first, last = (AutoModelForCausalLM.from_pretrained(checkpoint_folder(tmp_path, step)) for step in (0, 12))
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, start[name]), name
-    for name, value in last.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000", "step-00006", "step-00012"]
+def run(tiny_model, folder, method="apex", config=SMALL, variant="llama", dataset=None, **changes):
+    options = {
+        name: changes.pop(name) for name in ("eval_dataset", "data_collator", "trainer_class") if name in changes
+    }
+    model = tiny_model(variant)
+    return train_in_stages(model, dataset or Blocks(), arguments(folder, **changes), config, method=method, **options)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_model, tmp_path):
-    logs = {name: train(tiny_model, tmp_path / name, seed=seed)[1] for name, seed in {"a": 0, "b": 0, "c": 1}.items()}
-    pd.testing.assert_frame_equal(logs["a"], logs["b"], check_exact=True)
-    assert logs["a"]["loss"].tolist() != logs["c"]["loss"].tolist()
+def changed(record, base):
+    start = base.state_dict()
+    return {name for name, value in record.model.state_dict().items() if not torch.equal(value, start[name])}
 
 
-def test_learning_rate_warms_up_then_follows_one_cosine(tiny_model, tmp_path):
-    _, log = train(tiny_model, tmp_path, steps=20, checkpoints=[20], warmup_share=0.2)
-    rates = torch.tensor(log.set_index("step")["learning_rate"].to_numpy())  # rate of the step just done
-    steps = torch.tensor(log["step"].to_numpy() - 1.0)
-    progress = (steps - 4) / 16
-    expected = 1e-2 * torch.where(steps < 4, steps / 4, 0.5 * (1 + torch.cos(torch.pi * progress)))
-    assert_close(rates, expected, rtol=1e-5, atol=1e-9)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_leaves_a_plain_model(method, tiny_model, tmp_path):
+    record = run(tiny_model, tmp_path, method)
+    base = tiny_model("llama")
+    assert type(record.model) is type(base)
+    assert not is_expanded(record.model)
+    assert set(record.model.state_dict()) == set(base.state_dict())
+    assert changed(record, base)
+    assert record.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert record.log["stage"].nunique() == (2 if method in ("apex", "direct", "hft") else 1)
+    assert record.log["loss"].iloc[-1] < record.log["loss"].iloc[0]
+    last = tmp_path / f"stage-{record.log['stage'].max()}"
+    loaded = AutoModelForCausalLM.from_pretrained(last)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, record.model.state_dict()[name]), name
 
 
-def test_checkpoints_outside_the_run_are_refused_before_it_starts(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoints \[13\]: need steps from 0 to 12"):
-        train(tiny_model, tmp_path / "new", checkpoints=[0, 13])
-    assert not (tmp_path / "new").exists()
+@pytest.mark.parametrize("variant", ["gpt2", "qwen2", "opt"])
+def test_other_families_train_too(variant, tiny_model, tmp_path):
+    record = run(tiny_model, tmp_path, variant=variant, max_steps=4)
+    assert changed(record, tiny_model(variant))
+
+
+def test_what_trains_is_what_the_method_says(tiny_model, tmp_path):
+    shares = {method: run(tiny_model, tmp_path / method, method, max_steps=2).trainable["share"] for method in METHODS}
+    assert shares["full"].tolist() == [1.0]
+    assert shares["gmt"].tolist() == [1.0]
+    assert 0 < shares["lora"].iloc[0] < 1.5  # rank 16 is no small rank at width 16
+    operators = shares["apex"] - shares["direct"]
+    assert (operators > 0).all()
+    matrices = sum(p.numel() for n, p in tiny_model("llama").named_parameters() if p.dim() == 2 and "layers" in n)
+    total = sum(p.numel() for p in tiny_model("llama").parameters())
+    assert ((1 - shares["hft"]) * total < 0.8 * matrices).all()
+    assert ((1 - shares["hft"]) * total > 0.2 * matrices).all()
+
+
+def test_rows_outside_every_plan_keep_their_bits(tiny_model, tmp_path):
+    record = run(tiny_model, tmp_path, config=ApexConfig(**(vars(SMALL) | {"train_embeddings": False})))
+    base = tiny_model("llama")
+    for layer in range(2):
+        planned = {
+            unit
+            for plan in record.plans
+            for part in plan.layers
+            if (part.layer, part.component) == (layer, "channel")
+            for unit in (*part.source, *part.target, *part.direct)
+        }
+        kept = sorted(set(range(24)) - planned)
+        new, old = (model.model.layers[layer].mlp for model in (record.model, base))
+        assert kept
+        assert torch.equal(new.gate_proj.weight[kept], old.gate_proj.weight[kept])
+        assert torch.equal(new.down_proj.weight[:, kept], old.down_proj.weight[:, kept])
+        assert (new.gate_proj.weight[sorted(planned)] != old.gate_proj.weight[sorted(planned)]).any(dim=1).all()
+    assert torch.equal(record.model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_the_schedule_is_one_cosine_over_all_stages(stages, tiny_model, tmp_path):
+    config = ApexConfig(**(vars(SMALL) | {"stages": stages, "operator_lr_scale": 3.0}))
+    record = run(tiny_model, tmp_path, config=config, max_steps=9, warmup_steps=2)
+    step = torch.arange(9.0)
+    cosine = 0.5 * (1 + torch.cos(math.pi * (step - 2) / 7))
+    expected = 1e-2 * torch.where(step < 2, step / 2, cosine)
+    logged = torch.tensor(record.log["learning_rate"].to_numpy(), dtype=torch.float32)
+    assert_close(logged / logged.max(), expected / expected.max(), rtol=1e-5, atol=1e-8)
+    assert record.log["step"].tolist() == list(range(1, 10))
+
+
+def test_stages_take_successive_slices_of_one_order(tiny_model, tmp_path):
+    data = Blocks(size=40)
+    run(tiny_model, tmp_path, dataset=data, max_steps=10, seed=5)  # 40 examples: one epoch
+    trained = data.read[SMALL.assessment_samples :]
+    assert sorted(trained) == list(range(40))  # each once, over both stages
+    assert trained == data_order(40, 40, seed=5)
+    full = Blocks(size=40)
+    run(tiny_model, tmp_path / "full", "full", dataset=full, max_steps=10, seed=5)
+    assert full.read == trained  # the baselines see the same
+
+
+def test_later_stages_use_what_was_gathered_in_training_at_no_extra_pass(tiny_model, tmp_path):
+    data = Blocks()
+    record = run(tiny_model, tmp_path, dataset=data, config=ApexConfig(**(vars(SMALL) | {"stages": 3})))
+    assert len(data.read) == SMALL.assessment_samples + 6 * 4
+    assert [len(table) for table in record.statistics] == [2 * (2 + 24)] * 3
+    assert [int(table["tokens"].iloc[0]) for table in record.statistics] == [8 * 12, 2 * 4 * 12, 2 * 4 * 12]
+    for stage, (plan, statistics) in enumerate(zip(record.plans, record.statistics, strict=True)):
+        assert plan.layers == select(statistics, SMALL, stage=stage).layers
+    first = activation_statistics(
+        tiny_model("llama"),
+        [torch.utils.data.default_collate([data[row] for row in data_order(64, 24, 42)[i : i + 4]]) for i in (0, 4)],
+        top=0.25,
+    )
+    pd.testing.assert_frame_equal(record.statistics[0], first)
+    assert ExpansionPlan.from_json(tmp_path / "stage-1" / "plan.json") == record.plans[1]
+    assert len(pd.read_parquet(tmp_path / "stage-1" / "statistics.parquet")) == 52
+
+
+@pytest.mark.parametrize("method", ["apex", "hft"])
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(method, tiny_model, tmp_path):
+    states = [run(tiny_model, tmp_path / str(n), method, seed=s).model.state_dict() for n, s in enumerate([1, 1, 2])]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(("method", "balance"), [("apex", 0.0), ("apex", 0.1), ("full", 0.0)])
+def test_accumulating_four_equals_a_batch_of_four(method, balance, tiny_model, tmp_path, monkeypatch):
+    # the balance term is not linear in the batch, so its four parts are made equal: the same example four times
+    data = [Blocks()[row // 4] for row in range(64)] if balance else Blocks()
+    # and the plan must not depend on how the assessment is cut into batches, as the rank score does
+    config = ApexConfig(**(vars(SMALL) | {"balance_weight": balance, "stages": 1, "statistic": "mean"}))
+    same = {"dataset": data, "config": config, "learning_rate": 1e-3, "max_steps": 3, "optim": "sgd"}
+    if balance:
+        monkeypatch.setattr("apexlib.training.data_order", lambda size, count, seed: list(range(count)))
+    one = run(tiny_model, tmp_path / "1", method, **same)
+    apart = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    four = run(tiny_model, tmp_path / "4", method, **apart, **same)
+    for name, value in one.model.state_dict().items():
+        assert_close(four.model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_balance_term_is_the_mean_coefficient_of_variation_and_lowers_it(tiny_model, batch, tmp_path):
+    model = tiny_model("llama", dtype=torch.float64)
+    with ActivationRecorder(model, differentiable=True) as recorder:
+        model(**batch)
+    table = activation_statistics(model, [batch])
+    groups = table.groupby(["layer", "component"])["activation"]
+    expected = (groups.std(ddof=0) / groups.mean()).mean()
+    assert recorder.imbalance.item() == pytest.approx(expected, rel=1e-9)
+    recorder.imbalance.backward()
+    assert model.model.layers[0].mlp.gate_proj.weight.grad.abs().sum() > 0
+
+    spread = {}
+    for weight in (0.0, 3.0):
+        config = ApexConfig(**(vars(SMALL) | {"balance_weight": weight}))
+        record = run(tiny_model, tmp_path / str(weight), config=config, max_steps=20)
+        after = activation_statistics(record.model, [batch]).groupby(["layer", "component"])["activation"]
+        spread[weight] = (after.std(ddof=0) / after.mean()).mean()
+    assert spread[3.0] < spread[0.0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "random"},
+        {"strategy": "reversed"},
+        {"strategy": "magnitude"},
+        {"operator": "diagonal"},
+        {"operator": "low_rank"},
+        {"operator": "dense"},
+        {"statistic": "mean"},
+        {"statistic": "ema"},
+        {"statistic": "ema_rank"},
+        {"stages": 1},
+        {"stages": 4},
+        {"halve_fraction": True},
+        {"train_norms": True},
+        {"balance_weight": 0.1},
+    ],
+    ids=str,
+)
+def test_every_ablation_runs(changes, tiny_model, tmp_path):
+    record = run(tiny_model, tmp_path, config=ApexConfig(**(vars(SMALL) | changes)), max_steps=4)
+    assert changed(record, tiny_model("llama"))
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_checkpointing_and_autocast_train(kind, tiny_model, tmp_path):
+    how = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": kind},
+        "bf16": True,
+        "use_cpu": True,
+    }
+    record = run(tiny_model, tmp_path, **how)
+    assert record.log["loss"].iloc[-1] < record.log["loss"].iloc[0]
+    assert int(record.statistics[1]["tokens"].iloc[0]) == 3 * 4 * 12  # each pass once
+
+
+def test_evaluation_is_logged_and_not_counted(tiny_model, tmp_path):
+    held_out = Blocks(size=8, start=7)
+    record = run(tiny_model, tmp_path, eval_dataset=held_out, eval_strategy="steps", eval_steps=1)
+    assert record.log["eval_loss"].notna().sum() == 6
+    assert int(record.statistics[1]["tokens"].iloc[0]) == 3 * 4 * 12
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_stage(tiny_model, tmp_path):
+    class Spoiled(Blocks):
+        def __getitem__(self, row):
+            item = super().__getitem__(row)
+            seen = len(self.read) - SMALL.assessment_samples
+            return item if seen <= 4 * 4 else item | {"labels": torch.full((12,), -100)}  # the mean of nothing: NaN
+
+    with pytest.raises(FloatingPointError, match=r"step 4: the loss is nan; the model of the last stage is kept"):
+        run(tiny_model, tmp_path, dataset=Spoiled())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "stage-0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "magic"}, "method 'magic': need one of apex, full, lora, hft, gmt, direct"),
+        ({"max_steps": 1}, "1 steps for 2 stages: need at least one step a stage"),
+        ({"dataset": Blocks(size=4), "max_steps": -1, "num_train_epochs": 1}, "for 2 stages"),
+        ({"eval_dataset": Blocks(size=3)}, "eval_dataset: 3 of its 3 examples are in the training data too"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "need one that depends on the step"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_cannot_be_done_is_refused_before_training(changes, message, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model, tmp_path / "new", **changes)
+    assert not list(tmp_path.glob("new/stage-*"))
+
+
+def test_a_parameter_that_does_not_move_is_reported(tiny_model, tmp_path):
+    with pytest.raises(RuntimeError, match=r"stage 0: .* should train but did not move"):
+        run(tiny_model, tmp_path, learning_rate=0.0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 1.0])
+def test_gradient_masks_keep_the_largest(share):
+    gradient = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))
+    kept = keep_largest(gradient.clone(), share)
+    count = max(1, round(share * 63))
+    assert int((kept != 0).sum()) == count
+    order = gradient.abs().flatten().argsort(descending=True)
+    assert set(kept.flatten().nonzero().flatten().tolist()) == set(order[:count].tolist())
+
+
+def test_half_fine_tuning_draws_anew_at_each_stage(tiny_model):
+    frozen = []
+    for stage in range(2):
+        model = method_of("hft", SMALL).begin(tiny_model("llama"), stage, None)
+        frozen.append({name for name, parameter in model.named_parameters() if not parameter.requires_grad})
+        assert len(frozen[-1]) == 2 * 3  # of seven matrices in each of two blocks
+    assert frozen[0] != frozen[1]
+
+
+def test_weight_norms_have_a_row_for_every_unit(tiny_model):
+    table = weight_norms(tiny_model("llama"))
+    assert table.groupby("component", sort=False).size().to_dict() == {"head": 4, "channel": 48}
+    assert (table["weight_norm"] > 0).all()
