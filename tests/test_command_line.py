@@ -1,9 +1,17 @@
 """The commands as a user types them, in this process."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import apexlib
+from apexlib import ExpansionPlan
 from apexlib.__main__ import main
 from apexlib.tokenizer import train_tokenizer
 
@@ -48,6 +56,62 @@ def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, folder, tm
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+TRAINING = """
+model: {model}
+data: {{source: {text}, split: all}}
+length: 32
+apex: {{fraction: 0.25, direct_heads: 0.5, direct_channels: 0.6, statistic: mean, assessment_samples: 16}}
+training: {{output_dir: {out}, max_steps: 6, per_device_train_batch_size: {batch}, learning_rate: 1.0e-2, optim: sgd,
+            use_cpu: true, disable_tqdm: true, save_strategy: "no", logging_steps: 1{more}}}
+"""
+
+
+def settings(folder, path, batch, more=""):
+    given = {"model": json.dumps(str(folder)), "text": json.dumps(str(folder / "text.txt")), "batch": batch}
+    path.with_suffix(".yaml").write_text(TRAINING.format(**given, out=json.dumps(str(path)), more=more))
+    return str(path.with_suffix(".yaml"))
+
+
+def test_two_processes_train_what_one_trains(folder, tmp_path):
+    """Data parallel under PyTorch's own launcher: the same plans, the same weights to 1e-6."""
+    assert main(["train", settings(folder, tmp_path / "one", 4)]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "apexlib"]
+    given = settings(folder, tmp_path / "two", 2, ", ddp_backend: gloo")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, "train", given], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two, base = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "one/final", tmp_path / "two/final", folder)
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)
+    assert max((one[name] - base[name]).abs().max() for name in one) > 1e-3
+    for stage in (0, 1):
+        plans = [ExpansionPlan.from_json(tmp_path / run / f"stage-{stage}" / "plan.json") for run in ("one", "two")]
+        assert plans[0].layers == plans[1].layers
+    assert pd.read_csv(tmp_path / "two" / "log.csv")["step"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "while parsing"),
+        ("- 1", "need a mapping with model"),
+        ("model: m\nmodell: n", "unknown modell; known: model, revision"),
+        ("kind: text", "need model (a name or path) and training.output_dir"),
+        ("model: m\nkind: prose\ntraining: {output_dir: o}", "kind 'prose': need text or chat"),
+        ("model: m\ntraining: {output_dir: o, lr: 1}", "unexpected keyword argument 'lr'"),
+    ],
+)
+def test_a_wrong_training_file_is_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text(text)
+    assert main(["train", str(tmp_path / "t.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_verify_tells_a_sound_folder_from_a_damaged_one(tmp_path, capsys):
