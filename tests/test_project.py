@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import nbformat
@@ -119,6 +119,15 @@ def test_notebooks_are_clean_and_thin(path):
     declared = read_notebook(path, "cpu").writes
     missing = [name for name in declared if not name.endswith("/") and Path(name).stem not in opening]
     assert not missing, "the opening does not mention what the notebook writes"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_notebooks_import_exists(path):
+    for cell in nbformat.read(path, 4).cells:
+        for node in ast.walk(ast.parse(cell.source if cell.cell_type == "code" else "")):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "apexlib":
+                module = import_module(node.module)
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], node.module
 
 
 def test_the_cpu_profile_is_the_notebooks_own_values():
