@@ -71,6 +71,7 @@ def _train(options: argparse.Namespace) -> int:
 
     from apexlib.corpora import load_chat, load_corpus
     from apexlib.data import collate, encode_chat, pack
+    from apexlib.evaluation import pad_token
     from apexlib.records import save_table
     from apexlib.selection import ApexConfig
     from apexlib.training import train_in_stages
@@ -81,8 +82,7 @@ def _train(options: argparse.Namespace) -> int:
     data, length = dict(given["data"]), given["length"]
     if given["kind"] == "chat":
         dataset, report = encode_chat(load_chat(**data), tokenizer, max_length=length)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        collator = collate(pad)
+        collator = collate(pad_token(tokenizer))
     else:
         dataset, report, collator = pack(load_corpus(**data), tokenizer, length), None, None
     model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")

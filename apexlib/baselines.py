@@ -21,6 +21,7 @@ class Method(Protocol):
 
     staged: bool  # whether it starts afresh at each stage; otherwise its one stage is the whole run
     assesses: bool  # whether it needs activation statistics
+    plans: Sequence[ExpansionPlan]  # those made so far, one a stage; none for methods without
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         """Return the module to train; only what trains requires gradients."""
@@ -59,6 +60,7 @@ def method_of(name: Name, config: ApexConfig, *, lora_rank: int = 16, mask_share
 class _Full:
     staged = False
     assesses = False
+    plans: Sequence[ExpansionPlan] = ()
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         return model.requires_grad_(True)
@@ -179,8 +181,3 @@ def _matrices_by_block(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
         if name.startswith(f"{layers}.") and parameter.dim() == 2:
             blocks.setdefault(name.removeprefix(f"{layers}.").split(".")[0], []).append(parameter)
     return blocks
-
-
-def plans_of(method: Method) -> Sequence[ExpansionPlan]:
-    """Plans that a method has made so far; none for methods without."""
-    return getattr(method, "plans", [])

@@ -76,7 +76,7 @@ def exact_match(
     prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in examples]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
     outputs: dict[int, str] = {}
-    was_training, pad = model.training, _pad_token(tokenizer)
+    was_training, pad = model.training, pad_token(tokenizer)
     model.eval()
     try:
         starts = range(0, len(order), batch_size)
@@ -136,7 +136,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with: the tokenizer's own, else its EOS, which the attention mask keeps out."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, get_scheduler, set_seed
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
-from apexlib.baselines import Method, Name, method_of, plans_of
+from apexlib.baselines import Method, Name, method_of
 from apexlib.records import atomic_write
 from apexlib.selection import ApexConfig, ExpansionPlan
 
@@ -121,9 +121,9 @@ def train_in_stages(
             recorder.gather()
             statistics = recorder.table()
         if args.should_save:
-            _save_stage(model, Path(args.output_dir) / f"stage-{stage}", plans_of(how), statistics)
+            _save_stage(model, Path(args.output_dir) / f"stage-{stage}", how.plans, statistics)
     log = pd.concat(logs, ignore_index=True)
-    return TrainingRecord(model, log, tuple(plans_of(how)), tuple(seen), pd.DataFrame(trainable))
+    return TrainingRecord(model, log, tuple(how.plans), tuple(seen), pd.DataFrame(trainable))
 
 
 def data_order(size: int, count: int, seed: int) -> list[int]:
@@ -288,7 +288,9 @@ def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.D
     return table.drop(columns=[name for name in table if name.startswith("eval_") and name != "eval_loss"])
 
 
-def _save_stage(model: PreTrainedModel, folder: Path, plans: Any, statistics: pd.DataFrame | None) -> None:
+def _save_stage(
+    model: PreTrainedModel, folder: Path, plans: Sequence[ExpansionPlan], statistics: pd.DataFrame | None
+) -> None:
     model.save_pretrained(folder)
     if plans:
         plans[-1].to_json(folder / "plan.json")
