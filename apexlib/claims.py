@@ -79,8 +79,8 @@ def claims_table(
 
     `only` takes some of them: numbers, ids, or names of the notebooks that decide them. `claims` are those of the
     project's ledger unless given. Columns: `number`, `claim` (its id), `statement`, `source`, `expected`, `mean`,
-    `low`, `high` (95 % interval), `n` (seeds), `unit`, `verdict`, `rule`, `limits`, `scale` (the folder's name: the
-    profile).
+    `low`, `high` (95 % interval), `n` (seeds), `unit`, `verdict`, `rule`, `limits`, `notebook` (that decides it),
+    `scale` (the folder's name: the profile).
     """
     results = Path(results_dir)
     claims = read_claims() if claims is None else claims
@@ -90,9 +90,10 @@ def claims_table(
         row |= {name: getattr(claim, name) for name in ("statement", "source", "expected")}
         row |= decide(values := claim.values(results).to_list()) | {"unit": claim.unit}
         limits = " ".join(filter(None, [claim.limits, example_noise(results, claim) if values else ""]))
-        rows.append(row | {"rule": claim.rule, "limits": limits, "scale": results.name})
+        row |= {"rule": claim.rule, "limits": limits, "notebook": claim.notebooks[-1]}
+        rows.append(row | {"scale": results.name})
     order = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "verdict"]
-    return pd.DataFrame(rows, columns=[*order, "rule", "limits", "scale"])
+    return pd.DataFrame(rows, columns=[*order, "rule", "limits", "notebook", "scale"])
 
 
 def decide(values: Sequence[float]) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def rank_correlation(results: Path) -> pd.Series:
 
 
 def _read(results: Path, table: str, columns: Collection[str]) -> pd.DataFrame:
-    rows = pd.read_csv(results / f"{table}.csv")
+    rows = pd.read_csv(results / f"{table}.csv", keep_default_na=False, na_values=["", "nan"])  # "null" is a name
     if missing := [column for column in columns if column not in rows]:
         raise ValueError(f"{results / table}.csv: no column {', '.join(missing)}; it has {', '.join(rows)}")
     return rows
