@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
-#   make reproduce [PROFILE=smoke|cpu|gpu|paper]   run the notebooks, write tables and figures
+#   make reproduce [PROFILE=smoke|cpu|gpu|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
-	$(RUN) -m apexlib.reproduce --profile "$(PROFILE)" $(ARGS)
+	$(RUN) -m apexlib.reproduce --profile "$(PROFILE)" $(addprefix --claim ,$(CLAIM)) $(ARGS)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)

@@ -41,6 +41,8 @@ _HOME = {
     "train_in_stages": "training",
     "save_table": "records",
     "save_figure": "plotting",
+    "draw_figure": "plotting",
+    "write_overview": "overview",
 }
 
 __all__ = sorted(_HOME)

@@ -344,6 +344,8 @@ def _claim(entry: Any, where: str) -> Claim:
     ((name, arguments),) = entry["measure"].items()
     if name not in MEASURES:
         raise ValueError(f"{where}: unknown measure {name!r}; known: {', '.join(MEASURES)}")
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}, measure {name}: need a mapping of arguments, got {arguments!r}")
     try:
         inspect.signature(MEASURES[name]).bind(Path(), **arguments)
     except TypeError as error:

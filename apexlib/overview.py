@@ -15,14 +15,14 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
 from apexlib.claims import measured
-from apexlib.plotting import FIGURES, PALETTE
+from apexlib.plotting import FIGURES
 from apexlib.records import atomic_write
 
 TITLE = "APEX: what is claimed, what was measured"
-VERDICTS = {  # colour of each; the word stands beside it
-    "reproduced": PALETTE[2],
-    "not reproduced": PALETTE[3],
-    "inconclusive at this scale": "#8a6d00",
+VERDICTS = {  # colour of each, dark enough for text; the word stands beside it
+    "reproduced": "#00609c",
+    "not reproduced": "#b34700",
+    "inconclusive at this scale": "#7a6000",
     "not measured": "#6b6b6b",
 }
 INTRODUCTION = (
@@ -37,14 +37,15 @@ _STYLE = """
 body { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p { margin: .5rem 0; } small, .small { font-size: .8rem; color: #4d4d4d; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; table-layout: fixed; }
 th, td { text-align: left; vertical-align: top; padding: .5rem .6rem .5rem 0; border-bottom: 1px solid #ddd; }
 th { font-size: .8rem; color: #4d4d4d; font-weight: 600; }
-td p { margin: .2rem 0 0; } td.verdict { font-weight: 600; } td.claim { width: 46%; }
+td p { margin: .2rem 0 0; } td.verdict { font-weight: 600; }
+th:nth-child(1) { width: 4%; } th:nth-child(2) { width: 46%; } th:nth-child(5) { width: 14%; }
 figure { margin: 1.5rem 0; break-inside: avoid; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; } tr { break-inside: avoid; }
 @media (max-width: 44rem) {
-  thead { display: none; } table, tbody, tr, td { display: block; width: auto !important; }
+  thead { display: none; } table, tbody, tr, td { display: block; }
   tr { padding: .6rem 0; border-bottom: 1px solid #bbb; } td { border: 0; padding: .15rem 0; }
   td[data-label]::before { content: attr(data-label) ": "; font-size: .8rem; color: #4d4d4d; font-weight: 400; }
 }
@@ -69,7 +70,6 @@ def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[P
     ):
         for page in [*ledger_pages(claims, facts), *figure_pages(figures)]:
             pdf.savefig(page)
-            plt.close(page)
     return paths
 
 
@@ -120,23 +120,24 @@ def inline_svg(text: str, name: str) -> str:
 def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
     """Set the ledger on A4 pages, one block per claim: never split, verdict at the right."""
     sheet = _Sheet()
-    sheet.write(TITLE, size=14, bold=True)
+    sheet.write([TITLE], size=14, bold=True)
     for text in (_counts(claims), INTRODUCTION, facts):
-        sheet.write(text, gap=0.06)
+        sheet.write(sheet.wrap(text, 8), gap=0.06)
     for notebook, rows in claims.groupby("notebook", sort=False):
         for index, row in enumerate(rows.itertuples()):
             seeds = f" ({row.n} seeds)" if row.n > 1 else ""
-            small = [f"Rule: {row.rule}.", f"Limits: {row.limits}", f"Source: {row.source}."]
-            lines = [f"The paper: {row.expected}.   Here: {measured(row)}{seeds}."]
-            if sheet.turn(0.24 + 0.14 * sum(map(sheet.lines, [row.statement, *lines, *small])) + 0.35 * (not index)):
+            statement = sheet.wrap(f"{row.number}  {row.statement}", 12)  # leaves room for the verdict beside it
+            here = sheet.wrap(f"The paper: {row.expected}.   Here: {measured(row)}{seeds}.", 8)
+            notes = (f"Rule: {row.rule}.", f"Limits: {row.limits}", f"Source: {row.source}.")
+            small = [line for note in notes for line in sheet.wrap(note, 7)]
+            if sheet.turn(0.1 + 0.15 * len(statement + here) + 0.132 * len(small) + 0.35 * (not index)):
                 yield sheet.last
             if not index:
-                sheet.write(_heading(notebook), size=11, bold=True, gap=0.14)
-            sheet.write(row.verdict, bold=True, colour=VERDICTS[row.verdict], right=True, gap=0.1)
-            sheet.write(f"{row.number}  {row.statement}", bold=True, gap=0.1)
-            sheet.write(lines[0])
-            for text in small:
-                sheet.write(text, size=7, colour="0.3")
+                sheet.write([_heading(notebook)], size=11, bold=True, gap=0.14)
+            sheet.write([row.verdict], bold=True, colour=VERDICTS[row.verdict], right=True, gap=0.1)
+            sheet.write(statement, bold=True, gap=0.1)
+            sheet.write(here)
+            sheet.write(small, size=7, colour="0.3")
     yield sheet.page
 
 
@@ -149,7 +150,7 @@ def figure_pages(figures: Path) -> Iterator[Page]:
         if sheet.turn(height + 0.5):
             yield sheet.last
         sheet.draw(pixels, width, height)
-        sheet.write(caption)
+        sheet.write(sheet.wrap(caption, 8))
         sheet.left -= 0.2
     yield sheet.page
 
@@ -158,7 +159,7 @@ class _Sheet:
     """A page that is filled from its top; lengths in inches."""
 
     def __init__(self) -> None:
-        self.page, self.last, self.left = Page(figsize=A4), None, A4[1] - _MARGIN
+        self.page, self.last, self.left = Page(figsize=A4, layout="none"), None, A4[1] - _MARGIN
 
     def turn(self, need: float) -> bool:
         """Begin a page unless there is room; whether `last` is one that is full."""
@@ -170,16 +171,13 @@ class _Sheet:
         return True
 
     @staticmethod
-    def wrap(text: str, size: float = 8) -> list[str]:
-        return textwrap.wrap(text, int(880 / size), break_on_hyphens=False)  # DejaVu Sans, with room for wide letters
-
-    @classmethod
-    def lines(cls, text: str) -> int:
-        return len(cls.wrap(text))
+    def wrap(text: str, size: float) -> list[str]:
+        """Break text to the width of the page, for letters of `size` points."""
+        return textwrap.wrap(text, int(930 / size), break_on_hyphens=False)
 
     def write(
         self,
-        text: str,
+        lines: list[str],
         *,
         size: float = 8,
         bold: bool = False,
@@ -187,11 +185,10 @@ class _Sheet:
         right: bool = False,
         gap: float = 0,
     ) -> None:
-        """Set a paragraph; one at the right takes no room of its own."""
+        """Set lines below what is there, after a `gap`; at the `right` they stand beside what follows."""
         top, x = self.left - gap, A4[0] - _MARGIN if right else _MARGIN
         look = {"size": size, "weight": "bold" if bold else "normal", "color": colour}
-        width = size * (1.12 if bold else 1)
-        for line in [text] if right else self.wrap(text, width):
+        for line in lines:
             self.page.text(x / A4[0], top / A4[1], line, va="top", ha="right" if right else "left", **look)
             top -= size * 1.35 / 72
         self.left = self.left if right else top
@@ -222,7 +219,7 @@ def _html_row(row: Any) -> str:
     small = "".join(f'<p class="small">{name.capitalize()}: {escape(text)}</p>' for name, text in notes.items())
     here = escape(measured(row)) + (f'<p class="small">{row.n} seeds</p>' if row.n > 1 else "")
     verdict = f'<td class="verdict" data-label="verdict" style="color: {VERDICTS[row.verdict]}">{row.verdict}</td>'
-    claim = f'<td class="claim"><strong>{escape(row.statement)}</strong>{small}</td>'
+    claim = f"<td><strong>{escape(row.statement)}</strong>{small}</td>"
     paper = f'<td data-label="the paper">{escape(row.expected)}</td>'
     cells = f'<td>{row.number}</td>{claim}{paper}<td data-label="here">{here}</td>{verdict}'
     return f'<tr id="claim-{row.number}">{cells}</tr>'
