@@ -352,16 +352,21 @@ def _listing(profile: str) -> Iterator[str]:
                 yield f"  {parameter.name}: {parameter.kind} = {values[parameter.name]!r}{help_text}"
 
 
-def _verdicts(numbers: Sequence[int], profile: str, root: Path) -> Iterator[str]:
-    """Write out claims as they are decided by the results of a profile."""
+def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
+    """Print claims as the results of a profile decide them; 1: a table is not what it should be."""
     results = folders(read_profile(profile, root / "notebooks" / "profiles").name, root).results
-    ledger = read_claims(root / "data" / "claims.yaml")
-    for row in claims_table(results, only=numbers, claims=ledger).itertuples():
-        yield f"claim {row.number}: {row.statement}"
-        yield f"  the paper  {row.expected}"
-        yield f"  here       {measured(row)}; {row.rule}; seeds: {row.n}"
-        yield f"  verdict    {row.verdict}"
-        yield f"  limits     {row.limits}"
+    try:
+        table = claims_table(results, only=numbers, claims=read_claims(root / "data" / "claims.yaml"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for row in table.itertuples():
+        print(f"claim {row.number}: {row.statement}")
+        print(f"  the paper  {row.expected}")
+        print(f"  here       {measured(row)}; {row.rule}; seeds: {row.n}")
+        print(f"  verdict    {row.verdict}")
+        print(f"  limits     {row.limits}")
+    return 0
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -401,9 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = {"only": given.only, "start": given.start, "force": given.force, "settings": _settings(given.set)}
         if not given.dry_run:
             run_profile(given.profile, **chosen)
-            if given.claim:
-                print(*_verdicts(given.claim, given.profile, _root(None)), sep="\n")
-            return 0
+            return _show_verdicts(given.claim, given.profile, _root(None)) if given.claim else 0
         steps = plan_profile(given.profile, **chosen)
         width = max(len(step.notebook) for step in steps)
         print(*(f"{step.notebook:<{width}}  {step.status:<5}  {step.reason}" for step in steps), sep="\n")

@@ -89,6 +89,43 @@ def test_panels_are_told_apart_in_the_saved_data(tmp_path):
     assert table["panel"].value_counts().to_dict() == {"heads": 9, "channels": 9}
 
 
+@pytest.mark.parametrize("name", plotting.FIGURES)
+def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path):
+    table = PLOTS[plotting.FIGURES[name].plot]()
+    numbers = table.select_dtypes("float").columns
+    table[numbers] = table[numbers] * (1 + 1e-9) / 3  # more digits than the file keeps
+    table = pd.concat([table.assign(panel=panel) for panel in ("null", "a, b")])
+    first = [path.read_bytes() for path in plotting.draw_figure(table, name, tmp_path)]
+    assert list(dict.fromkeys(pd.read_csv(tmp_path / f"{name}.csv", na_filter=False)["panel"])) == ["null", "a, b"]
+    titles = [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
+    assert titles == ["null", "a, b"]
+    for path in tmp_path.glob("*.[ps]*g"):
+        path.unlink()
+    assert [path.read_bytes() for path in plotting.redraw_figure(name, tmp_path)] == first
+
+
+def test_a_single_panel_needs_no_title(tmp_path):
+    plotting.draw_figure(curve(), "loss_curve", tmp_path)
+    assert [ax.get_title() for ax in plt.gcf().axes] == [""]
+
+
+def test_a_level_to_compare_with_is_drawn_across(tmp_path):
+    level = pd.DataFrame({"model": ["chance"], "split": "reference", "loss": 6.5})
+    (ax,) = plotting.new_figure()
+    plotting.plot_loss_curve(pd.concat([curve(), level]), ax)
+    assert [line.get_ydata() for line in ax.get_lines() if line.get_linestyle() == ":"] == [[6.5, 6.5]]
+    assert [text.get_text() for text in ax.texts] == ["chance"]
+    assert "chance" not in " ".join(text.get_text() for text in ax.get_legend().get_texts())
+
+
+def test_an_unknown_figure_and_an_empty_table_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="figure 'pie' is not in FIGURES; known: loss_curve"):
+        plotting.redraw_figure("pie", tmp_path)
+    with pytest.raises(ValueError, match="figure 'loss_curve': the table has no rows"):
+        plotting.draw_figure(curve()[:0], "loss_curve", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_figure_without_its_data_is_refused(tmp_path):
     (ax,) = plotting.new_figure()
     ax.plot([1, 2])

@@ -16,6 +16,7 @@ from readme import rendered
 
 from apexlib.claims import read_claims
 from apexlib.notebooks import read_notebook, read_profile
+from apexlib.plotting import FIGURES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -137,6 +138,19 @@ def test_the_cpu_profile_is_the_notebooks_own_values():
     assert {name: {} for name in (path.stem for path in NOTEBOOKS)} == {
         name: values or {} for name, values in profile.notebooks.items()
     }
+
+
+def test_the_last_notebook_draws_every_figure_and_reads_every_table_that_decides_a_claim():
+    *others, last = (read_notebook(path, "cpu") for path in NOTEBOOKS)
+    written = [Path(path) for notebook in others for path in notebook.writes if path.endswith(".csv")]
+    drawn = [path for path in written if path.parts[0] == "figures"]
+    assert {path.stem for path in drawn} == set(FIGURES)
+    source = (ROOT / "apexlib" / "claims.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"_(?:read|per_seed)\(\w+, \"(\w+)\"", source))
+    read |= {claim.arguments["table"] for claim in read_claims() if "table" in claim.arguments}
+    assert {"masking", "instruction", "rank_gain"} <= read
+    deciding = [path for path in written if path.parts[0] == "data" and path.stem in read]
+    assert {path.as_posix() for path in (*drawn, *deciding)} | {"data/claims.yaml"} == set(last.needs)
 
 
 def test_claims_are_numbered_in_order_and_name_their_source():
