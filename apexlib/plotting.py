@@ -1,11 +1,14 @@
 """Figures from result tables: one style, one way to save; never imports torch.
 
 A `plot_*` function draws a tidy table on an `ax` and returns the `ax`. `save_figure` writes SVG, PNG and the plotted
-table as CSV; equal tables give equal bytes.
+table as CSV; equal tables give equal bytes. The figures of the suite stand in `FIGURES`: `draw_figure` writes the table
+of one and draws it, `redraw_figure` draws it again from that file alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -77,22 +80,54 @@ def save_figure(ax: Axes | Iterable[Axes], name: str, *, folder: Path = Path("fi
         figure.savefig(file, metadata={"Date": None, "Creator": None})
     with atomic_write(paths[1]) as file:
         figure.savefig(file, dpi=200, metadata={"Software": None})
-    with atomic_write(paths[2]) as file:
-        pd.concat(tables, ignore_index=True).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+    _write_plotted(pd.concat(tables, ignore_index=True), paths[2])
     return paths
+
+
+def draw_figure(table: pd.DataFrame, name: str, folder: Path) -> list[Path]:
+    """Write `table` to `folder/name.csv` and draw the figure of that name in `FIGURES` from it.
+
+    One panel for each value of the column `panel`, if there is one, in order of appearance; the value is its title.
+    """
+    if table.empty:
+        raise ValueError(f"figure {name!r}: the table has no rows, nothing to draw")
+    _write_plotted(table, Path(folder) / f"{name}.csv")
+    return redraw_figure(name, folder)
+
+
+def redraw_figure(name: str, folder: Path) -> list[Path]:
+    """Draw a figure of `FIGURES` from `folder/name.csv` alone; the same bytes each time."""
+    if name not in FIGURES:
+        raise ValueError(f"figure {name!r} is not in FIGURES; known: {', '.join(FIGURES)}")
+    figure = FIGURES[name]
+    # "null" and the like are names, not missing values
+    table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False, na_values=[""])
+    panels = _groups(table, "panel") if "panel" in table else [("", table)]
+    axes = new_figure(len(panels), height=figure.height)
+    for ax, (title, rows) in zip(axes, panels, strict=True):
+        figure.plot(rows, ax, **figure.options)
+        ax.set_title(title)
+    return save_figure(axes, name, folder=folder)
 
 
 def plot_loss_curve(table: pd.DataFrame, ax: Axes) -> Axes:
     """Draw training loss against tokens, one line per model (mean over seeds, band: their range).
 
-    Columns: `model`, `seed`, `tokens`, `loss` and `split` ("train": lines, "valid": markers).
+    Columns: `model`, `seed`, `tokens`, `loss` and `split` ("train": lines, "valid": markers, "reference": a level to
+    compare with, named by its `model`).
     """
-    for colour, marker, (model, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "model"), strict=False):
+    measured = table[table["split"] != "reference"]
+    for colour, marker, (model, rows) in zip(
+        _cycle(PALETTE), _cycle(MARKERS), _groups(measured, "model"), strict=False
+    ):
         train = rows[rows["split"] == "train"].groupby("tokens")["loss"].agg(["mean", "min", "max"])
         ax.plot(train.index / 1e6, train["mean"], color=colour, label=f"{model}, training")
         ax.fill_between(train.index / 1e6, train["min"], train["max"], color=colour, alpha=0.2, linewidth=0)
         valid = rows[rows["split"] == "valid"].groupby("tokens")["loss"].mean()
         ax.plot(valid.index / 1e6, valid, marker, color=colour, mec="white", mew=0.4, ms=5, label=f"{model}, held out")
+    for name, loss in table.loc[table["split"] == "reference", ["model", "loss"]].itertuples(index=False):
+        ax.axhline(loss, color="0.4", linewidth=0.8, linestyle=":")
+        ax.annotate(name, (0.99, loss), (0, 2), ("axes fraction", "data"), "offset points", ha="right")
     ax.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
     ax.legend()
     return _remember(ax, table)
@@ -180,12 +215,49 @@ def plot_weight(table: pd.DataFrame, ax: Axes) -> Axes:
     return _remember(ax, table)
 
 
+@dataclass(frozen=True)
+class Figure:
+    """How a figure of the suite is drawn from its table, and what it shows, in a sentence."""
+
+    plot: Callable[..., Axes]
+    caption: str
+    height: float = 2.3  # inches
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `plot`
+
+
+FIGURES = {  # in the order of the notebooks
+    "loss_curve": Figure(
+        plot_loss_curve,
+        "Loss of the base models in training (lines) and on held-out text (markers); bands: range over seeds.",
+    ),
+    "activation_distribution": Figure(
+        plot_activation_distribution, "Activation of every unit over its layer's mean: a few are far more active."
+    ),
+    "masking_curve": Figure(
+        plot_masking_curve,
+        "Increase of the loss with a share of units silenced in every layer; bands: 95 % interval over seeds.",
+    ),
+    "imbalance": Figure(
+        plot_imbalance,
+        "How unevenly activations are spread over the units of a layer, in training; bands: 95 % interval over seeds.",
+    ),
+    "expansion": Figure(
+        plot_weight, "A gate projection before expansion, after training and fusing, and the change.", height=3.2
+    ),
+}
+
+
 def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
     return list(table.groupby(column, sort=False))
 
 
 def _cycle(values: Iterable[str]) -> list[str]:
     return list(values) * 4
+
+
+def _write_plotted(table: pd.DataFrame, path: Path) -> None:
+    with atomic_write(path) as file:
+        table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def _remember(ax: Axes, table: pd.DataFrame) -> Axes:

@@ -4,9 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from apexlib.claims import decide, interval, read_claims, summarise
-
-LEDGER = {"up": {"statement": "It rises."}, "down": {"statement": "It falls."}}
+from apexlib.claims import decide, interval, summarise
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
@@ -30,24 +28,14 @@ def test_one_value_has_no_interval_and_none_or_nan_is_refused():
         ([1.0, -1.0, 0.5], "inconclusive at this scale"),
         ([1.0, 1.1], "inconclusive at this scale"),
         ([1.0], "inconclusive at this scale"),
+        ([], "not measured"),
     ],
 )
 def test_the_verdict_follows_the_interval(values, verdict):
-    row = decide({"up": values}, LEDGER).iloc[0]
+    row = decide(values)
     assert row["verdict"] == verdict
     assert row["n"] == len(values)
-    assert row["mean"] == pytest.approx(np.mean(values))
-
-
-def test_a_claim_that_is_not_in_the_ledger_cannot_be_decided():
-    with pytest.raises(ValueError, match=r"claims \['sideways'\] are not in the ledger; known: up, down"):
-        decide({"sideways": [1.0]}, LEDGER)
-
-
-def test_an_incomplete_claim_is_named(tmp_path):
-    (tmp_path / "claims.yaml").write_text("- {id: a, source: s, statement: t, value: v}")
-    with pytest.raises(ValueError, match=r"claims.yaml, claim 1: no unit"):
-        read_claims(tmp_path / "claims.yaml")
+    assert row["mean"] == pytest.approx(np.mean(values) if values else np.nan, nan_ok=True)
 
 
 def test_summaries_are_per_group():
