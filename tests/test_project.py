@@ -31,6 +31,7 @@ ARROWS = {
     "certificate": {"expansion", "records"},
     "evaluation": {"records"},
     "difference": {"architectures", "activations", "evaluation", "records"},
+    "spectrum": {"expansion", "records"},
     "skills": {"records"},
     "rows": set(),
     "corpora": {"records", "rows", "skills"},
