@@ -26,6 +26,8 @@ _HOME = {
     "verify_folder": "certificate",
     "imbalance_table": "difference",
     "masking_curve": "difference",
+    "weight_difference": "difference",
+    "biography": "difference",
     "effective_rank": "spectrum",
     "spectrum_table": "spectrum",
     "update_table": "spectrum",

@@ -30,7 +30,7 @@ ARROWS = {
     "expansion": {"architectures", "monarch", "selection"},
     "certificate": {"expansion", "records"},
     "evaluation": {"records"},
-    "difference": {"architectures", "activations", "evaluation", "records"},
+    "difference": {"architectures", "activations", "evaluation", "records", "selection"},
     "spectrum": {"expansion", "records"},
     "skills": {"records"},
     "rows": set(),
