@@ -31,6 +31,8 @@ _HOME = {
     "effective_rank": "spectrum",
     "spectrum_table": "spectrum",
     "update_table": "spectrum",
+    "head_table": "function_spectrum",
+    "hidden_table": "function_spectrum",
     "perplexity": "evaluation",
     "exact_match": "evaluation",
     "multiple_choice": "evaluation",

@@ -32,6 +32,7 @@ ARROWS = {
     "evaluation": {"records"},
     "difference": {"architectures", "activations", "evaluation", "records", "selection"},
     "spectrum": {"expansion", "records"},
+    "function_spectrum": {"architectures", "records", "spectrum"},
     "skills": {"records"},
     "rows": set(),
     "corpora": {"records", "rows", "skills"},
