@@ -7,7 +7,9 @@ the same order, with the same schedule and the same evaluation; only the `Varian
 import gc
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,17 +19,26 @@ from typing import Any
 import pandas as pd
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from apexlib.baselines import Name
+from apexlib.claims import interval
 from apexlib.corpora import load_chat, load_corpus
 from apexlib.data import ChatTokens, PackedTokens, batches, collate, encode_chat, pack
 from apexlib.evaluation import exact_match, pad_token, perplexity
+from apexlib.pretraining import pretrain
 from apexlib.records import project_root
 from apexlib.selection import ApexConfig
-from apexlib.skills import skills
+from apexlib.skills import skills, skills_text
 from apexlib.training import train_in_stages
-from apexlib.trials import Trial
+from apexlib.trials import RESULT, Trial, run_trials
 
 _SMALL = ApexConfig.preset("2.4%")
 
@@ -102,8 +113,100 @@ def grid_trials(
     ]
 
 
+def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
+    """One row per trial: `method`, `learning_rate`, `seed`, each number of its result, `path` of its folder."""
+    rows = [
+        {"method": trial.settings["variant"], **{name: trial.settings[name] for name in ("learning_rate", "seed")}}
+        | {name: value for name, value in result.items() if isinstance(value, int | float)}
+        | {"path": _relative(Path(folder) / trial.name)}
+        for trial, result in zip(trials, results, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: `runs` is `runs_table` with `chosen`; `results` holds a run's whole result, by its path."""
+
+    runs: pd.DataFrame
+    results: Mapping[str, Mapping[str, Any]]
+    rates: pd.DataFrame  # of the grid: `method`, `learning_rate`, `loss` (validation, mean over seeds), `chosen`
+
+
+def compare(
+    run: Callable[..., dict[str, Any]],
+    variants: Sequence[str],
+    bases: Mapping[int, Path],
+    folder: Path,
+    *,
+    learning_rates: Sequence[float],
+    grid_seeds: Sequence[int],
+    keep_models: bool = True,
+    seconds: float | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on the other seeds of `bases`.
+
+    `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Models are kept (`keep_models`) of
+    the runs at the chosen rates only. For `seconds` see `run_trials`.
+    """
+    deadline = None if seconds is None else time.monotonic() + seconds
+
+    def table_of(trials: list[Trial]) -> tuple[pd.DataFrame, dict[str, Any]]:
+        left = None if deadline is None else deadline - time.monotonic()
+        results = run_trials(run, trials, folder, seconds=left)
+        table = runs_table(trials, results, folder)
+        return table, dict(zip(table["path"], results, strict=True))
+
+    grid, results = table_of(grid_trials(variants, learning_rates, grid_seeds, bases, **settings))
+    best = choose_rates(grid)
+    rest = [seed for seed in bases if seed not in grid_seeds]
+    more = [trial for name in variants for trial in grid_trials([name], [best[name]], rest, bases, **settings)]
+    if keep_models:  # a run whose model was removed, when another rate was the chosen one, is made again
+        again = [
+            trial for name in variants for trial in grid_trials([name], [best[name]], grid_seeds, bases, **settings)
+        ]
+        again = [trial for trial in again if not list((Path(folder) / trial.name).glob("stage-*"))]
+        for trial in again:
+            (Path(folder) / trial.name / RESULT).unlink()
+        more += again
+    if more:
+        others, found = table_of(more)
+        grid = pd.concat([grid[~grid["path"].isin(others["path"])], others], ignore_index=True)
+        results |= found
+    runs = grid.assign(chosen=(grid["learning_rate"] == grid["method"].map(best)) & grid["seed"].isin(list(bases)))
+    for path in runs.loc[~(runs["chosen"] & keep_models), "path"]:
+        drop_models(_root() / path)
+    rates = runs[runs["seed"].isin(grid_seeds)].groupby(["method", "learning_rate"], as_index=False, sort=False)
+    rates = rates["valid_loss"].mean().rename(columns={"valid_loss": "loss"})
+    return Comparison(runs, results, rates.assign(chosen=rates["learning_rate"] == rates["method"].map(best)))
+
+
+def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
+    """Compare the share of right answers of one method with every other's, example by example.
+
+    `correct` has a row per `method`, `seed` and `example`, with `correct` 0 or 1. The interval is Student's t over
+    examples of the difference (mean over seeds): it says what another draw of test examples could change, where that
+    over seeds says what other models and orders could. Columns: `method`, `difference`, `low`, `high`, `examples`.
+    """
+    share = correct.pivot_table(index="example", columns="method", values="correct")
+    rows = []
+    for method in share.columns.drop(of):
+        difference = (share[of] - share[method]).dropna()
+        low, high = interval(difference)
+        row = {"method": method, "difference": difference.mean(), "low": low, "high": high}
+        rows.append(row | {"examples": len(difference)})
+    return pd.DataFrame(rows)
+
+
+def drop_models(folder: Path) -> None:
+    """Remove the models of a run's stages; its result stays."""
+    for stage in Path(folder).glob("stage-*"):
+        shutil.rmtree(stage)
+
+
 def choose_rates(runs: pd.DataFrame, *, by: str = "method", loss: str = "valid_loss") -> dict[str, float]:
-    """Choose, for each method, the learning rate with the lowest mean validation loss over the seeds that have all rates.
+    """Choose for each method the learning rate of the lowest mean validation loss, over the seeds that have all rates.
 
     >>> runs = pd.DataFrame({"method": "full", "learning_rate": [0.1, 0.2], "seed": 0, "valid_loss": [2.0, 1.0]})
     >>> choose_rates(runs)
@@ -114,6 +217,31 @@ def choose_rates(runs: pd.DataFrame, *, by: str = "method", loss: str = "valid_l
         table = part.pivot_table(index="seed", columns="learning_rate", values=loss).dropna()
         chosen[method] = float(table.mean().idxmin())
     return chosen
+
+
+def pretraining_run(
+    *,
+    folder: Path,
+    tokenizer: str,
+    config: Mapping[str, Any],
+    corpus: str,
+    skill_documents: int,
+    context: int,
+    checkpoints: Sequence[int],
+    seed: int,
+    **training: Any,
+) -> dict[str, Any]:
+    """Train a model from random weights, drawn for `seed`, and keep `checkpoints` in `folder`.
+
+    `config` is that of the model (`model_type` and its fields), `training` goes to `pretrain`. Returns its log.
+    """
+    words = _tokenizer(_local(tokenizer))
+    documents = _documents(corpus, "train") + (skills_text(skill_documents) if skill_documents else [])
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    dataset = pack(documents, words, context, cache=_root() / "data" / "cache")
+    log = pretrain(model, dataset, folder, checkpoints=checkpoints, tokenizer=words, seed=seed, **training)
+    return {"log": log.to_dict("records")}
 
 
 def instruction_run(
@@ -145,6 +273,12 @@ def instruction_run(
     return cost | instruction_scores(model, tokenizer, chat=chat, retention=retention)
 
 
+def untouched_run(*, folder: Path, base: str, chat: Mapping[str, Any], retention: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure the base model as `instruction_run` measures a tuned one."""
+    model, tokenizer = _load(base)
+    return instruction_scores(model.eval(), tokenizer, chat=chat, retention=retention)
+
+
 def instruction_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -156,7 +290,7 @@ def instruction_scores(
 
     `valid_loss` and `answer_loss` (nats per token of the answers of the validation and the test split), `families`
     (share of exact matches and number of examples, per family of the test split), `exact_match` (mean of the shares),
-    `retention_loss` (nats per token).
+    `correct` (one 0 or 1 per example of the test split), `retention_loss` (nats per token).
     """
     losses = {}
     for split, name in (("valid", "valid_loss"), ("test", "answer_loss")):
@@ -169,6 +303,7 @@ def instruction_scores(
         **losses,
         "exact_match": float(families["mean"].mean()),
         "families": {name: [float(share), int(count)] for name, share, count in families.itertuples()},
+        "correct": answers["correct"].astype(int).tolist(),
         "retention_loss": text_loss(model, tokenizer, **retention),
     }
 
@@ -222,7 +357,7 @@ def text_loss(
 
 
 def tokens_to_reach(curve: pd.DataFrame, loss: float) -> float:
-    """Tokens after which a curve (`tokens`, `loss`) first falls to `loss`, by linear interpolation; inf if it never does.
+    """Tokens after which a curve (`tokens`, `loss`) first falls to `loss`, linear between points; inf if it never does.
 
     >>> tokens_to_reach(pd.DataFrame({"tokens": [0, 10, 20], "loss": [4.0, 3.0, 2.5]}), 2.75)
     15.0
@@ -248,7 +383,7 @@ def _train(
     record = train_in_stages(model, dataset, arguments, config, method=how.method, **how.options, **settings)
     cost = {
         "trainable": float(record.trainable["share"].mean()),
-        "seconds_per_step": getattr(record, "seconds_per_step", math.nan),
+        "seconds_per_step": record.seconds_per_step,
         "peak_memory_mb": _peak_mb() - before,
     }
     return record.model.eval(), cost, record.log
@@ -274,6 +409,11 @@ def _arguments(folder: Path, steps: int, batch_size: int, seed: int, **own: Any)
     )
 
 
+def _relative(path: Path) -> str:
+    path = path.resolve()
+    return path.relative_to(_root()).as_posix() if path.is_relative_to(_root()) else str(path)
+
+
 def _root() -> Path:
     """The project's folder; outside a project, the working directory."""
     with suppress(FileNotFoundError):
@@ -281,15 +421,20 @@ def _root() -> Path:
     return Path.cwd()
 
 
+def _local(name: str) -> str:
+    """A folder of the project by its path from the root; any other name as it is."""
+    return str(_root() / name) if (_root() / name).is_dir() else name
+
+
 def _load(base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    place = _root() / base if (_root() / base).is_dir() else base
+    place = _local(base)
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model, _tokenizer(place)
 
 
 @cache
-def _tokenizer(place: str | Path) -> PreTrainedTokenizerFast:
+def _tokenizer(place: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(place)
 
 

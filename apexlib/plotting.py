@@ -215,6 +215,55 @@ def plot_weight(table: pd.DataFrame, ax: Axes) -> Axes:
     return _remember(ax, table)
 
 
+def plot_rates(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw the validation loss of each method against the learning rate, the chosen one filled.
+
+    Columns: `method`, `learning_rate`, `loss` (mean over the seeds of the grid, nats per token), `chosen`.
+    """
+    for colour, marker, (method, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "method"), strict=False):
+        rows = rows.sort_values("learning_rate")
+        ax.plot(rows["learning_rate"], rows["loss"], color=colour, marker=marker, mfc="white", label=method)
+        best = rows[rows["chosen"].astype(bool)]
+        ax.plot(best["learning_rate"], best["loss"], color=colour, marker=marker, linestyle="none")
+    rates = sorted(table["learning_rate"].unique())
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _remember(ax, table)
+
+
+def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw one point with its interval per method, in order from above; a line through the first for comparison.
+
+    Columns: `method`, `mean`, `low`, `high`. The title of the panel says what is compared.
+    """
+    places = np.arange(len(table))
+    around = np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy())
+    ax.axvline(table["mean"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
+    ax.errorbar(table["mean"], places, xerr=around, fmt="none", ecolor="0.55", capsize=2, linewidth=1)
+    colours = [PALETTE[3], *[PALETTE[0]] * (len(table) - 1)]
+    ax.scatter(table["mean"], places, color=colours, s=18, zorder=3)
+    ax.set(ylim=(len(table) - 0.5, -0.5))
+    ax.set_yticks(places, table["method"])
+    ax.grid(axis="y", visible=False)
+    return _remember(ax, table)
+
+
+def plot_token_curve(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw the held-out loss against tokens trained on, one line per method with its interval over seeds.
+
+    Columns: `method`, `tokens`, `mean`, `low`, `high` (nats per token).
+    """
+    for colour, marker, (method, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "method"), strict=False):
+        rows = rows.sort_values("tokens")
+        ax.plot(rows["tokens"] / 1e6, rows["mean"], color=colour, marker=marker, label=method)
+        ax.fill_between(rows["tokens"] / 1e6, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel="tokens trained on (millions)", ylabel="loss (nats per token)")
+    ax.legend()
+    return _remember(ax, table)
+
+
 @dataclass(frozen=True)
 class Figure:
     """How a figure of the suite is drawn from its table, and what it shows, in a sentence."""
@@ -243,6 +292,25 @@ FIGURES = {  # in the order of the notebooks
     ),
     "expansion": Figure(
         plot_weight, "A gate projection before expansion, after training and fusing, and the change.", height=3.2
+    ),
+    "learning_rates": Figure(
+        plot_rates, "Validation loss against the learning rate, instruction tuning; filled: the rate chosen."
+    ),
+    "instruction": Figure(
+        plot_comparison,
+        "Instruction tuning: what each method learnt and what it forgot; 95 % intervals over seeds, dotted: APEX.",
+    ),
+    "continued_rates": Figure(
+        plot_rates, "Validation loss against the learning rate, continued pre-training; filled: the rate chosen."
+    ),
+    "continued": Figure(
+        plot_token_curve,
+        "Continued pre-training: held-out loss against tokens; bands: 95 % interval over seeds.",
+    ),
+    "ablations": Figure(
+        plot_comparison,
+        "APEX with one thing changed at a time, instruction tuning; 95 % intervals over seeds, dotted: unchanged.",
+        height=3.0,
     ),
 }
 

@@ -68,7 +68,9 @@ def run_trials(
         return seconds is not None and time.monotonic() - began > seconds
 
     finished = (
-        _one_by_one(run, due, folder, late) if default_workers() == 1 else _side_by_side(run, due, folder, workers, late)
+        _one_by_one(run, due, folder, late)
+        if default_workers() == 1
+        else _side_by_side(run, due, folder, workers, late)
     )
     done = len(trials) - len(due)
     with tqdm(total=len(trials), initial=done, desc="trials", disable=hide_progress(), leave=False) as bar:
