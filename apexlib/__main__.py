@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     difference.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
     difference.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
     difference.set_defaults(run=_difference)
+    spectrum = commands.add_parser("spectrum", help="effective rank of every weight matrix, or of every update")
+    spectrum.add_argument("model", help="a folder with safetensors files, read matrix by matrix, or a name on the Hub")
+    spectrum.add_argument("--base", help="measure the update from this model, folder or name")
+    spectrum.add_argument("--revision", help="commit of a model on the Hub")
+    spectrum.add_argument("--base-revision", help="commit of a base on the Hub")
+    spectrum.add_argument("--out", type=Path, default=Path(), help="folder for spectrum.csv, or updates.csv")
+    spectrum.set_defaults(run=_spectrum)
     train = commands.add_parser("train", help="train a model as a YAML file says; runs under accelerate launch too")
     train.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
     train.set_defaults(run=_train)
@@ -64,6 +72,34 @@ def _difference(options: argparse.Namespace) -> int:
     for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
         print(save_table(table, name, options.out, **facts))
     return 0
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    from apexlib.records import save_table
+    from apexlib.spectrum import spectrum_table, update_table
+
+    model = _weights(options.model, options.revision)
+    facts = {"model": options.model, "revision": options.revision}
+    if options.base is None:
+        table, name, extra = spectrum_table(model), "spectrum", []
+    else:
+        table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
+        facts |= {"base": options.base, "base_revision": options.base_revision}
+        extra = ["relative", "noise_frobenius", "noise_effective_rank", "above_noise"]
+    path = save_table(table, name, options.out, **facts)
+    shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
+    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(path)
+    return 0
+
+
+def _weights(model: str, revision: str | None) -> Any:
+    """A folder as it is, so that its matrices are read one by one; a name on the Hub as a model."""
+    if Path(model).is_dir() or Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -64,6 +64,7 @@ def exact_match(
     max_new_tokens: int = 48,
     batch_size: int = 64,
     extract: Callable[[str], str] = str.strip,
+    quiet: bool = False,
 ) -> pd.DataFrame:
     """Let the model answer and compare with `answer`, one row per example, in order.
 
@@ -80,7 +81,7 @@ def exact_match(
     model.eval()
     try:
         starts = range(0, len(order), batch_size)
-        for start in progress(starts, "answering"):
+        for start in starts if quiet else progress(starts, "answering"):
             rows = order[start : start + batch_size]
             length = max(len(prompts[row]) for row in rows)
             ids = torch.tensor([[pad] * (length - len(prompts[row])) + prompts[row] for row in rows])

@@ -5,10 +5,10 @@ table as CSV; equal tables give equal bytes. The figures of the suite stand in `
 of one and draws it, `redraw_figure` draws it again from that file alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from apexlib.records import atomic_write
+
+Plot = Callable[[pd.DataFrame, Axes], Axes]
 
 COLUMN = 3.4  # width of a paper's column in inches; two columns: 7.0
 PALETTE = sns.color_palette("colorblind").as_hex()
@@ -100,13 +102,13 @@ def redraw_figure(name: str, folder: Path) -> list[Path]:
     if name not in FIGURES:
         raise ValueError(f"figure {name!r} is not in FIGURES; known: {', '.join(FIGURES)}")
     figure = FIGURES[name]
-    # "null" and the like are names, not missing values
-    table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False, na_values=[""])
-    panels = _groups(table, "panel") if "panel" in table else [("", table)]
-    axes = new_figure(len(panels), height=figure.height)
-    for ax, (title, rows) in zip(axes, panels, strict=True):
-        figure.plot(rows, ax, **figure.options)
-        ax.set_title(title)
+    text = pd.read_csv(Path(folder) / f"{name}.csv", dtype=str, na_filter=False)
+    panels = [(title, _typed(rows)) for title, rows in (_groups(text, "panel") if "panel" in text else [("", text)])]
+    plots = [figure.plot] * len(panels) if callable(figure.plot) else figure.plot
+    axes = new_figure(len(panels), width=figure.width, height=figure.height)
+    for ax, plot, (title, rows) in zip(axes, plots, panels, strict=True):
+        plot(rows, ax)
+        ax.set_title(title, pad=figure.title_pad)
     return save_figure(axes, name, folder=folder)
 
 
@@ -215,14 +217,64 @@ def plot_weight(table: pd.DataFrame, ax: Axes) -> Axes:
     return _remember(ax, table)
 
 
+def plot_rates(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw the validation loss of each method against the learning rate, the chosen one filled.
+
+    Columns: `method`, `learning_rate`, `loss` (mean over the seeds of the grid, nats per token), `chosen`.
+    """
+    for colour, marker, (method, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "method"), strict=False):
+        rows = rows.sort_values("learning_rate")
+        ax.plot(rows["learning_rate"], rows["loss"], color=colour, marker=marker, mfc="white", label=method)
+        best = rows[rows["chosen"].astype(bool)]
+        ax.plot(best["learning_rate"], best["loss"], color=colour, marker=marker, linestyle="none")
+    rates = sorted(table["learning_rate"].unique())
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats per token)")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _remember(ax, table)
+
+
+def plot_comparison(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw one point with its interval per method, in order from above; a line through the first for comparison.
+
+    Columns: `method`, `mean`, `low`, `high`. The title of the panel says what is compared.
+    """
+    places = np.arange(len(table))
+    around = np.abs(table[["low", "high"]].to_numpy().T - table["mean"].to_numpy())
+    ax.axvline(table["mean"].iloc[0], color="0.4", linewidth=0.8, linestyle=":")
+    ax.errorbar(table["mean"], places, xerr=around, fmt="none", ecolor="0.55", capsize=2, linewidth=1)
+    colours = [PALETTE[3], *[PALETTE[0]] * (len(table) - 1)]
+    ax.scatter(table["mean"], places, color=colours, s=18, zorder=3)
+    ax.set(ylim=(len(table) - 0.5, -0.5))
+    ax.set_yticks(places, table["method"])
+    ax.grid(axis="y", visible=False)
+    return _remember(ax, table)
+
+
+def plot_token_curve(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw the held-out loss against tokens trained on, one line per method with its interval over seeds.
+
+    Columns: `method`, `tokens`, `mean`, `low`, `high` (nats per token).
+    """
+    for colour, marker, (method, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "method"), strict=False):
+        rows = rows.sort_values("tokens")
+        ax.plot(rows["tokens"] / 1e6, rows["mean"], color=colour, marker=marker, label=method)
+        ax.fill_between(rows["tokens"] / 1e6, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
+    ax.set(xlabel="tokens trained on (millions)", ylabel="loss (nats per token)")
+    ax.legend()
+    return _remember(ax, table)
+
+
 @dataclass(frozen=True)
 class Figure:
     """How a figure of the suite is drawn from its table, and what it shows, in a sentence."""
 
-    plot: Callable[..., Axes]
+    plot: Plot | tuple[Plot, ...]  # one for all panels, or one for each
     caption: str
-    height: float = 2.3  # inches
-    options: Mapping[str, Any] = field(default_factory=dict)  # of `plot`
+    width: float | None = None  # inches, as `height`; None: that of a paper's column, or of two with more panels
+    height: float = 2.3
+    title_pad: float = 6.0  # points; more where a legend stands above the panel
 
 
 FIGURES = {  # in the order of the notebooks
@@ -244,6 +296,25 @@ FIGURES = {  # in the order of the notebooks
     "expansion": Figure(
         plot_weight, "A gate projection before expansion, after training and fusing, and the change.", height=3.2
     ),
+    "learning_rates": Figure(
+        plot_rates, "Validation loss against the learning rate, instruction tuning; filled: the rate chosen."
+    ),
+    "instruction": Figure(
+        plot_comparison,
+        "Instruction tuning: what each method learnt and what it forgot; 95 % intervals over seeds, dotted: APEX.",
+    ),
+    "continued_rates": Figure(
+        plot_rates, "Validation loss against the learning rate, continued pre-training; filled: the rate chosen."
+    ),
+    "continued": Figure(
+        plot_token_curve,
+        "Continued pre-training: held-out loss against tokens; bands: 95 % interval over seeds.",
+    ),
+    "ablations": Figure(
+        plot_comparison,
+        "APEX with one thing changed at a time, instruction tuning; 95 % intervals over seeds, dotted: unchanged.",
+        height=3.0,
+    ),
 }
 
 
@@ -253,6 +324,11 @@ def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
 
 def _cycle(values: Iterable[str]) -> list[str]:
     return list(values) * 4
+
+
+def _typed(text: pd.DataFrame) -> pd.DataFrame:
+    """Give the columns of a panel's rows, read as text, the types of a table of its own; "null" and "nan" are names."""
+    return pd.read_csv(StringIO(text.to_csv(index=False)), keep_default_na=False, na_values=[""])
 
 
 def _write_plotted(table: pd.DataFrame, path: Path) -> None:

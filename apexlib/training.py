@@ -2,6 +2,8 @@
 
 import copy
 import math
+import statistics as stats
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset, default_collate
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, get_scheduler, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.baselines import Method, Name, method_of
@@ -40,6 +42,7 @@ class TrainingRecord:
     plans: tuple[ExpansionPlan, ...]
     statistics: tuple[pd.DataFrame, ...]
     trainable: pd.DataFrame  # per stage: parameters that train, of all, share
+    seconds_per_step: float  # median time of an optimizer step: no assessment, evaluation, saving or data loading
 
 
 def train_in_stages(
@@ -82,7 +85,7 @@ def train_in_stages(
     set_seed(args.seed)
 
     statistics = _assess(model, train_dataset, order, data_collator, args, config) if how.assesses else None
-    logs, seen, trainable = [], [], []
+    logs, seen, trainable, clock = [], [], [], _Clock()
     for stage in range(stages):
         if statistics is not None:
             if config.strategy == "magnitude":
@@ -108,7 +111,7 @@ def train_in_stages(
             train_dataset=_take(train_dataset, order[start * per_step : end * per_step]),
             eval_dataset=eval_dataset,
             data_collator=data_collator,
-            callbacks=how.callbacks(),
+            callbacks=[*how.callbacks(), clock],
         )
         trainer.remove_callback(PrinterCallback)
         before = _fingerprints(trained)
@@ -123,7 +126,8 @@ def train_in_stages(
         if args.should_save:
             _save_stage(model, Path(args.output_dir) / f"stage-{stage}", how.plans, statistics)
     log = pd.concat(logs, ignore_index=True)
-    return TrainingRecord(model, log, tuple(how.plans), tuple(seen), pd.DataFrame(trainable))
+    seconds = stats.median(clock.seconds)
+    return TrainingRecord(model, log, tuple(how.plans), tuple(seen), pd.DataFrame(trainable), seconds)
 
 
 def data_order(size: int, count: int, seed: int) -> list[int]:
@@ -244,6 +248,19 @@ def _stage_trainer(base: type) -> type:
             return (loss, *rest) if rest else loss
 
     return StageTrainer
+
+
+class _Clock(TrainerCallback):
+    """Times every optimizer step, from its first forward pass to its update."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, tuple[bool, int]]:

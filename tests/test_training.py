@@ -266,6 +266,13 @@ def test_what_cannot_be_done_is_refused_before_training(changes, message, tiny_m
     assert not list(tmp_path.glob("new/stage-*"))
 
 
+def test_time_per_step_leaves_out_what_is_no_step(tiny_model, tmp_path, monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("apexlib.training.time.perf_counter", lambda: next(clock))
+    record = run(tiny_model, tmp_path, eval_dataset=Blocks(size=8, start=7), eval_strategy="steps", eval_steps=1)
+    assert record.seconds_per_step == 10  # the clock is read twice a step
+
+
 def test_a_parameter_that_does_not_move_is_reported(tiny_model, tmp_path):
     with pytest.raises(RuntimeError, match=r"stage 0: .* should train but did not move"):
         run(tiny_model, tmp_path, learning_rate=0.0)
