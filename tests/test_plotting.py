@@ -48,13 +48,29 @@ def weight():
     return pd.DataFrame(rows, columns=["unit", "column", "value", "role"])
 
 
+def comparison():
+    return pd.DataFrame({"method": ["apex", "full"], "mean": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]})
+
+
+def token_curve():
+    return pd.DataFrame({"method": "apex", "tokens": [1e6, 2e6], "mean": [3.0, 2.0], "low": 1.5, "high": 3.5})
+
+
+def rates():
+    columns = {"method": ["apex", "full"] * 2, "learning_rate": [1e-3, 1e-3, 3e-3, 3e-3]}
+    return pd.DataFrame(columns | {"loss": [1.0, 2.0, 1.5, 1.0], "chosen": [True, False, False, True]})
+
+
 PLOTS = {
     plotting.plot_weight: weight,
     plotting.plot_masking_curve: masking,
     plotting.plot_imbalance: imbalance,
     plotting.plot_loss_curve: curve,
     plotting.plot_activation_distribution: activations,
+    plotting.plot_token_curve: token_curve,
+    plotting.plot_rates: rates,
 }
+TABLES = PLOTS | {plotting.plot_comparison: comparison}
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
@@ -91,14 +107,17 @@ def test_panels_are_told_apart_in_the_saved_data(tmp_path):
 
 @pytest.mark.parametrize("name", plotting.FIGURES)
 def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path):
-    table = PLOTS[plotting.FIGURES[name].plot]()
+    plot = plotting.FIGURES[name].plot
+    panels = dict(zip(["null", "a, b", "c"], (plot, plot) if callable(plot) else plot, strict=False))
+    table = pd.concat([TABLES[each]().assign(panel=panel) for panel, each in panels.items()])
     numbers = table.select_dtypes("float").columns
     table[numbers] = table[numbers] * (1 + 1e-9) / 3  # more digits than the file keeps
-    table = pd.concat([table.assign(panel=panel) for panel in ("null", "a, b")])
     first = [path.read_bytes() for path in plotting.draw_figure(table, name, tmp_path)]
-    assert list(dict.fromkeys(pd.read_csv(tmp_path / f"{name}.csv", na_filter=False)["panel"])) == ["null", "a, b"]
-    titles = [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
-    assert titles == ["null", "a, b"]
+    drawn = plt.gcf().axes
+    assert [ax.get_title() for ax in drawn if ax.get_title()] == list(panels)
+    for ax, plot in zip([ax for ax in drawn if ax.get_title()], panels.values(), strict=True):
+        whole = set(TABLES[plot]().select_dtypes("int"))
+        assert whole <= set(ax._plotted.select_dtypes("int"))  # also where another panel has no such column
     for path in tmp_path.glob("*.[ps]*g"):
         path.unlink()
     assert [path.read_bytes() for path in plotting.redraw_figure(name, tmp_path)] == first
