@@ -43,7 +43,6 @@ from apexlib.records import file_hash, save_table
 from apexlib.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
 
 UNFINISHED = 3  # exit code: pieces are left
-_KEPT = (0, 1, 2, 4, 8, 16)  # checkpoints of a base model, in sixteenths of its training
 _LAUNCH = 0.03  # seconds that a step of a small model takes at least, whatever its products cost: an assumption
 _AROUND = 4.0  # seconds of a training around its steps: loading, assessment, checks, saving: an assumption
 _ALONE = 2.0  # seconds of a piece without training: an assumption
@@ -61,7 +60,7 @@ class Scale:
     """How large everything is. `models` maps names to configurations, the smallest first; the last one is tuned."""
 
     models: Mapping[str, Mapping[str, Any]]
-    pretraining: Mapping[str, Any]  # `context`, `steps`, `batch_size`, `learning_rate`, `parts` of a training
+    pretraining: Mapping[str, Any]  # `context`, `steps`, `batch_size`, `learning_rate`; `parts`; sixteenths `kept`
     rivals: tuple[str, ...]  # of `reference_run`: what a base model must beat
     blocks: int  # held-out blocks of text
     difference: Mapping[str, Any]  # arguments of `difference_run`
@@ -81,7 +80,8 @@ class Scale:
 _TUNED = ("full", "apex", "lora", "hft", "gmt", "direct", "random", "apex-2.4%")
 _GPU = Scale(
     models={"8m": llama(256, 8, 8, 4, 704), "25m": llama(512, 7, 16, 8, 1408)},
-    pretraining={"context": 512, "steps": 1920, "batch_size": 32, "learning_rate": 1.5e-3, "parts": 4},
+    pretraining={"context": 512, "steps": 1920, "batch_size": 32, "learning_rate": 1.5e-3}
+    | {"parts": 4, "kept": (0, 1, 2, 4, 8, 16)},
     rivals=("unigram", "bigram", "trigram"),
     blocks=128,
     difference={
@@ -112,12 +112,19 @@ _GPU = Scale(
 SCALES = {
     "toy": Scale(
         models={"tiny": llama(16, 2, 4, 2, 32), "toy": llama(32, 2, 4, 2, 64)},
-        pretraining={"context": 64, "steps": 48, "batch_size": 8, "learning_rate": 1e-2, "parts": 2},
+        pretraining={
+            "context": 64,
+            "steps": 48,
+            "batch_size": 8,
+            "learning_rate": 1e-2,
+            "parts": 2,
+            "kept": (0, 2, 16),
+        },
         rivals=(),  # a toy shows that the path works; it has learnt nothing
         blocks=16,
         difference={"assessment_blocks": 32, "fractions": {"channel": [0.1, 0.5], "head": [0.25]}, "draws": 2},
         instruction=_GPU.instruction
-        | {"learning_rates": (1e-3, 1e-2), "steps": 4, "batch_size": 8}
+        | {"learning_rates": (1e-3, 1e-2), "steps": 6, "batch_size": 8}
         | {"assessment_samples": 16},
         conversations={"train": 64, "valid": 16, "test": 32, "max_new_tokens": 4},
         continued=_GPU.continued
@@ -205,7 +212,7 @@ def base_models(work: Work) -> pd.DataFrame:
     """Train the base models part by part; one row per model, seed and checkpoint, with its folder."""
     scale, how = work.scale, dict(work.scale.pretraining)
     parts, steps = how.pop("parts"), how["steps"]
-    kept = sorted({steps * share // 16 for share in _KEPT})
+    kept = sorted({steps * share // 16 for share in how.pop("kept")})
     borders = [steps * part // parts for part in range(parts + 1)]
     words = str(work.data / "tokenizer")
     manifest = json.loads((work.data / MANIFEST).read_text(encoding="utf-8"))
@@ -477,7 +484,7 @@ def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
     for name, parameters in sizes.items():
         steps, tokens = how["steps"] // how["parts"], how["batch_size"] * context
         rows.append((f"base {name}, a part", seeds * how["parts"], parameters, steps, tokens, 0))
-        rows.append((f"difference {name}", seeds * len(_KEPT), parameters, 0, 0, held_out * 10))
+        rows.append((f"difference {name}", seeds * len(how["kept"]), parameters, 0, 0, held_out * 10))
     tuning, further = scale.instruction, scale.continued
     for name, count, steps in (
         ("instruction", runs(tuning), tuning["steps"]),
