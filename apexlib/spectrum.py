@@ -193,10 +193,12 @@ def spectrum_table(source: nn.Module | str | Path, *, device: str | torch.device
 def update_table(
     base: nn.Module | str | Path, tuned: nn.Module | str | Path, *, device: str | torch.device | None = None
 ) -> pd.DataFrame:
-    """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding alone would make of it.
+    """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding and chance would make of it.
 
     Columns as in `spectrum_table`, of ΔW in float64, and
 
+    - `before`, `after`: effective rank of W and of W + ΔW; `by_chance`: of W plus a Gaussian matrix (drawn from a fixed
+      seed) of the norm of ΔW: what moving as far in no particular direction would do;
     - `relative`: ‖ΔW‖_F / ‖W‖_F;
     - `noise_frobenius`, `noise_effective_rank`: of `rounding_noise` of W in the coarser of the two dtypes. An update
       that is not far above it in norm has the effective rank of noise: one of rank 64 that measures 63 from float32
@@ -216,11 +218,14 @@ def update_table(
             raise ValueError(f"{name}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned; need equal shapes")
         update = new.double() - old.double()
         sigma, noise = _sigma(name, update), np.zeros(1)
+        row = _row(name, update, sigma)
+        row["before"] = row["after"] = row["by_chance"] = _exp_entropy(_sigma(name, old))
         if sigma[0]:
             coarser = max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             noise = _sigma(name, rounding_noise(old, coarser))
+            row["after"] = _exp_entropy(_sigma(name, new))
+            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + gaussian(update, row["frobenius"])))
         size = torch.linalg.vector_norm(old, dtype=torch.float64).item()
-        row = _row(name, update, sigma)
         row["relative"] = row["frobenius"] / size if size else np.nan
         row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)
         rows.append(row | {"above_noise": int((sigma > noise[0]).sum())})
@@ -264,6 +269,12 @@ def rounding_noise(
     mantissa, exponent = torch.frexp(matrix.double())  # 0.5 ≤ |mantissa| < 1
     place = torch.ldexp(torch.full_like(mantissa, torch.finfo(dtype).eps / 2), exponent) * (mantissa != 0)
     return (draws[0] - draws[1]) * place
+
+
+def gaussian(like: Float[Tensor, "rows columns"], norm: float, *, seed: int = 0) -> Float[Tensor, "rows columns"]:
+    """Draw a Gaussian matrix of the shape of `like` and of Frobenius norm `norm`, in float64."""
+    draw = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (draw * (norm / draw.norm())).to(like.device)
 
 
 # where matrices come from
