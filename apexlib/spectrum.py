@@ -172,7 +172,8 @@ def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
 def spectrum_table(source: nn.Module | str | Path, *, device: str | torch.device | None = None) -> pd.DataFrame:
     """Measure every weight matrix of a model, or of a folder with safetensors files, one row each.
 
-    Columns: `weight`, `rows`, `columns`, the measures of `spectrum`, and `random`, the effective rank of a Gaussian
+    Columns: `weight`; `layer`, −1 outside the layers, and `role`, the module's own name, both read from the weight's
+    name; `rows`, `columns`; the measures of `spectrum`; and `random`, the effective rank of a Gaussian
     matrix of that shape (`marchenko_pastur_rank`). From a folder one matrix is in memory at a time, on `device`
     (default: a GPU if there is one). A tensor of three dimensions is a stack of matrices, experts say, and gives the
     rows `weight[0]`, `weight[1]`, …, unless they would be vectors; anything else is left out. Embeddings are taken in,
@@ -362,7 +363,13 @@ def _sigma(name: str, matrix: Tensor) -> np.ndarray:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _place(weight: str) -> dict[str, object]:
+    """Layer and role: the first number of a dotted name, and its last word but "weight"."""
+    words = weight.partition("[")[0].removesuffix(".weight").split(".")
+    return {"layer": next((int(word) for word in words[:-1] if word.isdigit()), -1), "role": words[-1]}
+
+
 def _row(name: str, matrix: Tensor, sigma: np.ndarray) -> dict[str, object]:
     rows, columns = matrix.shape
-    where = {"weight": name, "rows": rows, "columns": columns}
+    where = {"weight": name, **_place(name), "rows": rows, "columns": columns}
     return where | measures(sigma) | {"random": marchenko_pastur_rank(rows, columns)}

@@ -210,6 +210,13 @@ def test_a_model_has_one_row_per_matrix(variant, tiny_model):
         assert row.random == marchenko_pastur_rank(*matrix.shape)
 
 
+def test_rows_say_where_a_weight_lies(tiny_model):
+    table = spectrum_table(tiny_model("mixtral")).set_index("weight")
+    assert table.loc["model.layers.1.self_attn.v_proj.weight", ["layer", "role"]].tolist() == [1, "v_proj"]
+    assert table.loc["model.layers.0.mlp.experts.down_proj[3]", ["layer", "role"]].tolist() == [0, "down_proj"]
+    assert table.loc["lm_head.weight", ["layer", "role"]].tolist() == [-1, "lm_head"]
+
+
 @pytest.mark.parametrize("shard", ["1GB", "5KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_folder_gives_the_table_of_its_model(shard, dtype, tiny_model, tmp_path):
