@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
 
 
@@ -85,7 +85,7 @@ def _spectrum(options: argparse.Namespace) -> int:
     else:
         table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
         facts |= {"base": options.base, "base_revision": options.base_revision}
-        extra = ["relative", "noise_frobenius", "noise_effective_rank", "above_noise"]
+        extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
     path = save_table(table, name, options.out, **facts)
     shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
     print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
