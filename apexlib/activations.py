@@ -50,6 +50,10 @@ def activation_statistics(
     return recorder.table()
 
 
+class NotFiniteError(ValueError, FloatingPointError):
+    """An activation is NaN or infinite."""
+
+
 def check_top(top: float) -> None:
     """Refuse a fraction K of which Top-K and Min-K could not be disjoint."""
     if not 0 < top <= 0.5:
@@ -204,7 +208,7 @@ class ActivationRecorder:
             batch = torch.stack([squares[kind, part.layer].detach().to(device) for part in sums.parts]).double().cpu()
             if not batch.isfinite().all():
                 row, unit = (~batch.isfinite()).nonzero()[0].tolist()
-                raise ValueError(
+                raise NotFiniteError(
                     f"batch {self.batches}: {kind} {unit} of layer {sums.parts[row].layer} has a NaN or infinite "
                     "activation; nothing can be ranked"
                 )

@@ -4,12 +4,14 @@ import copy
 import math
 import statistics as stats
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
-from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
+from apexlib.activations import ActivationRecorder, NotFiniteError, activation_statistics, weight_norms
 from apexlib.baselines import Method, Name, method_of
 from apexlib.records import atomic_write
 from apexlib.selection import ApexConfig, ExpansionPlan
@@ -55,6 +57,7 @@ def train_in_stages(
     eval_dataset: Dataset | None = None,
     data_collator: Callable | None = None,
     trainer_class: type | None = None,
+    processing_class: Any = None,
     **options: Any,
 ) -> TrainingRecord:
     """Train `model` in place by `method`, stage by stage: assess, select, expand, train, fuse.
@@ -64,6 +67,9 @@ def train_in_stages(
     order of which every stage takes the next slice. The first stage assesses `config.assessment_samples` examples in a
     pass without training; each later one uses what was gathered while the stage before it trained. Every stage has a
     fresh optimizer. Methods without stages ("full", "lora", "gmt") run the same steps on the same data as one.
+
+    Examples are tokenised: mappings with `input_ids` and, unless the collator makes them, `labels`. `trainer_class` is
+    any subclass of `Trainer`, with the tokenizer as `processing_class` where it wants one (TRL's `SFTTrainer`).
 
     Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`.
     `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
@@ -78,10 +84,11 @@ def train_in_stages(
     stages = config.stages if how.staged else 1
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     total = _total_steps(args, len(train_dataset), per_step)
-    _check_run(args, config, stages, total, train_dataset, eval_dataset)
+    _check_run(args, config, stages, total, per_step, train_dataset)
     borders = [round(total * stage / stages) for stage in range(stages + 1)]
     seed = args.seed if args.data_seed is None else args.data_seed
     order = data_order(len(train_dataset), total * per_step, seed)
+    _check_data(train_dataset, eval_dataset, order, per_step)
     set_seed(args.seed)
 
     statistics = _assess(model, train_dataset, order, data_collator, args, config) if how.assesses else None
@@ -111,12 +118,15 @@ def train_in_stages(
             train_dataset=_take(train_dataset, order[start * per_step : end * per_step]),
             eval_dataset=eval_dataset,
             data_collator=data_collator,
+            processing_class=processing_class,
             callbacks=[*how.callbacks(), clock],
         )
         trainer.remove_callback(PrinterCallback)
         before = _fingerprints(trained)
         with recorder or nullcontext():
             trainer.train()
+        if name := first_not_finite(trained.named_parameters()):  # of a token no batch held, say: no loss shows it
+            trainer.stop(f"{name} is not finite")
         _check_movement(trained, before, trainer, stage)
         logs.append(_stage_log(trainer.state.log_history, stage, start))
         model = how.end(trained)
@@ -148,8 +158,10 @@ def _total_steps(args: TrainingArguments, size: int, per_step: int) -> int:
 
 
 def _check_run(
-    args: TrainingArguments, config: ApexConfig, stages: int, total: int, train: Dataset, evaluation: Dataset | None
+    args: TrainingArguments, config: ApexConfig, stages: int, total: int, per_step: int, train: Dataset
 ) -> None:
+    if len(train) < per_step:
+        raise ValueError(f"train_dataset: {len(train)} examples, fewer than the {per_step} of one step")
     if total < stages:
         raise ValueError(
             f"{total} steps for {stages} stages: need at least one step a stage (data set of {len(train)})"
@@ -164,14 +176,37 @@ def _check_run(
     kind = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     if config.balance_weight and args.gradient_checkpointing and kind:
         raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
-    if evaluation is not None and len(evaluation):
-        seen = {_key(train[row]) for row in range(len(train))}
-        if shared := sum(_key(evaluation[row]) in seen for row in range(len(evaluation))):
-            raise ValueError(f"eval_dataset: {shared} of its {len(evaluation)} examples are in the training data too")
 
 
-def _key(item: Mapping[str, Any]) -> bytes:
-    return torch.as_tensor(item["input_ids"]).numpy().tobytes()
+def _check_data(train: Dataset, evaluation: Dataset | None, order: Sequence[int], per_step: int) -> None:
+    """Read every example of both sets once: those that are in both and steps without any label are refused."""
+    seen, silent = set(), set()
+    for row in range(len(train)):
+        tokens, trains = _tokens(train[row], f"train_dataset: example {row}")
+        seen.add(tokens)
+        if not trains:
+            silent.add(row)
+    for step, start in enumerate(range(0, len(order), per_step), 1):
+        if silent.issuperset(order[start : start + per_step]):
+            none = f"{len(silent)} of {len(train)} examples have none"
+            raise ValueError(f"train_dataset: no label of step {step} is anything but −100; {none}")
+    if evaluation is None or not len(evaluation):
+        return
+    held_out = [_tokens(evaluation[row], f"eval_dataset: example {row}") for row in range(len(evaluation))]
+    if shared := sum(tokens in seen for tokens, _ in held_out):
+        raise ValueError(f"eval_dataset: {shared} of its {len(held_out)} examples are in the training data too")
+    if not any(trains for _, trains in held_out):
+        raise ValueError(f"eval_dataset: no label of its {len(held_out)} examples is anything but −100")
+
+
+def _tokens(item: Mapping[str, Any], where: str) -> tuple[bytes, bool]:
+    """A digest of an example's tokens, and whether any label trains; the first one predicts nothing."""
+    if "input_ids" not in item:
+        raise ValueError(f"{where} has no input_ids but {', '.join(map(str, item))}: need it tokenised")
+    tokens = np.asarray(item["input_ids"], dtype=np.int64)
+    labels = item.get("labels")
+    trains = labels is None or bool((np.asarray(labels)[1:] != -100).any())
+    return blake2b(tokens.tobytes(), digest_size=16).digest(), trains
 
 
 def _take(dataset: Dataset, rows: list[int]) -> Dataset:
@@ -233,13 +268,16 @@ def _stage_trainer(base: type) -> type:
             return self.lr_scheduler
 
         def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **named: Any) -> Any:
-            result = super().compute_loss(model, inputs, *given, **named)
+            try:
+                result = super().compute_loss(model, inputs, *given, **named)
+            except NotFiniteError as error:
+                name = first_not_finite(model.named_parameters())
+                self.stop(f"{name} is not finite" if name else str(error))
             if not model.training:
                 return result
             loss, *rest = result if isinstance(result, tuple) else (result,)
             if not loss.isfinite():
-                step = self.offset + self.state.global_step
-                raise FloatingPointError(f"step {step}: the loss is {loss.item()}; the model of the last stage is kept")
+                self.stop(_reason(model, inputs, loss))
             if self.balance:
                 term = self.balance * self.recorder.imbalance
                 if self.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None:
@@ -247,7 +285,41 @@ def _stage_trainer(base: type) -> type:
                 loss = loss + term
             return (loss, *rest) if rest else loss
 
+        def training_step(self, *given: Any, **named: Any) -> Tensor:
+            loss = super().training_step(*given, **named)
+            if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # a scaler skips such a step itself
+                gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+                if name := first_not_finite(gradients):
+                    self.stop(f"the gradient of {name} is not finite")
+            return loss
+
+        def stop(self, reason: str) -> None:
+            step = self.offset + self.state.global_step
+            raise FloatingPointError(f"step {step}: {reason}; what was saved before is kept")
+
     return StageTrainer
+
+
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name the first tensor that holds NaN or an infinite value; one synchronisation with the device for all.
+
+    >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, math.nan])), ("c", torch.ones(1))])
+    'b'
+    """
+    filled = ((name, tensor.detach()) for name, tensor in tensors if tensor.numel())
+    found = [(name, torch.linalg.vector_norm(tensor, math.inf).isfinite()) for name, tensor in filled]
+    if not found or torch.stack([finite.to(found[0][1].device) for _, finite in found]).all():
+        return None
+    return next(name for name, finite in found if not finite)
+
+
+def _reason(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> str:
+    """Say why a loss is not finite, as far as it can be seen."""
+    labels = inputs.get("labels")
+    if labels is not None and not (labels[:, 1:] != -100).any():
+        return "no label of the batch is anything but −100"
+    name = first_not_finite(model.named_parameters())
+    return f"{name} is not finite" if name else f"the loss is {loss.item()}"
 
 
 class _Clock(TrainerCallback):
