@@ -113,21 +113,22 @@ def train_in_stages(
         trainer_class = Trainer
     config = config or ApexConfig()
     how = method_of(method, config, **options)
-    run = _Run(model, how, args, config, train_dataset, eval_dataset)
-    run.trainer = partial(
-        _stage_trainer(trainer_class),
-        eval_dataset=eval_dataset,
-        data_collator=data_collator,
-        processing_class=processing_class,
-    )
-    identity = {"method": method, "options": options, "trainer": trainer_class.__name__, **run.identity()}
-    with run.alone(), run.stop:
-        start = _first_decides(args, partial(run.folder.begin, identity, resume=resume, overwrite=overwrite))
-        set_seed(args.seed)
-        first = run.restore(start) if start else 0
-        for stage in range(first, run.stages):
-            run.train(stage, start if start and place(start)[:2] == (stage, 1) else None)
-            run.stop.check(f"after stage {stage}")
+    with Stop(args) as stop:
+        run = _Run(model, how, args, config, train_dataset, eval_dataset, stop)
+        run.trainer = partial(
+            _stage_trainer(trainer_class),
+            eval_dataset=eval_dataset,
+            data_collator=data_collator,
+            processing_class=processing_class,
+        )
+        identity = {"method": method, "options": options, "trainer": trainer_class.__name__, **run.identity()}
+        stop.check("before the run")
+        with run.alone():
+            start = _first_decides(args, partial(run.folder.begin, identity, resume=resume, overwrite=overwrite))
+            set_seed(args.seed)
+            for stage in range(run.restore(start) if start else 0, run.stages):
+                run.train(stage, start if start and place(start)[:2] == (stage, 1) else None)
+                stop.check(f"after stage {stage}")
     return run.record()
 
 
@@ -142,6 +143,7 @@ class _Run:
         config: ApexConfig,
         train: Dataset,
         evaluation: Dataset | None,
+        stop: Stop,
     ) -> None:
         self.model, self.how, self.args, self.config, self.data = model, how, args, config, train
         self.trainer: Callable = _stage_trainer
@@ -153,7 +155,7 @@ class _Run:
         seed = args.seed if args.data_seed is None else args.data_seed
         self.order = data_order(len(train), self.total * self.per_step, seed)
         self.hashes = _check_data(train, evaluation, self.order, self.per_step)
-        self.folder, self.stop = RunFolder(Path(args.output_dir)), Stop(args)
+        self.folder, self.stop = RunFolder(Path(args.output_dir)), stop
         self.statistics: pd.DataFrame | None = None  # behind the next plan
         self.seen: list[pd.DataFrame] = []
         self.histories: list[list[dict[str, float]]] = []  # of the Trainer, one a stage
