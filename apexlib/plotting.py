@@ -108,7 +108,7 @@ def redraw_figure(name: str, folder: Path) -> list[Path]:
     axes = new_figure(len(panels), width=figure.width, height=figure.height)
     for ax, plot, (title, rows) in zip(axes, plots, panels, strict=True):
         plot(rows, ax)
-        ax.set_title(title, pad=figure.title_pad)
+        ax.set_title(title)
     return save_figure(axes, name, folder=folder)
 
 
@@ -274,7 +274,6 @@ class Figure:
     caption: str
     width: float | None = None  # inches, as `height`; None: that of a paper's column, or of two with more panels
     height: float = 2.3
-    title_pad: float = 6.0  # points; more where a legend stands above the panel
 
 
 FIGURES = {  # in the order of the notebooks
