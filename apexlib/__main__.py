@@ -8,7 +8,11 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0: done, 1: a check failed, 2: it could not start, and one line on stderr says why."""
+    """Run one command and return its exit code.
+
+    0: done; 1: a check failed or training had to stop; 2: it could not start, or not write; 130, 143: interrupted by
+    SIGINT or SIGTERM, and what was done is saved. One line on stderr says why.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["reproduce"]:
         from apexlib.reproduce import main as reproduce
@@ -36,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spectrum.set_defaults(run=_spectrum)
     train = commands.add_parser("train", help="train a model as a YAML file says; runs under accelerate launch too")
     train.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same file stopped")
+    again.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
     train.set_defaults(run=_train)
     verify = commands.add_parser("verify", help="check a folder that save_fused wrote: hashes, values, loading")
     verify.add_argument("folder", type=Path)
@@ -43,9 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     try:
         return options.run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 def _difference(options: argparse.Namespace) -> int:
@@ -85,7 +98,7 @@ def _spectrum(options: argparse.Namespace) -> int:
     else:
         table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
         facts |= {"base": options.base, "base_revision": options.base_revision}
-        extra = ["relative", "noise_frobenius", "noise_effective_rank", "above_noise"]
+        extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
     path = save_table(table, name, options.out, **facts)
     shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
     print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
@@ -108,12 +121,12 @@ def _train(options: argparse.Namespace) -> int:
     from apexlib.corpora import load_chat, load_corpus
     from apexlib.data import collate, encode_chat, pack
     from apexlib.evaluation import pad_token
-    from apexlib.records import save_table
+    from apexlib.records import atomic_folder, hide_progress, save_table
     from apexlib.selection import ApexConfig
     from apexlib.training import train_in_stages
 
     given = _settings(options.settings)
-    arguments = TrainingArguments(**({"report_to": "none"} | given["training"]))
+    arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
     tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given["revision"])
     data, length = dict(given["data"]), given["length"]
     if given["kind"] == "chat":
@@ -123,11 +136,14 @@ def _train(options: argparse.Namespace) -> int:
         dataset, report, collator = pack(load_corpus(**data), tokenizer, length), None, None
     model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")
     config = ApexConfig(**given["apex"])
-    record = train_in_stages(model, dataset, arguments, config, method=given["method"], data_collator=collator)
+    how = {"method": given["method"], "data_collator": collator}
+    again = {"resume": options.resume, "overwrite": options.overwrite}
+    record = train_in_stages(model, dataset, arguments, config, **how, **again)
     if arguments.should_save:
         folder = Path(arguments.output_dir)
-        record.model.save_pretrained(folder / "final")
-        tokenizer.save_pretrained(folder / "final")
+        with atomic_folder(folder / "final", replace=True) as temporary:
+            record.model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         facts = {"settings": given, "trainable": record.trainable.to_dict("records")}
         for name, table in (("log", record.log), ("data", report)):
             if table is not None:

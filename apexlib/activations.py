@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pandas as pd
 import torch
@@ -48,6 +48,10 @@ def activation_statistics(
     finally:
         model.train(was_training)
     return recorder.table()
+
+
+class NotFiniteError(ValueError, FloatingPointError):
+    """An activation is NaN or infinite."""
 
 
 def check_top(top: float) -> None:
@@ -127,6 +131,18 @@ class ActivationRecorder:
         for kind, sums in self._sums.items():
             sums.combine([others[kind] for _, _, others in states])
 
+    def state(self) -> dict[str, Any]:
+        """What was gathered so far, as tensors and numbers."""
+        sums = {kind: {name: getattr(s, name) for name in _UnitSums.gathered} for kind, s in self._sums.items()}
+        return {"tokens": self.tokens, "batches": self.batches, "sums": sums}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.tokens, self.batches = state["tokens"], state["batches"]
+        for kind, sums in self._sums.items():
+            for name in _UnitSums.gathered:
+                setattr(sums, name, state["sums"][kind][name])
+
     def table(self) -> pd.DataFrame:
         """One row per layer, component and unit, in that order, units numbered as in the model.
 
@@ -204,7 +220,7 @@ class ActivationRecorder:
             batch = torch.stack([squares[kind, part.layer].detach().to(device) for part in sums.parts]).double().cpu()
             if not batch.isfinite().all():
                 row, unit = (~batch.isfinite()).nonzero()[0].tolist()
-                raise ValueError(
+                raise NotFiniteError(
                     f"batch {self.batches}: {kind} {unit} of layer {sums.parts[row].layer} has a NaN or infinite "
                     "activation; nothing can be ranked"
                 )
@@ -215,6 +231,8 @@ class ActivationRecorder:
 
 class _UnitSums:
     """Running sums over batches for all layers of one component, arrays of shape (layers, units)."""
+
+    gathered = ("total", "rank_score", "ema", "ema_rank")
 
     def __init__(self, parts: list[Component], top: float) -> None:
         self.parts = parts

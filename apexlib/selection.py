@@ -18,6 +18,8 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import pandas as pd
 
+from apexlib.records import atomic_write
+
 Component = Literal["head", "channel"]
 
 _CHOICES = {
@@ -375,7 +377,8 @@ def _indices(values: Any, units: int, name: str) -> tuple[int, ...]:
 
 
 def _write_json(value: Any, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_json(path: str | Path, build: Callable[[Any], Any]) -> Any:

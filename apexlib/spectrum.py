@@ -172,7 +172,8 @@ def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
 def spectrum_table(source: nn.Module | str | Path, *, device: str | torch.device | None = None) -> pd.DataFrame:
     """Measure every weight matrix of a model, or of a folder with safetensors files, one row each.
 
-    Columns: `weight`, `rows`, `columns`, the measures of `spectrum`, and `random`, the effective rank of a Gaussian
+    Columns: `weight`; `layer`, −1 outside the layers, and `role`, the module's own name, both read from the weight's
+    name; `rows`, `columns`; the measures of `spectrum`; and `random`, the effective rank of a Gaussian
     matrix of that shape (`marchenko_pastur_rank`). From a folder one matrix is in memory at a time, on `device`
     (default: a GPU if there is one). A tensor of three dimensions is a stack of matrices, experts say, and gives the
     rows `weight[0]`, `weight[1]`, …, unless they would be vectors; anything else is left out. Embeddings are taken in,
@@ -193,10 +194,12 @@ def spectrum_table(source: nn.Module | str | Path, *, device: str | torch.device
 def update_table(
     base: nn.Module | str | Path, tuned: nn.Module | str | Path, *, device: str | torch.device | None = None
 ) -> pd.DataFrame:
-    """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding alone would make of it.
+    """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding and chance would make of it.
 
     Columns as in `spectrum_table`, of ΔW in float64, and
 
+    - `before`, `after`: effective rank of W and of W + ΔW; `by_chance`: of W plus a Gaussian matrix (drawn from a fixed
+      seed) of the norm of ΔW: what moving as far in no particular direction would do;
     - `relative`: ‖ΔW‖_F / ‖W‖_F;
     - `noise_frobenius`, `noise_effective_rank`: of `rounding_noise` of W in the coarser of the two dtypes. An update
       that is not far above it in norm has the effective rank of noise: one of rank 64 that measures 63 from float32
@@ -216,11 +219,14 @@ def update_table(
             raise ValueError(f"{name}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned; need equal shapes")
         update = new.double() - old.double()
         sigma, noise = _sigma(name, update), np.zeros(1)
+        row = _row(name, update, sigma)
+        row["before"] = row["after"] = row["by_chance"] = _exp_entropy(_sigma(name, old))
         if sigma[0]:
             coarser = max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             noise = _sigma(name, rounding_noise(old, coarser))
+            row["after"] = _exp_entropy(_sigma(name, new))
+            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + gaussian(update, row["frobenius"])))
         size = torch.linalg.vector_norm(old, dtype=torch.float64).item()
-        row = _row(name, update, sigma)
         row["relative"] = row["frobenius"] / size if size else np.nan
         row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)
         rows.append(row | {"above_noise": int((sigma > noise[0]).sum())})
@@ -264,6 +270,12 @@ def rounding_noise(
     mantissa, exponent = torch.frexp(matrix.double())  # 0.5 ≤ |mantissa| < 1
     place = torch.ldexp(torch.full_like(mantissa, torch.finfo(dtype).eps / 2), exponent) * (mantissa != 0)
     return (draws[0] - draws[1]) * place
+
+
+def gaussian(like: Float[Tensor, "rows columns"], norm: float, *, seed: int = 0) -> Float[Tensor, "rows columns"]:
+    """Draw a Gaussian matrix of the shape of `like` and of Frobenius norm `norm`, in float64."""
+    draw = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (draw * (norm / draw.norm())).to(like.device)
 
 
 # where matrices come from
@@ -351,7 +363,13 @@ def _sigma(name: str, matrix: Tensor) -> np.ndarray:
         raise ValueError(f"{name}: {error}") from None
 
 
+def _place(weight: str) -> dict[str, object]:
+    """Layer and role: the first number of a dotted name, and its last word but "weight"."""
+    words = weight.partition("[")[0].removesuffix(".weight").split(".")
+    return {"layer": next((int(word) for word in words[:-1] if word.isdigit()), -1), "role": words[-1]}
+
+
 def _row(name: str, matrix: Tensor, sigma: np.ndarray) -> dict[str, object]:
     rows, columns = matrix.shape
-    where = {"weight": name, "rows": rows, "columns": columns}
+    where = {"weight": name, **_place(name), "rows": rows, "columns": columns}
     return where | measures(sigma) | {"random": marchenko_pastur_rank(rows, columns)}

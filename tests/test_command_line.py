@@ -105,12 +105,15 @@ def settings(folder, path, batch, more=""):
 
 
 def test_two_processes_train_what_one_trains(folder, tmp_path):
-    """Data parallel under PyTorch's own launcher: the same plans, the same weights to 1e-6."""
+    """Data parallel under `accelerate launch`, on two CPU processes: the same plans, the same weights to 1e-6."""
     assert main(["train", settings(folder, tmp_path / "one", 4)]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "apexlib"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     given = settings(folder, tmp_path / "two", 2, ", ddp_backend: gloo")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, "train", given], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*launch, "-m", "apexlib", "train", given], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     one, two, base = (
         load_file(path / "model.safetensors") for path in (tmp_path / "one/final", tmp_path / "two/final", folder)

@@ -210,6 +210,13 @@ def test_a_model_has_one_row_per_matrix(variant, tiny_model):
         assert row.random == marchenko_pastur_rank(*matrix.shape)
 
 
+def test_rows_say_where_a_weight_lies(tiny_model):
+    table = spectrum_table(tiny_model("mixtral")).set_index("weight")
+    assert table.loc["model.layers.1.self_attn.v_proj.weight", ["layer", "role"]].tolist() == [1, "v_proj"]
+    assert table.loc["model.layers.0.mlp.experts.down_proj[3]", ["layer", "role"]].tolist() == [0, "down_proj"]
+    assert table.loc["lm_head.weight", ["layer", "role"]].tolist() == [-1, "lm_head"]
+
+
 @pytest.mark.parametrize("shard", ["1GB", "5KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_folder_gives_the_table_of_its_model(shard, dtype, tiny_model, tmp_path):
@@ -230,6 +237,12 @@ def test_updates_of_folders_and_of_models_agree(tiny_model, tmp_path):
     for name, model in (("base", base), ("tuned", tuned)):
         model.save_pretrained(tmp_path / name)
     table = update_table(tmp_path / "base", tuned).set_index("weight")
+    for row in table.itertuples():
+        weights = [model.get_parameter(row.Index).detach().double() for model in (base, tuned)]
+        chance = torch.randn(weights[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        chance *= (weights[1] - weights[0]).norm() / chance.norm()
+        expected = [literal(matrix)["effective_rank"] for matrix in (*weights, weights[0] + chance)]
+        assert [row.before, row.after, row.by_chance] == pytest.approx(expected, rel=1e-6)
     others = table.drop(index=(name := "model.layers.1.mlp.up_proj.weight"))
     assert others[["effective_rank", "frobenius", "relative", "above_noise"]].eq(0).all(axis=None)
     assert table.loc[name, ["effective_rank", "above_noise"]].tolist() == pytest.approx([1, 1])
