@@ -168,22 +168,23 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
 def example_noise(results: Path, claim: Claim) -> str:
     """Say by how much a difference in exact match may move through the draw of test examples alone; "" for others.
 
-    Two shares of right answers p, q over the same n examples: at most 1.96 · √((p (1 − p) + q (1 − q)) / n), reached
-    where the answers of the two methods have nothing to do with each other. More seeds do not shrink it.
+    Two shares of right answers over the same n examples, each with one right and one wrong answer added (Agresti and
+    Caffo 2000): 1.96 · √(Σ p (1 − p) / (n + 2)), as if the answers of the two methods had nothing to do with each
+    other, which is the worst case. More seeds do not shrink it.
     """
     if claim.arguments.get("column") != "exact_match":
         return ""
-    shares = [
-        _per_seed(results, claim.arguments["table"], claim.arguments[side], "exact_match").mean()
-        for side in ("of", "over")
-    ]
     try:
         families = _read(results, "instruction_families", ["method", "seed", "examples"])
     except FileNotFoundError:
         return ""
-    examples = int(families.groupby(["method", "seed"])["examples"].sum().min())
-    noise = 1.96 * np.sqrt(sum(share * (1 - share) for share in shares) / examples)
-    return f"{examples} test examples: their draw alone may move the difference by ±{noise:.3f}."
+    n = int(families.groupby(["method", "seed"])["examples"].sum().min())
+    runs = (
+        _per_seed(results, claim.arguments["table"], claim.arguments[side], "exact_match") for side in ("of", "over")
+    )
+    shares = [(run.mean() * n + 1) / (n + 2) for run in runs]
+    noise = 1.96 * np.sqrt(sum(share * (1 - share) for share in shares) / (n + 2))
+    return f"{n} test examples: their draw alone may move the difference by ±{noise:.3f}."
 
 
 def measure(function: Callable[..., pd.Series]) -> Callable[..., pd.Series]:
@@ -225,14 +226,19 @@ def evens_with_size(results: Path, *, component: str) -> pd.Series:
 def lead(results: Path, *, table: str, of: str, over: str, column: str, margin: float = 0.0) -> pd.Series:
     """By how much a run `of` one method is ahead of one `over` whom it should be, plus `margin`.
 
-    Less is better in a column that ends in "loss", more in any other.
+    Less is better in a column that ends in "loss", more in any other. With a margin, seeds are left out in which both
+    methods answer nothing, or both everything: they are equal for want of a test, not because they are as good.
     """
-    ahead, behind = (_per_seed(results, table, name, column) for name in (of, over))
-    if len(ahead) and len(behind) and "tokens" in _read(results, table, []):
-        tokens = [_per_seed(results, table, name, "tokens") for name in (of, over)]
-        if ((tokens[0] - tokens[1]).dropna() != 0).any():
+    runs = {"ahead": _per_seed(results, table, of, column), "behind": _per_seed(results, table, over, column)}
+    both = pd.DataFrame(runs).dropna()
+    if len(both) and "tokens" in _read(results, table, []):
+        ends = [_per_seed(results, table, name, "tokens")[both.index] for name in (of, over)]
+        if (ends[0] != ends[1]).any():
             raise ValueError(f"{table}.csv: runs of {of} and {over} end after different numbers of tokens; need equal")
-    return (behind - ahead if column.endswith("loss") else ahead - behind) + margin
+    if margin and column == "exact_match":
+        both = both[(both["ahead"] != both["behind"]) | ~both["ahead"].isin([0.0, 1.0])]
+    sign = -1 if column.endswith("loss") else 1
+    return sign * (both["ahead"] - both["behind"]) + margin
 
 
 @measure

@@ -175,6 +175,7 @@ def test_claims_are_numbered_in_order_and_name_their_source():
     claims = read_claims(ROOT / "data" / "claims.yaml")
     assert [claim.number for claim in claims] == list(range(1, len(claims) + 1))
     assert all("2505.24241" in claim.source for claim in claims)
+    assert {name for claim in claims for name in claim.notebooks} <= {path.stem for path in NOTEBOOKS}
 
 
 def test_the_readme_says_what_the_results_say():
