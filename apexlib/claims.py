@@ -165,6 +165,23 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
+    """Compare the share of right answers of one method with every other's, example by example.
+
+    `correct` has a row per `method`, `seed` and `example`, with `correct` 0 or 1. The interval is Student's t over
+    examples of the difference (mean over seeds): it says what another draw of test examples could change, where that
+    over seeds says what other models and orders could. Columns: `method`, `difference`, `low`, `high`, `examples`.
+    """
+    share = correct.pivot_table(index="example", columns="method", values="correct")
+    rows = []
+    for method in share.columns.drop(of):
+        difference = (share[of] - share[method]).dropna()
+        low, high = interval(difference)
+        row = {"method": method, "difference": difference.mean(), "low": low, "high": high}
+        rows.append(row | {"examples": len(difference)})
+    return pd.DataFrame(rows)
+
+
 def example_noise(results: Path, claim: Claim) -> str:
     """Say by how much a difference in exact match may move through the draw of test examples alone; "" for others.
 

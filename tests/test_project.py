@@ -47,7 +47,6 @@ ARROWS = {
     "trials": {"records"},
     "experiments": {
         "baselines",
-        "claims",
         "corpora",
         "data",
         "evaluation",
