@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from apexlib.records import atomic_write
 
@@ -175,8 +175,7 @@ def plot_weight(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set(xlim=(strip - 0.5, matrix.shape[1] - 0.5), ylim=(len(matrix) - 0.5, -0.5))
     ax.set(xlabel="input dimension", ylabel="channel, in the model's order")
     ax.grid(visible=False)
-    if not ax.figure.legends:  # one for all panels
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _legend_for_all(ax)
     return _remember(ax, table)
 
 
@@ -212,8 +211,8 @@ def plot_by_method(table: pd.DataFrame, ax: Axes, *, label: str, null: str, perc
     ax.set(xlabel="method", ylabel=label, xlim=(-0.6, len(table) - 0.4))
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.margins(y=0.15)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.margins(y=0.4)
+    ax.legend()
     return _remember(ax, table)
 
 
@@ -241,6 +240,7 @@ def plot_rank_gain(table: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(rows["erank_change"], rows["answer_loss_gain"], marker, color=colour, mec="white", mew=0.4, ms=6)
         ax.plot([], [], marker, color=colour, ms=4, label=method)
     ax.axvline(0, color="0.4", linewidth=0.8)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set(xlabel="change of effective rank", ylabel="gain in answer loss\n(nats per token)")
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -261,7 +261,7 @@ def plot_movement_by_role(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set(xlabel="method", ylabel="change of a unit / its norm")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     ax.grid(visible=False, axis="x")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _legend_for_all(ax)
     return _remember(ax, table)
 
 
@@ -282,8 +282,14 @@ def plot_biography(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.grid(visible=False)
     for name, colour in ROLES.values():
         ax.bar(0, 0, color=colour, label=name)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _legend_for_all(ax)
     return _remember(ax, table)
+
+
+def _legend_for_all(ax: Axes) -> None:
+    """One legend below all panels of a figure."""
+    if not ax.figure.legends:
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:

@@ -88,8 +88,8 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
 
     They are the roots of the eigenvalues of the smaller Gram matrix in float64 (on a GPU for a tensor that lies there).
     That squares the condition number: an eigenvalue is off by about ε σ₁² (ε = 2.2e-16), so singular values below
-    1.5e-8 σ₁ are lost in it. Where what they could carry exceeds 1e-6 of the effective rank (matrices of deficient
-    rank, very fast decay), a float64 SVD takes over.
+    3e-8 σ₁ are lost in it. Where that could cost 1e-6 of the effective rank (a rank that is deficient but for float32
+    rounding, a few directions that outweigh thousands of tiny ones), a float64 SVD takes over.
     """
     matrix = torch.as_tensor(matrix).detach()
     if matrix.dim() != 2 or not matrix.numel():
@@ -102,10 +102,8 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
     scale = 2.0 ** frexp(largest)[1]  # a power of two costs no accuracy; squares must neither overflow nor underflow
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     eigenvalues = (_gram_eigenvalues_cuda if matrix.is_cuda else _gram_eigenvalues)(matrix, scale)[::-1]
-    sigma = np.sqrt(eigenvalues.clip(min=0))
-    if _in_doubt(eigenvalues) > _TOLERANCE:
-        sigma = _svd(matrix, scale)
-    return sigma * scale
+    sigma, error = _roots(eigenvalues)
+    return (sigma if error < _TOLERANCE else _svd(matrix, scale)) * scale
 
 
 def _gram_eigenvalues(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
@@ -144,18 +142,21 @@ def _double(matrix: Tensor, scale: float) -> np.ndarray:
     return matrix.double().numpy() / scale
 
 
-def _in_doubt(eigenvalues: Float[np.ndarray, " rank"]) -> float:
-    """By how much the effective rank could be off, relatively, if each eigenvalue of a Gram matrix is off by ε σ₁².
+def _roots(eigenvalues: Float[np.ndarray, " rank"]) -> tuple[np.ndarray, float]:
+    """Singular values from descending eigenvalues of a Gram matrix, and the relative error of their effective rank.
 
-    First order: δH = Σ δpᵢ |ln pᵢ + H|, with δσᵢ the half width of what σᵢ could be.
+    Eigenvalues are off by about ν = ε σ₁². Those below 4ν are lost: their roots may be all noise, so what they add to
+    the entropy is in doubt as a whole. For the others, δH = Σ δpᵢ |ln pᵢ + H| with δσᵢ = ν / 2σᵢ, in quadrature.
     """
     noise = np.finfo(float).eps * eigenvalues[0]
-    high = np.sqrt(eigenvalues.clip(min=0) + noise)
-    width = (high - np.sqrt((eigenvalues - noise).clip(min=0))) / 2
-    if not (exact := eigenvalues != 0).all():  # rows or columns of zeros are no matter of rounding
-        width, high = width[exact], high[exact]
-    p = high / high.sum()
-    return float((width / high.sum() * np.abs(np.log(p) - (p * np.log(p)).sum())).sum())
+    sigma = np.sqrt(eigenvalues.clip(min=0))
+    total, entropy = sigma.sum(), np.log(_exp_entropy(sigma))
+    lost = (eigenvalues < 4 * noise) & (eigenvalues != 0)  # a row of zeros is no matter of rounding
+    sure, share = sigma[sigma**2 >= 4 * noise] / total, sigma[lost].sum() / total
+    error = np.linalg.norm(noise / (2 * sure * total**2) * np.abs(np.log(sure) + entropy))
+    if share:
+        error += share * abs(np.log(share / lost.sum()) + entropy)
+    return sigma, float(error)
 
 
 def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
