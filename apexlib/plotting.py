@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from apexlib.records import atomic_write
 
@@ -109,7 +109,7 @@ def redraw_figure(name: str, folder: Path) -> list[Path]:
     axes = new_figure(len(panels), width=figure.width, height=figure.height)
     for ax, plot, (title, rows) in zip(axes, plots, panels, strict=True):
         plot(rows, ax)
-        ax.set_title(title, pad=figure.title_pad)
+        ax.set_title(title)
     return save_figure(axes, name, folder=folder)
 
 
@@ -213,8 +213,7 @@ def plot_weight(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set(xlim=(strip - 0.5, matrix.shape[1] - 0.5), ylim=(len(matrix) - 0.5, -0.5))
     ax.set(xlabel="input dimension", ylabel="channel, in the model's order")
     ax.grid(visible=False)
-    if not ax.figure.legends:  # one for all panels
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _legend_for_all(ax)
     return _remember(ax, table)
 
 
@@ -284,7 +283,9 @@ def plot_token_curve(table: pd.DataFrame, ax: Axes) -> Axes:
     return _remember(ax, table)
 
 
-def plot_by_method(table: pd.DataFrame, ax: Axes, *, label: str, null: str, percent: bool = False) -> Axes:
+def plot_by_method(
+    table: pd.DataFrame, ax: Axes, *, label: str, null: str, percent: bool = False, from_zero: bool = False
+) -> Axes:
     """Draw one value per method with its interval, beside what a null model gives.
 
     Columns: `method`, `mean`, `low`, `high`, `null` (all in the units of `label`; `null` names the null in the legend).
@@ -299,8 +300,10 @@ def plot_by_method(table: pd.DataFrame, ax: Axes, *, label: str, null: str, perc
     ax.set(xlabel="method", ylabel=label, xlim=(-0.6, len(table) - 0.4))
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1))
-    ax.margins(y=0.15)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.margins(y=0.4)
+    if from_zero:
+        ax.set_ylim(bottom=0)
+    ax.legend()
     return _remember(ax, table)
 
 
@@ -328,6 +331,7 @@ def plot_rank_gain(table: pd.DataFrame, ax: Axes) -> Axes:
         ax.plot(rows["erank_change"], rows["answer_loss_gain"], marker, color=colour, mec="white", mew=0.4, ms=6)
         ax.plot([], [], marker, color=colour, ms=4, label=method)
     ax.axvline(0, color="0.4", linewidth=0.8)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set(xlabel="change of effective rank", ylabel="gain in answer loss\n(nats per token)")
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -348,7 +352,7 @@ def plot_movement_by_role(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.set(xlabel="method", ylabel="change of a unit / its norm")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     ax.grid(visible=False, axis="x")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _legend_for_all(ax)
     return _remember(ax, table)
 
 
@@ -369,7 +373,7 @@ def plot_biography(table: pd.DataFrame, ax: Axes) -> Axes:
     ax.grid(visible=False)
     for name, colour in ROLES.values():
         ax.bar(0, 0, color=colour, label=name)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _legend_for_all(ax)
     return _remember(ax, table)
 
 
@@ -381,7 +385,6 @@ class Figure:
     caption: str
     width: float | None = None  # inches, as `height`; None: that of a paper's column, or of two with more panels
     height: float = 2.3
-    title_pad: float = 6.0  # points; more where a legend stands above the panel
 
 
 FIGURES = {  # in the order of the notebooks
@@ -420,7 +423,7 @@ FIGURES = {  # in the order of the notebooks
     "constructed_ranks": Figure(
         plot_constructed_ranks,
         "Constructed matrices: what an expansion does to the effective rank; bands: 95 % interval over draws.",
-        width=5.2,
+        width=5.6,
     ),
     "effective_rank": Figure(
         (
@@ -431,7 +434,7 @@ FIGURES = {  # in the order of the notebooks
         height=2.8,
     ),
     "update_rank": Figure(
-        partial(plot_by_method, label=r"effective rank of $\Delta W$ / random", null="random matrix"),
+        partial(plot_by_method, label=r"effective rank of $\Delta W$ / random", null="random matrix", from_zero=True),
         "Effective rank of what fine-tuning changed; 95 % intervals over seeds.",
         height=2.8,
     ),
@@ -442,7 +445,6 @@ FIGURES = {  # in the order of the notebooks
         (plot_movement_by_role, plot_biography),
         "How far units moved by their role, and the roles of one run's units over its stages.",
         height=2.8,
-        title_pad=26,
     ),
     "ablations": Figure(
         plot_comparison,
@@ -450,6 +452,12 @@ FIGURES = {  # in the order of the notebooks
         height=3.0,
     ),
 }
+
+
+def _legend_for_all(ax: Axes) -> None:
+    """One legend below all panels of a figure."""
+    if not ax.figure.legends:
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
