@@ -50,7 +50,7 @@ class ActivationMixer(nn.Module):
 
 
 class ActivationProjection(nn.Module):
-    """A projection whose units lie in the order [N | P | D | F]; it mixes its outputs, or, if it reads units, inputs."""
+    """A projection with its units in the order [N | P | D | F]; it mixes outputs or, where it reads units, inputs."""
 
     def __init__(self, plain: nn.Linear, order: Tensor, tuned: int, mixer: ActivationMixer | None, reads: bool) -> None:
         super().__init__()

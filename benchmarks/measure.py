@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from apexlib.selection import ApexConfig
 from benchmarks.workloads import Case, Workload, workload
@@ -69,18 +69,27 @@ def tensor_bytes(work: Workload) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def peak_of(run: Callable[[], object], resident: int, device: str = "cpu") -> int:
-    """Peak bytes allocated while `run` runs, `resident` of which are there before."""
+def peak_of(
+    run: Callable[[], object], resident: int, device: str = "cpu", prepare: Callable[[], object] = lambda: None
+) -> int:
+    """Peak bytes allocated while `run` runs, `resident` of which are there before; what `prepare` allocates counts."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        prepare()
+        torch.cuda.reset_peak_memory_stats()
         run()
         return resident + torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = np.array([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return resident + int(max(0, np.cumsum(changes).max(initial=0)))
+        prepare()
+        with record_function("peak_of run"):
+            run()
+    events = profiler.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == "peak_of run")
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    live = np.cumsum([0, *(size for _, size in changes)])[1:]
+    before = sum(size for time_ns, size in changes if time_ns < start)
+    during = live[[time_ns >= start for time_ns, _ in changes]]
+    return resident + int(during.max(initial=before))
 
 
 def peak_memory(work: Workload, device: str = "cpu") -> int:
