@@ -130,6 +130,8 @@ def _count(
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
         ids = torch.zeros(batch, length, dtype=torch.int64)
+    if not family_of(plain).down:  # an unknown family is refused there, by name
+        raise ValueError(f"{shape.model_type}: which experts run depends on values; only dense models can be planned")
     disk = sum(parameter.nbytes for parameter in plain.parameters())
     how = method_of(method, replace(config, strategy="random"))
     counts: dict[str, float] = {"parameters": sum(p.numel() for p in plain.parameters())}
@@ -159,7 +161,6 @@ def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def _prepare(how: Method, plain: PreTrainedModel, checkpointing: bool) -> nn.Module:
-    family_of(plain)  # an unknown family is refused by name
     tables = [
         pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units)})
         for part in model_components(plain)

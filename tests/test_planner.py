@@ -97,6 +97,6 @@ def test_what_cannot_be_planned_is_refused():
         plan_budget(TINY_LLAMA, batch=1, length=8, methods=["adapter"])
     with pytest.raises(ValueError, match="batch: need at least 1, got 0"):
         plan_budget(TINY_LLAMA, batch=0, length=8)
-    with pytest.raises(ValueError, match="mixtral: .* experts"):
+    with pytest.raises(ValueError, match="mixtral: which experts run depends on values"):
         plan_budget(MixtralConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=64), batch=1, length=8)
     assert torch.get_default_device() == torch.device("cpu")
