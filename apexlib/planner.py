@@ -6,9 +6,8 @@ the method itself, and takes a real step there, while every allocation and every
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from apexlib.architectures import family_of, model_components
@@ -31,16 +30,10 @@ _DEEP = 6  # more layers than this are extrapolated from two depths: they are al
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def _formula(known: Callable) -> Callable:
-    own = partial(known)
-    own._get_raw = True  # it takes tensors, not shapes, as all that torch has registered
-    return own
-
-
-_FLOPS = {
-    torch.ops.aten.addmm_: _formula(addmm_flop),
-    _FLASH: _formula(sdpa_flop),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(sdpa_backward_flop),
+_FLOPS = flop_registry | {  # what torch has no formula for; its formulas take tensors, those it exports too
+    torch.ops.aten.addmm_: addmm_flop,
+    _FLASH: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 
 
@@ -140,13 +133,12 @@ def _count(
     counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(p.numel() for p in model.parameters()) - counts["parameters"]
     counts["plain_trainable"] = counts["trainable"] - (0 if method == "lora" else added)
-    with FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops:
+    _step(model, moments, ids, method)  # the first makes the moments
+    with _Counter((*model.parameters(), *model.buffers(), *_flat(moments), ids)) as train:
         _step(model, moments, ids, method)
-    with _Allocations((*model.parameters(), *model.buffers(), *_flat(moments), ids)) as train:
-        _step(model, moments, ids, method)
-    with _Allocations((*model.parameters(), *model.buffers(), *_flat(moments))) as fuse:
+    with _Counter((*model.parameters(), *model.buffers(), *_flat(moments))) as fuse:
         model.merge_and_unload() if method == "lora" else how.end(model)
-    counts["flops_per_step"] = flops.get_total_flops()
+    counts["flops_per_step"] = train.flops
     counts |= {"assess_bytes": assess, "train_bytes": train.peak, "fuse_bytes": fuse.peak}
     return counts | {"optimizer_bytes": sum(t.nbytes for t in _flat(moments)), "disk_bytes": disk}
 
@@ -187,7 +179,7 @@ def _step(model: nn.Module, moments: dict[nn.Parameter, list[Tensor]], ids: Tens
 
 @torch.no_grad()
 def _assess(plain: PreTrainedModel, ids: Tensor) -> int:
-    with _Allocations((*plain.parameters(), *plain.buffers(), ids)) as allocations:
+    with _Counter((*plain.parameters(), *plain.buffers(), ids)) as allocations:
         plain.eval().base_model(input_ids=ids, use_cache=False)
     return allocations.peak
 
@@ -196,18 +188,23 @@ def _flat(moments: dict[nn.Parameter, list[Tensor]]) -> list[Tensor]:
     return [moment for pair in moments.values() for moment in pair]
 
 
-class _Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that live, from `resident` ones on, and their peak."""
+class _Counter(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of all tensors that live, from `resident` ones on, with their peak.
+
+    torch's own `FlopCounterMode` hooks into every module, and fused forms step aside for hooks.
+    """
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
         for tensor in resident:
             self._see(tensor)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if formula := _FLOPS.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
