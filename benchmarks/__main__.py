@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     place = folders(options.name or f"bench{suffix}")
     started = time.perf_counter()
     studies = step_studies(options.device, options.quick, options.compile)
-    rounds = 3 if options.quick else 11
+    rounds = 3 if options.quick else 7
     measured = steps(studies)
     model = next(study.case for study in studies if study.case.kind == "model")
     extra = overheads(model, rounds)

@@ -52,12 +52,12 @@ def step_studies(device: str, quick: bool, compiled: bool) -> list[Study]:
         studies = [
             Study(block, BLOCK_METHODS, 15, seen),
             Study(replace(block, name="FFN 512/1408, 256 tokens", batch=1), BLOCK_METHODS, 25),
-            Study(wide, BLOCK_METHODS, 7),
+            Study(wide, BLOCK_METHODS, 5),
             Study(replace(block, name="FFN 512/1408, bfloat16", autocast=True), (*CURVES, "apex-split", "lora"), 9),
-            Study(model, METHODS, 7, seen),
-            Study(frozen, CURVES, 7),
-            Study(again, (*CURVES, "lora"), 5),
-            Study(replace(model, name="Llama 4 × 512, bfloat16", autocast=True), (*CURVES, "lora"), 5),
+            Study(model, METHODS, 5, seen),
+            Study(frozen, CURVES, 5),
+            Study(again, (*CURVES, "lora"), 3),
+            Study(replace(model, name="Llama 4 × 512, bfloat16", autocast=True), (*CURVES, "lora"), 3),
         ]
     if compiled:
         studies += [
@@ -74,7 +74,7 @@ def step_studies(device: str, quick: bool, compiled: bool) -> list[Study]:
 
 def scaling_studies(device: str, quick: bool) -> dict[tuple[str, float], Study]:
     """One study per axis and value: tokens, width, depth, share k of units that are paired."""
-    rounds, factor = (3, 4) if quick else (7, 1)
+    rounds, factor = (3, 4) if quick else (5, 1)
     wide = 8 if device == "cuda" else 1
     d_model = 512 * wide // factor
     block = Case("", "block", d_model, 11 * d_model // 4, heads=4, batch=8, length=128 * wide, device=device)
