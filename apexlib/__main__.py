@@ -44,6 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same file stopped")
     again.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
     train.set_defaults(run=_train)
+    plan = commands.add_parser("plan", help="say what a run will need: parameters, FLOPs, memory, disk, time")
+    plan.add_argument("model", help="a causal LM or its config: folder, or name on the Hub; only the config is read")
+    plan.add_argument("--batch", type=int, default=8, help="sequences per step and device")
+    plan.add_argument("--length", type=int, default=2048, help="tokens per sequence")
+    plan.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    plan.add_argument("--method", nargs="+", help="apex, full, lora, hft, gmt, direct; all by default")
+    plan.add_argument(
+        "--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default"
+    )
+    plan.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    plan.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
+    plan.set_defaults(run=_plan)
     verify = commands.add_parser("verify", help="check a folder that save_fused wrote: hashes, values, loading")
     verify.add_argument("folder", type=Path)
     verify.set_defaults(run=_verify)
@@ -171,6 +183,31 @@ def _settings(path: Path) -> dict:
     if settings["kind"] not in ("text", "chat"):
         raise ValueError(f"{path}: kind {settings['kind']!r}: need text or chat")
     return settings
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from apexlib.planner import METHODS, calibrate, plan_budget
+    from apexlib.selection import ApexConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = plan_budget(
+        options.model,
+        ApexConfig.from_json(options.apex) if options.apex else None,
+        batch=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        methods=options.method or METHODS,
+        gradient_checkpointing=options.checkpointing,
+        flops_per_second=calibrate(device, getattr(torch, options.dtype)) if options.calibrate else None,
+    )
+    print(
+        table.set_index("method").T.to_string(
+            float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
+        )
+    )
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -377,6 +377,61 @@ def plot_biography(table: pd.DataFrame, ax: Axes) -> Axes:
     return _remember(ax, table)
 
 
+def plot_step_costs(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw time and peak memory of a training step, relative to full fine-tuning, one line per method.
+
+    Columns: `method`, `ratio`, `ratio_low`, `ratio_high` (quartiles), `peak_ratio`.
+    """
+    place = np.arange(len(table))[::-1]
+    spread = np.abs(table[["ratio_low", "ratio_high"]].to_numpy().T - table["ratio"].to_numpy())
+    ax.errorbar(table["ratio"], place + 0.14, xerr=spread, fmt=MARKERS[0], color=PALETTE[0], lw=1, label="time")
+    ax.plot(table["peak_ratio"], place - 0.14, MARKERS[1], color=PALETTE[1], label="peak memory")
+    ax.axvline(1, color="0.4", linewidth=0.8, linestyle=":")
+    ax.set_yticks(place, table["method"])
+    ax.set(xlabel="of a step of full fine-tuning")
+    ax.set_xlim(left=0)
+    _legend_for_all(ax, ncols=2)
+    return _remember(ax, table)
+
+
+def plot_scaling(table: pd.DataFrame, ax: Axes, quantity: str = "seconds") -> Axes:
+    """Draw how `quantity` ("seconds" or "peak_mib") of a step grows along `axis`, one line per method.
+
+    Columns: `axis`, `value`, `method` and `quantity`.
+    """
+    for colour, marker, (method, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "method"), strict=False):
+        rows = rows.sort_values("value")
+        ax.plot(rows["value"], rows[quantity], color=colour, marker=marker, label=method)
+    values = sorted(table["value"].unique())
+    axis = table["axis"].iloc[0]
+    ax.set(xscale="log", yscale="log", xlabel={"k": "share of units paired", "width": "d_model"}.get(axis, axis))
+    ax.set_xticks(values, [f"{value:g}" for value in values], rotation=45)
+    ax.xaxis.minorticks_off()
+    if ax.get_subplotspec().is_first_col():
+        ax.set_ylabel({"seconds": "seconds per step", "peak_mib": "peak memory (MiB)"}[quantity])
+    _legend_for_all(ax)
+    return _remember(ax, table)
+
+
+def plot_forecast(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw forecast against measured peak memory, one marker per phase; the band is ± 10 %.
+
+    Columns: `phase`, `forecast_mib`, `measured_mib`.
+    """
+    low, high = table["measured_mib"].min() / 1.3, table["measured_mib"].max() * 1.3
+    line = np.array([low, high])
+    ax.fill_between(line, 0.9 * line, 1.1 * line, color="0.85", linewidth=0, label="± 10 %")
+    ax.plot(line, line, color="0.4", linewidth=0.8)
+    for colour, marker, (phase, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "phase"), strict=False):
+        ax.plot(
+            rows["measured_mib"], rows["forecast_mib"], marker, color=colour, mec="white", mew=0.4, ms=5, label=phase
+        )
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    ax.set(xlabel="measured peak memory (MiB)", ylabel="forecast (MiB)")
+    ax.legend()
+    return _remember(ax, table)
+
+
 @dataclass(frozen=True)
 class Figure:
     """How a figure of the suite is drawn from its table, and what it shows, in a sentence."""
@@ -454,10 +509,10 @@ FIGURES = {  # in the order of the notebooks
 }
 
 
-def _legend_for_all(ax: Axes) -> None:
+def _legend_for_all(ax: Axes, ncols: int = 4) -> None:
     """One legend below all panels of a figure."""
     if not ax.figure.legends:
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=ncols)
 
 
 def _groups(table: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
