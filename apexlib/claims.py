@@ -45,10 +45,17 @@ def read_claims(path: Path) -> dict[str, dict[str, str]]:
     """Read the ledger (`data/claims.yaml`): claims by `id`, each with source, statement, value and unit."""
     import yaml
 
-    claims = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        claims = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
+        raise ValueError(f"{path}: need a list of claims, each a mapping")
     for row, claim in enumerate(claims, start=1):
         if missing := {"id", "source", "statement", "value", "unit"} - set(claim):
             raise ValueError(f"{path}, claim {row}: no {', '.join(sorted(missing))}")
+        if not isinstance(claim["id"], str):
+            raise ValueError(f"{path}, claim {row}: id {claim['id']!r}: need text")
     return {claim["id"]: claim for claim in claims}
 
 
