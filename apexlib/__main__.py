@@ -171,13 +171,16 @@ def _settings(path: Path) -> dict:
     defaults |= {"apex": {}, "training": {}}
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path}: need a mapping with model, kind, data, length, method, apex, training")
     if unknown := given.keys() - defaults.keys():
         raise ValueError(f"{path}: unknown {', '.join(sorted(map(str, unknown)))}; known: {', '.join(defaults)}")
     settings = defaults | given
+    for name in ("data", "apex", "training"):
+        if not isinstance(settings[name], dict) or not all(isinstance(key, str) for key in settings[name]):
+            raise ValueError(f"{path}: {name}: need a mapping of names, got {type(settings[name]).__name__}")
     if not isinstance(settings["model"], str) or "output_dir" not in settings["training"]:
         raise ValueError(f"{path}: need model (a name or path) and training.output_dir")
     if settings["kind"] not in ("text", "chat"):

@@ -82,7 +82,7 @@ def verify_folder(folder: str | Path) -> pd.DataFrame:
     try:
         listed = _read_certificate(folder / CERTIFICATE)
         rows.append(("certificate", CERTIFICATE, ""))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         rows.append(("certificate", CERTIFICATE, str(error)))
     for name, expected in listed.items():
         path = folder / name

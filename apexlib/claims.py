@@ -49,7 +49,10 @@ def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
     import yaml
 
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path}: need a list of claims")
     claims = [_claim(entry, f"{path}, claim {row}") for row, entry in enumerate(content, start=1)]

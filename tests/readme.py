@@ -118,7 +118,25 @@ def fused_difference(model: PreTrainedModel) -> float:
         return (fuse(model).eval()(**batch, use_cache=False).logits - before).abs().max().item()
 
 
-SECTIONS = {"claims": claims, "run": run, "support": support, "performance": performance}
+def reliability() -> str:
+    """What `make test-long` did to runs and files, and what was lost."""
+    rows = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS.parent / "reliability").glob("*.json"))
+    ]
+    lines = ["| fault | injected | survived | results lost |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['what']} | {r['tried']:,} | {r['survived']:,} | {r['tried'] - r['survived'] or 'none'} |" for r in rows
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS = {
+    "claims": claims,
+    "performance": performance,
+    "reliability": reliability,
+    "run": run,
+    "support": support,
+}
 
 
 def rendered(text: str) -> str:
