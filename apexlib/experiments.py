@@ -28,14 +28,27 @@ from transformers import (
     TrainingArguments,
 )
 
+from apexlib import prepared
+from apexlib.activations import activation_statistics
 from apexlib.baselines import Name
 from apexlib.corpora import load_chat, load_corpus
 from apexlib.data import ChatTokens, PackedTokens, batches, collate, encode_chat, pack
-from apexlib.evaluation import exact_match, pad_token, perplexity
+from apexlib.difference import imbalance_table, masking_curve
+from apexlib.evaluation import (
+    exact_match,
+    final_answer,
+    multiple_choice,
+    ngram_loss,
+    pad_token,
+    perplexity,
+    unigram_loss,
+)
+from apexlib.prepared import PREFIX, is_prepared
 from apexlib.pretraining import pretrain
-from apexlib.records import project_root
+from apexlib.records import project_root, save_table
 from apexlib.selection import ApexConfig
 from apexlib.skills import skills, skills_text
+from apexlib.spectrum import update_table
 from apexlib.training import train_in_stages
 from apexlib.trials import RESULT, Trial, run_trials
 
@@ -117,7 +130,7 @@ def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], fo
     rows = [
         {"method": trial.settings["variant"], **{name: trial.settings[name] for name in ("learning_rate", "seed")}}
         | {name: value for name, value in result.items() if isinstance(value, int | float)}
-        | {"path": _relative(Path(folder) / trial.name)}
+        | {"path": relative(Path(folder) / trial.name)}
         for trial, result in zip(trials, results, strict=True)
     ]
     return pd.DataFrame(rows)
@@ -142,18 +155,19 @@ def compare(
     grid_seeds: Sequence[int],
     keep_models: bool = True,
     seconds: float | None = None,
+    workers: int | None = None,
     **settings: Any,
 ) -> Comparison:
     """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on the other seeds of `bases`.
 
     `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Models are kept (`keep_models`) of
-    the runs at the chosen rates only. For `seconds` see `run_trials`.
+    the runs at the chosen rates only. For `seconds` and `workers` see `run_trials`.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
 
     def table_of(trials: list[Trial]) -> tuple[pd.DataFrame, dict[str, Any]]:
         left = None if deadline is None else deadline - time.monotonic()
-        results = run_trials(run, trials, folder, seconds=left)
+        results = run_trials(run, trials, folder, seconds=left, workers=workers)
         table = runs_table(trials, results, folder)
         return table, dict(zip(table["path"], results, strict=True))
 
@@ -215,13 +229,19 @@ def pretraining_run(
 ) -> dict[str, Any]:
     """Train a model from random weights, drawn for `seed`, and keep `checkpoints` in `folder`.
 
-    `config` is that of the model (`model_type` and its fields), `training` goes to `pretrain`. Returns its log.
+    `config` is that of the model (`model_type` and its fields), `training` goes to `pretrain`, where `resume` names the
+    folder of the part before. Returns its log.
     """
+    if resume := training.pop("resume", None):
+        training["resume"] = _root() / resume
     words = _tokenizer(_local(tokenizer))
-    documents = _documents(corpus, "train") + (skills_text(skill_documents) if skill_documents else [])
+    if skill_documents:
+        documents = _documents(corpus, "train") + skills_text(skill_documents)
+        dataset = pack(documents, words, context, cache=_root() / "data" / "cache")
+    else:
+        dataset = _packed(words, corpus, "train", context)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    dataset = pack(documents, words, context, cache=_root() / "data" / "cache")
     log = pretrain(model, dataset, folder, checkpoints=checkpoints, tokenizer=words, seed=seed, **training)
     return {"log": log.to_dict("records")}
 
@@ -271,15 +291,15 @@ def instruction_scores(
     """Measure a model on held-out conversations and on text of the kind its base was trained on.
 
     `valid_loss` and `answer_loss` (nats per token of the answers of the validation and the test split), `families`
-    (share of exact matches and number of examples, per family of the test split), `exact_match` (mean of the shares),
-    `correct` (one 0 or 1 per example of the test split), `retention_loss` (nats per token).
+    (share of right answers and number of examples, per family of the test split), `exact_match` (mean of the shares),
+    `correct` (one 0 or 1 per example of the test split), `retention_loss` (nats per token). An example with
+    `choices` is right where the likeliest is the answer; any other where the final answer that the model writes is.
     """
     losses = {}
     for split, name in (("valid", "valid_loss"), ("test", "answer_loss")):
         held_out = batches(_conversations(tokenizer, chat, split), 64, collator=collate(pad_token(tokenizer)))
         losses[name] = float(perplexity(model, held_out, quiet=True)["loss"])
-    examples = _examples(chat["source"], "test", chat["test"], tuple(chat["difficulties"]))
-    answers = exact_match(model, tokenizer, examples, max_new_tokens=chat["max_new_tokens"], quiet=True)
+    answers = _answers(model, tokenizer, chat)
     families = answers.groupby("family")["correct"].agg(["mean", "size"])
     return {
         **losses,
@@ -288,6 +308,23 @@ def instruction_scores(
         "correct": answers["correct"].astype(int).tolist(),
         "retention_loss": text_loss(model, tokenizer, **retention),
     }
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any]) -> pd.DataFrame:
+    """Score every test example in its own way: `family` and `correct`, in the order of the examples."""
+    examples = _examples(chat["source"], "test", chat["test"], tuple(chat["difficulties"]))
+    size = 512 if torch.cuda.is_available() else 64
+    how = {"batch_size": size, "quiet": True}
+    tables = []
+    for rows, score in (
+        ([row for row, example in enumerate(examples) if "choices" in example], multiple_choice),
+        ([row for row, example in enumerate(examples) if "choices" not in example], exact_match),
+    ):
+        own = {} if score is multiple_choice else {"max_new_tokens": chat["max_new_tokens"], "extract": final_answer}
+        if rows:
+            table = score(model, tokenizer, [examples[row] for row in rows], **how, **own)
+            tables.append(table.set_axis(rows))
+    return pd.concat(tables).sort_index()
 
 
 def continued_run(
@@ -336,6 +373,68 @@ def text_loss(
     """Loss on the first held-out blocks of a corpus (validation split), in nats per token."""
     held_out = _packed(tokenizer, corpus, "valid", context)
     return float(perplexity(model, batches(held_out, 16, limit=blocks), quiet=True)["loss"])
+
+
+def difference_run(
+    *,
+    folder: Path,
+    model: str,
+    corpus: str,
+    context: int,
+    assessment_blocks: int,
+    blocks: int,
+    fractions: Mapping[str, Sequence[float]],
+    draws: int,
+    top: float = 0.1875,
+) -> dict[str, Any]:
+    """Measure how unequal the units of a model are, and what it loses without some of them, on held-out text.
+
+    Units are ranked over `assessment_blocks` of training text; losses are those of the first `blocks` of the test
+    split. `fractions` are the shares to mask, per component; without any nothing is masked. The tables `activations`,
+    `imbalance` and, where units are masked, `masking` stay in `folder`; returns `parameters` and `loss`.
+    """
+    network, tokenizer = _load(model)
+    train, held_out = (_packed(tokenizer, corpus, split, context) for split in ("train", "test"))
+    test = batches(held_out, 16, limit=blocks)
+    statistics = activation_statistics(network, batches(train, 16, limit=assessment_blocks), top=top)
+    save_table(statistics, "activations", folder)
+    save_table(imbalance_table(statistics), "imbalance", folder)
+    curves = [
+        masking_curve(
+            network, statistics, test, fractions=[0, *fractions[part]], order=order, component=part, seeds=range(draws)
+        )
+        for part in fractions
+        if part in set(statistics["component"])
+        for order in ("advantageous", "random", "disadvantageous")
+    ]
+    if curves:
+        save_table(pd.concat(curves).rename(columns={"seed": "draw"}), "masking", folder)
+    loss = float(perplexity(network, test, quiet=True)["loss"])
+    return {"parameters": network.num_parameters(), "loss": loss}
+
+
+def reference_run(*, folder: Path, tokenizer: str, corpus: str, context: int, blocks: int) -> dict[str, float]:
+    """Losses, on the blocks of `difference_run`, of models that no network is: `unigram`, `bigram` and `trigram`."""
+    words = _tokenizer(_local(tokenizer))
+    train, test = (_packed(words, corpus, split, context) for split in ("train", "test"))
+    seen, asked = train.blocks.ravel(), test.blocks[:blocks]
+    return {
+        "unigram": unigram_loss(
+            torch.from_numpy(seen.astype("int64")), torch.from_numpy(asked[:, 1:].astype("int64")), len(words)
+        ),
+        "bigram": ngram_loss(seen, asked, len(words), order=2),
+        "trigram": ngram_loss(seen, asked, len(words), order=3),
+    }
+
+
+def rank_run(*, folder: Path, base: str, run: str) -> dict[str, Any]:
+    """Measure the update of every matrix by a run; the table `updates`, with its last `stage`, stays in `folder`."""
+    stages = sorted(int(path.name.removeprefix("stage-")) for path in (_root() / run).glob("stage-*"))
+    if not stages:
+        raise FileNotFoundError(f"{run}: need stage-0, stage-1, … of a run")
+    updates = update_table(_local(base), _root() / run / f"stage-{stages[-1]}")
+    save_table(updates.assign(stage=stages[-1]), "updates", folder)
+    return {"stages": len(stages)}
 
 
 def tokens_to_reach(curve: pd.DataFrame, loss: float) -> float:
@@ -391,7 +490,8 @@ def _arguments(folder: Path, steps: int, batch_size: int, seed: int, **own: Any)
     )
 
 
-def _relative(path: Path) -> str:
+def relative(path: Path) -> str:
+    """The path from the project's root, if it lies below it."""
     path = path.resolve()
     return path.relative_to(_root()).as_posix() if path.is_relative_to(_root()) else str(path)
 
@@ -425,8 +525,11 @@ def _examples(source: str, split: str, count: int, difficulties: tuple[int, ...]
     """Conversations of a split; each with an `answer` and a `family`, the source itself where none is given."""
     if source == "skills":
         return skills(split, count, difficulties=difficulties)
+    if is_prepared(source):
+        return prepared.examples(_place(source), count)
     examples = load_chat(source, split=split, limit=count)
-    return [{"answer": each["messages"][-1]["content"], "family": Path(source).stem} | each for each in examples]
+    named = {"family": Path(source).stem}
+    return [{"answer": final_answer(each["messages"][-1]["content"])} | named | each for each in examples]
 
 
 def _conversations(tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any], split: str) -> ChatTokens:
@@ -436,6 +539,8 @@ def _conversations(tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any], 
 @cache
 def _encoded(tokenizer: PreTrainedTokenizerFast, source: str, split: str, count: int, *rest: Any) -> ChatTokens:
     difficulties, max_length = rest
+    if is_prepared(source):  # encoded once, up to a length of its own
+        return prepared.conversations(_place(source), split, count)
     return encode_chat(_examples(source, split, count, difficulties), tokenizer, max_length=max_length)[0]
 
 
@@ -445,7 +550,14 @@ def _documents(corpus: str, split: str) -> list[str]:
 
 
 def _packed(tokenizer: PreTrainedTokenizerFast, corpus: str, split: str, context: int) -> PackedTokens:
+    if is_prepared(corpus):
+        return PackedTokens(prepared.stream(_place(corpus), split), context)
     return pack(_documents(corpus, split), tokenizer, context, cache=_root() / "data" / "cache")
+
+
+def _place(source: str) -> str:
+    """A prepared source with its path from the project's root made whole."""
+    return f"{PREFIX}{_root() / prepared.folder_of(source)}"
 
 
 def _reset_peak() -> float:

@@ -61,7 +61,7 @@ def run_trials(
         raise ValueError(f"trials {sorted(repeated)}: need a name of its own for each")
     folder, began = Path(folder), time.monotonic()
     due = [trial for trial in trials if stored(trial, folder) is None]
-    workers = min(workers or default_workers(), max(1, len(due)))
+    workers = workers or default_workers()
     failures: dict[str, str] = {}
 
     def late() -> bool:
@@ -69,8 +69,8 @@ def run_trials(
 
     finished = (
         _one_by_one(run, due, folder, late)
-        if default_workers() == 1
-        else _side_by_side(run, due, folder, workers, late)
+        if workers == 1
+        else _side_by_side(run, due, folder, min(workers, max(1, len(due))), late)
     )
     done = len(trials) - len(due)
     with tqdm(total=len(trials), initial=done, desc="trials", disable=hide_progress(), leave=False) as bar:
@@ -119,7 +119,7 @@ def _side_by_side(
 ) -> Iterator[tuple[Trial, str]]:
     waiting, running = list(trials), dict[Future, Trial]()
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_single_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
         try:
             while running or (waiting and not late()):
                 while waiting and len(running) < workers and not late():
@@ -136,9 +136,11 @@ def _outcome(future: Future) -> str:
     return future.result() if error is None else f"its process died ({error}); out of memory?"
 
 
-def _single_thread() -> None:
+def _worker() -> None:
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of weights: a line for every file
     torch.set_num_threads(1)
 
 
