@@ -46,6 +46,7 @@ _HOME = {
     "pretrain": "pretraining",
     "TrainingRecord": "training",
     "train_in_stages": "training",
+    "plan_budget": "planner",
     "save_table": "records",
     "save_figure": "plotting",
     "draw_figure": "plotting",

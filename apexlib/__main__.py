@@ -8,7 +8,11 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0: done, 1: a check failed, 2: it could not start, and one line on stderr says why."""
+    """Run one command and return its exit code.
+
+    0: done; 1: a check failed or training had to stop; 2: it could not start, or not write; 130, 143: interrupted by
+    SIGINT or SIGTERM, and what was done is saved. One line on stderr says why.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["reproduce"]:
         from apexlib.reproduce import main as reproduce
@@ -36,16 +40,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spectrum.set_defaults(run=_spectrum)
     train = commands.add_parser("train", help="train a model as a YAML file says; runs under accelerate launch too")
     train.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same file stopped")
+    again.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
     train.set_defaults(run=_train)
+    plan = commands.add_parser("plan", help="say what a run will need: parameters, FLOPs, memory, disk, time")
+    plan.add_argument("model", help="a causal LM or its config: folder, or name on the Hub; only the config is read")
+    plan.add_argument("--batch", type=int, default=8, help="sequences per step and device")
+    plan.add_argument("--length", type=int, default=2048, help="tokens per sequence")
+    plan.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    plan.add_argument("--method", nargs="+", help="apex, full, lora, hft, gmt, direct; all by default")
+    plan.add_argument(
+        "--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default"
+    )
+    plan.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    plan.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
+    plan.set_defaults(run=_plan)
     verify = commands.add_parser("verify", help="check a folder that save_fused wrote: hashes, values, loading")
     verify.add_argument("folder", type=Path)
     verify.set_defaults(run=_verify)
     options = parser.parse_args(given)
     try:
         return options.run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 def _difference(options: argparse.Namespace) -> int:
@@ -85,7 +110,7 @@ def _spectrum(options: argparse.Namespace) -> int:
     else:
         table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
         facts |= {"base": options.base, "base_revision": options.base_revision}
-        extra = ["relative", "noise_frobenius", "noise_effective_rank", "above_noise"]
+        extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
     path = save_table(table, name, options.out, **facts)
     shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
     print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
@@ -108,12 +133,12 @@ def _train(options: argparse.Namespace) -> int:
     from apexlib.corpora import load_chat, load_corpus
     from apexlib.data import collate, encode_chat, pack
     from apexlib.evaluation import pad_token
-    from apexlib.records import save_table
+    from apexlib.records import atomic_folder, hide_progress, save_table
     from apexlib.selection import ApexConfig
     from apexlib.training import train_in_stages
 
     given = _settings(options.settings)
-    arguments = TrainingArguments(**({"report_to": "none"} | given["training"]))
+    arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
     tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given["revision"])
     data, length = dict(given["data"]), given["length"]
     if given["kind"] == "chat":
@@ -123,11 +148,14 @@ def _train(options: argparse.Namespace) -> int:
         dataset, report, collator = pack(load_corpus(**data), tokenizer, length), None, None
     model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")
     config = ApexConfig(**given["apex"])
-    record = train_in_stages(model, dataset, arguments, config, method=given["method"], data_collator=collator)
+    how = {"method": given["method"], "data_collator": collator}
+    again = {"resume": options.resume, "overwrite": options.overwrite}
+    record = train_in_stages(model, dataset, arguments, config, **how, **again)
     if arguments.should_save:
         folder = Path(arguments.output_dir)
-        record.model.save_pretrained(folder / "final")
-        tokenizer.save_pretrained(folder / "final")
+        with atomic_folder(folder / "final", replace=True) as temporary:
+            record.model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         facts = {"settings": given, "trainable": record.trainable.to_dict("records")}
         for name, table in (("log", record.log), ("data", report)):
             if table is not None:
@@ -143,18 +171,46 @@ def _settings(path: Path) -> dict:
     defaults |= {"apex": {}, "training": {}}
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path}: need a mapping with model, kind, data, length, method, apex, training")
     if unknown := given.keys() - defaults.keys():
         raise ValueError(f"{path}: unknown {', '.join(sorted(map(str, unknown)))}; known: {', '.join(defaults)}")
     settings = defaults | given
+    for name in ("data", "apex", "training"):
+        if not isinstance(settings[name], dict) or not all(isinstance(key, str) for key in settings[name]):
+            raise ValueError(f"{path}: {name}: need a mapping of names, got {type(settings[name]).__name__}")
     if not isinstance(settings["model"], str) or "output_dir" not in settings["training"]:
         raise ValueError(f"{path}: need model (a name or path) and training.output_dir")
     if settings["kind"] not in ("text", "chat"):
         raise ValueError(f"{path}: kind {settings['kind']!r}: need text or chat")
     return settings
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from apexlib.planner import METHODS, calibrate, plan_budget
+    from apexlib.selection import ApexConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = plan_budget(
+        options.model,
+        ApexConfig.from_json(options.apex) if options.apex else None,
+        batch=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        methods=options.method or METHODS,
+        gradient_checkpointing=options.checkpointing,
+        flops_per_second=calibrate(device, getattr(torch, options.dtype)) if options.calibrate else None,
+    )
+    print(
+        table.set_index("method").T.to_string(
+            float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
+        )
+    )
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -1,11 +1,7 @@
 """Save a fused model with a certificate: what fusing and casting changed, and a hash of every file; check it later."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.expansion import SplitProjection, composed_weights, fuse, is_expanded
-from apexlib.records import file_hash, provenance, write_json
+from apexlib.records import atomic_folder, file_hash, provenance, write_json
 
 CERTIFICATE = "certificate.json"
 _FORMAT = 1
@@ -54,7 +50,7 @@ def save_fused(
         for parameter in model.parameters():  # not model.to: rotary frequencies stay in float32, as in a loaded model
             parameter.data = parameter.data.to(dtype)
     drift = _drift(before, _logits(model, batches)) if batches else None
-    with _new_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -86,7 +82,7 @@ def verify_folder(folder: str | Path) -> pd.DataFrame:
     try:
         listed = _read_certificate(folder / CERTIFICATE)
         rows.append(("certificate", CERTIFICATE, ""))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         rows.append(("certificate", CERTIFICATE, str(error)))
     for name, expected in listed.items():
         path = folder / name
@@ -154,25 +150,6 @@ def _update(
 
 def _square(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`; on success flush its files and rename it, else remove it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        temporary.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read_certificate(path: Path) -> Mapping[str, str]:

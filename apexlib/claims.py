@@ -49,7 +49,10 @@ def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
     import yaml
 
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, list) or not content:
         raise ValueError(f"{path}: need a list of claims")
     claims = [_claim(entry, f"{path}, claim {row}") for row, entry in enumerate(content, start=1)]
@@ -165,25 +168,43 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
+    """Compare the share of right answers of one method with every other's, example by example.
+
+    `correct` has a row per `method`, `seed` and `example`, with `correct` 0 or 1. The interval is Student's t over
+    examples of the difference (mean over seeds): it says what another draw of test examples could change, where that
+    over seeds says what other models and orders could. Columns: `method`, `difference`, `low`, `high`, `examples`.
+    """
+    share = correct.pivot_table(index="example", columns="method", values="correct")
+    rows = []
+    for method in share.columns.drop(of):
+        difference = (share[of] - share[method]).dropna()
+        low, high = interval(difference)
+        row = {"method": method, "difference": difference.mean(), "low": low, "high": high}
+        rows.append(row | {"examples": len(difference)})
+    return pd.DataFrame(rows)
+
+
 def example_noise(results: Path, claim: Claim) -> str:
     """Say by how much a difference in exact match may move through the draw of test examples alone; "" for others.
 
-    Two shares of right answers p, q over the same n examples: at most 1.96 · √((p (1 − p) + q (1 − q)) / n), reached
-    where the answers of the two methods have nothing to do with each other. More seeds do not shrink it.
+    Two shares of right answers over the same n examples, each with one right and one wrong answer added (Agresti and
+    Caffo 2000): 1.96 · √(Σ p (1 − p) / (n + 2)), as if the answers of the two methods had nothing to do with each
+    other, which is the worst case. More seeds do not shrink it.
     """
     if claim.arguments.get("column") != "exact_match":
         return ""
-    shares = [
-        _per_seed(results, claim.arguments["table"], claim.arguments[side], "exact_match").mean()
-        for side in ("of", "over")
-    ]
     try:
         families = _read(results, "instruction_families", ["method", "seed", "examples"])
     except FileNotFoundError:
         return ""
-    examples = int(families.groupby(["method", "seed"])["examples"].sum().min())
-    noise = 1.96 * np.sqrt(sum(share * (1 - share) for share in shares) / examples)
-    return f"{examples} test examples: their draw alone may move the difference by ±{noise:.3f}."
+    n = int(families.groupby(["method", "seed"])["examples"].sum().min())
+    runs = (
+        _per_seed(results, claim.arguments["table"], claim.arguments[side], "exact_match") for side in ("of", "over")
+    )
+    shares = [(run.mean() * n + 1) / (n + 2) for run in runs]
+    noise = 1.96 * np.sqrt(sum(share * (1 - share) for share in shares) / (n + 2))
+    return f"{n} test examples: their draw alone may move the difference by ±{noise:.3f}."
 
 
 def measure(function: Callable[..., pd.Series]) -> Callable[..., pd.Series]:
@@ -225,14 +246,19 @@ def evens_with_size(results: Path, *, component: str) -> pd.Series:
 def lead(results: Path, *, table: str, of: str, over: str, column: str, margin: float = 0.0) -> pd.Series:
     """By how much a run `of` one method is ahead of one `over` whom it should be, plus `margin`.
 
-    Less is better in a column that ends in "loss", more in any other.
+    Less is better in a column that ends in "loss", more in any other. With a margin, seeds are left out in which both
+    methods answer nothing, or both everything: they are equal for want of a test, not because they are as good.
     """
-    ahead, behind = (_per_seed(results, table, name, column) for name in (of, over))
-    if len(ahead) and len(behind) and "tokens" in _read(results, table, []):
-        tokens = [_per_seed(results, table, name, "tokens") for name in (of, over)]
-        if ((tokens[0] - tokens[1]).dropna() != 0).any():
+    runs = {"ahead": _per_seed(results, table, of, column), "behind": _per_seed(results, table, over, column)}
+    both = pd.DataFrame(runs).dropna()
+    if len(both) and "tokens" in _read(results, table, []):
+        ends = [_per_seed(results, table, name, "tokens")[both.index] for name in (of, over)]
+        if (ends[0] != ends[1]).any():
             raise ValueError(f"{table}.csv: runs of {of} and {over} end after different numbers of tokens; need equal")
-    return (behind - ahead if column.endswith("loss") else ahead - behind) + margin
+    if margin and column == "exact_match":
+        both = both[(both["ahead"] != both["behind"]) | ~both["ahead"].isin([0.0, 1.0])]
+    sign = -1 if column.endswith("loss") else 1
+    return sign * (both["ahead"] - both["behind"]) + margin
 
 
 @measure

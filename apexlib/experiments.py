@@ -31,7 +31,6 @@ from transformers import (
 from apexlib import prepared
 from apexlib.activations import activation_statistics
 from apexlib.baselines import Name
-from apexlib.claims import interval
 from apexlib.corpora import load_chat, load_corpus
 from apexlib.data import ChatTokens, PackedTokens, batches, collate, encode_chat, pack
 from apexlib.difference import imbalance_table, masking_curve
@@ -194,23 +193,6 @@ def compare(
     rates = runs[runs["seed"].isin(grid_seeds)].groupby(["method", "learning_rate"], as_index=False, sort=False)
     rates = rates["valid_loss"].mean().rename(columns={"valid_loss": "loss"})
     return Comparison(runs, results, rates.assign(chosen=rates["learning_rate"] == rates["method"].map(best)))
-
-
-def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
-    """Compare the share of right answers of one method with every other's, example by example.
-
-    `correct` has a row per `method`, `seed` and `example`, with `correct` 0 or 1. The interval is Student's t over
-    examples of the difference (mean over seeds): it says what another draw of test examples could change, where that
-    over seeds says what other models and orders could. Columns: `method`, `difference`, `low`, `high`, `examples`.
-    """
-    share = correct.pivot_table(index="example", columns="method", values="correct")
-    rows = []
-    for method in share.columns.drop(of):
-        difference = (share[of] - share[method]).dropna()
-        low, high = interval(difference)
-        row = {"method": method, "difference": difference.mean(), "low": low, "high": high}
-        rows.append(row | {"examples": len(difference)})
-    return pd.DataFrame(rows)
 
 
 def drop_models(folder: Path) -> None:

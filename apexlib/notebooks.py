@@ -98,7 +98,7 @@ def read_notebook(path: Path, profile: str) -> Notebook:
             if cell["cell_type"] == "code"
         ]
         declared = content["metadata"].get("apexlib")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReproduceError(f"{path.name}: need a notebook of format 4 ({type(error).__name__}: {error})") from None
     if not cells or "parameters" not in cells[0][0]:
         raise ReproduceError(f"{path.name}: need the tag 'parameters' on the first code cell")
@@ -159,7 +159,7 @@ def read_profile(profile: str, folder: Path) -> Profile:
     try:
         folders(path.stem, folder)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ReproduceError(f"{path.name}: {' '.join(str(error).split())}") from None
     fields = {"description": str, "runnable": bool, "why": str, "notebooks": dict}
     content = _mapping(content, path.name)

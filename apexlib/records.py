@@ -1,10 +1,12 @@
 """Where results lie and what they carry: folders of a profile, provenance, hashes, writes that are never half done."""
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
+_PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
 _RECORDED = ("apexlib", "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "numpy", "pandas")
 
 
@@ -68,18 +71,75 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and put it in place of `path`, else remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        _flush(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
+        _flush(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success flush it and put it in place of `folder`, else remove it.
+
+    A `folder` that is there must be empty, unless `replace`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        temporary.chmod(0o755)
+        if folder.exists():
+            remove_folder(folder) if replace else folder.rmdir()
+        temporary.rename(folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that, whenever this is interrupted, it is there whole or not at all."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=folder.parent))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside)
+
+
+def clear_partial(folder: Path) -> list[Path]:
+    """Remove what killed writers left in `folder`; nobody may be writing there."""
+    left = sorted(Path(folder).glob(f"{_PARTIAL}*"))
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return left
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; BlockingIOError if another process holds it.
+
+    The system lets go of it when its holder ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(value: Any, path: Path) -> Path:

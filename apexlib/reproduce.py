@@ -1,12 +1,11 @@
 """Run the notebooks of a profile in order, each only if what it depends on changed: `python -m apexlib.reproduce`."""
 
 import argparse
-import fcntl
 import json
 import platform
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,16 @@ from apexlib.notebooks import (
     unknown,
     writer_of,
 )
-from apexlib.records import content_hash, file_hash, folders, project_root, provenance, write_json
+from apexlib.records import (
+    clear_partial,
+    content_hash,
+    exclusive,
+    file_hash,
+    folders,
+    project_root,
+    provenance,
+    write_json,
+)
 
 # these decide when a notebook runs, never what it finds: a change in them makes no result stale
 _NOT_IN_RESULTS = {"reproduce.py", "execution.py", "notebooks.py", "__main__.py"}
@@ -197,12 +205,13 @@ class _Job:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Let one runner at a time work on a profile; what the one before has left is read once it is gone."""
-        self.places.runs.mkdir(parents=True, exist_ok=True)
-        with (self.places.runs / ".lock").open("a") as lock:
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(exclusive(self.places.runs / ".lock"))
             except BlockingIOError:
                 raise ReproduceError(f"profile {self.profile.name}: another run of it has not ended yet") from None
+            for folder in (self.places.results, self.places.figures, self.places.models, self.places.runs):
+                clear_partial(folder)
             self.ledger = _Ledger(self.root, self.ledger.path)
             try:
                 yield

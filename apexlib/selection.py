@@ -18,10 +18,13 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import pandas as pd
 
+from apexlib.records import atomic_write
+
 Component = Literal["head", "channel"]
 
 _CHOICES = {
     "operator": ("monarch", "diagonal", "low_rank", "dense"),
+    "ffn": ("split", "fused", "recompute"),
     "strategy": ("advantage", "random", "reversed", "magnitude"),
     "statistic": ("rank", "mean", "ema", "ema_rank"),
 }
@@ -50,6 +53,7 @@ class ApexConfig:
     assessment_samples: int = 1024  # sequences in the pass before the first stage
     train_embeddings: bool = True  # and the LM head
     train_norms: bool = False
+    ffn: str = "fused"  # how a gated FFN trains: see `expand`
     halve_fraction: bool = False  # halve K at each stage; earlier targets stay directly tuned, never selected again
     align: int = 1  # round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋
     seed: int = 0
@@ -375,7 +379,8 @@ def _indices(values: Any, units: int, name: str) -> tuple[int, ...]:
 
 
 def _write_json(value: Any, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_json(path: str | Path, build: Callable[[Any], Any]) -> Any:

@@ -32,6 +32,7 @@ MEASURES = (
 )
 SRANK_DELTA = 0.01
 _TOLERANCE = 1e-6  # relative error of the effective rank that is let pass
+_DEFICIENT = 1e-12  # of the largest: what a pivot of a Gram matrix is where the rank ends
 _CHUNK = 1 << 22  # entries that are in float64 at a time
 
 
@@ -88,8 +89,8 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
 
     They are the roots of the eigenvalues of the smaller Gram matrix in float64 (on a GPU for a tensor that lies there).
     That squares the condition number: an eigenvalue is off by about ε σ₁² (ε = 2.2e-16), so singular values below
-    1.5e-8 σ₁ are lost in it. Where what they could carry exceeds 1e-6 of the effective rank (matrices of deficient
-    rank, very fast decay), a float64 SVD takes over.
+    3e-8 σ₁ are lost in it. Where few directions carry all but rounding, these are taken off and the rest is measured
+    by itself. Where what is lost could still cost 1e-6 of the effective rank, a float64 SVD takes over.
     """
     matrix = torch.as_tensor(matrix).detach()
     if matrix.dim() != 2 or not matrix.numel():
@@ -101,16 +102,21 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
         return np.zeros(min(matrix.shape))
     scale = 2.0 ** frexp(largest)[1]  # a power of two costs no accuracy; squares must neither overflow nor underflow
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    eigenvalues = (_gram_eigenvalues_cuda if matrix.is_cuda else _gram_eigenvalues)(matrix, scale)[::-1]
-    sigma = np.sqrt(eigenvalues.clip(min=0))
-    if _in_doubt(eigenvalues) > _TOLERANCE:
-        sigma = _svd(matrix, scale)
-    return sigma * scale
+    if matrix.is_cuda:
+        gram = _gram_cuda(matrix, scale)
+        sigma, error = _roots(torch.linalg.eigvalsh(gram).cpu().numpy()[::-1])
+    else:
+        gram = _gram(matrix, scale)
+        if (sigma := _low_rank(matrix, gram, scale)) is not None:
+            return sigma * scale
+        from scipy.linalg import eigvalsh
+
+        sigma, error = _roots(eigvalsh(gram, check_finite=False, overwrite_a=True)[::-1])
+    return (sigma if error < _TOLERANCE else _svd(matrix, scale)) * scale
 
 
-def _gram_eigenvalues(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
-    """Ascending eigenvalues of W Wᵀ / scale², by the BLAS and LAPACK of scipy: half the time of torch's."""
-    from scipy.linalg import eigvalsh
+def _gram(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
+    """Lower half of W Wᵀ / scale², by the BLAS of scipy: half the time of torch's product."""
     from scipy.linalg.blas import dsyrk
 
     short, long = matrix.shape
@@ -121,15 +127,51 @@ def _gram_eigenvalues(matrix: Float[Tensor, "short long"], scale: float) -> np.n
         # BLAS wants columns one after another: a part that lies row by row goes in transposed
         by_rows = part.flags.c_contiguous
         gram = dsyrk(1.0, part.T if by_rows else part, beta=1.0, c=gram, trans=by_rows, lower=1, overwrite_c=1)
-    return eigvalsh(gram, check_finite=False, overwrite_a=True)
+    return gram
 
 
-def _gram_eigenvalues_cuda(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
+def _gram_cuda(matrix: Float[Tensor, "short long"], scale: float) -> Tensor:
     gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
     for part in matrix.split(max(1, 16 * _CHUNK // matrix.shape[0]), dim=1):
         part = part.double() / scale
         gram.addmm_(part, part.T)
-    return torch.linalg.eigvalsh(gram).cpu().numpy()
+    return gram
+
+
+def _low_rank(matrix: Float[Tensor, "short long"], gram: np.ndarray, scale: float) -> np.ndarray | None:
+    """Singular values where few directions carry all but rounding; None where a gap is not that clear.
+
+    W = C Qᵀ + T, Q from the rows that a pivoted Cholesky factorisation of the Gram matrix picks. T is so small that
+    its own Gram matrix resolves it, in float32. What both share in column space is taken from T; of second order.
+    """
+    from scipy.linalg import eigvalsh, qr, svdvals
+    from scipy.linalg.blas import dgemm, ssyrk
+    from scipy.linalg.lapack import dpotrf, dpstrf
+
+    short, most = len(gram), len(gram) // 8
+    smallest = _DEFICIENT * gram.diagonal().max()
+    factor, failed = dpotrf(gram[: most + 1, : most + 1], lower=1)
+    if not most or (not failed and factor.diagonal().min() ** 2 > smallest):
+        return None  # more than `most` rows are independent already
+    _, pivots, rank, _ = dpstrf(gram, tol=smallest, lower=1)
+    if rank > most:
+        return None
+    rows = np.asfortranarray(_double(matrix, scale).T)  # the columns of this are rows of W
+    basis, _ = qr(rows[:, pivots[:rank] - 1], mode="economic", check_finite=False)
+    head = dgemm(1.0, rows, basis, trans_a=1)
+    tail = dgemm(-1.0, basis, head, trans_b=1, beta=1.0, c=rows, overwrite_c=1)
+    columns, factor = qr(head, mode="economic", check_finite=False)
+    large, size = svdvals(factor), max(tail.max(), -tail.min())
+    small = np.zeros(short - rank)
+    if size:
+        tail /= size
+        half = ssyrk(1.0, tail.astype(np.float32), trans=1, lower=1).astype(float)
+        rest = np.tril(half) + np.tril(half, -1).T
+        rest -= columns @ (columns.T @ rest)
+        rest -= (rest @ columns) @ columns.T
+        small = size * np.sqrt(eigvalsh(rest.astype(np.float32), check_finite=False)[: rank - 1 : -1].clip(min=0))
+    blur = 1e-3 * small[0] * len(small) / large.sum()  # float32 resolves √ε of the largest; times |ln p|, 25 or so
+    return np.concatenate([large, small]) if small[0] < 1e-4 * large[-1] and 25 * blur < _TOLERANCE else None
 
 
 def _svd(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
@@ -144,18 +186,21 @@ def _double(matrix: Tensor, scale: float) -> np.ndarray:
     return matrix.double().numpy() / scale
 
 
-def _in_doubt(eigenvalues: Float[np.ndarray, " rank"]) -> float:
-    """By how much the effective rank could be off, relatively, if each eigenvalue of a Gram matrix is off by ε σ₁².
+def _roots(eigenvalues: Float[np.ndarray, " rank"]) -> tuple[np.ndarray, float]:
+    """Singular values from descending eigenvalues of a Gram matrix, and the relative error of their effective rank.
 
-    First order: δH = Σ δpᵢ |ln pᵢ + H|, with δσᵢ the half width of what σᵢ could be.
+    Eigenvalues are off by about ν = ε σ₁². Those below 4ν are lost: their roots may be all noise, so what they add to
+    the entropy is in doubt as a whole. For the others, δH = Σ δpᵢ |ln pᵢ + H| with δσᵢ = ν / 2σᵢ, in quadrature.
     """
     noise = np.finfo(float).eps * eigenvalues[0]
-    high = np.sqrt(eigenvalues.clip(min=0) + noise)
-    width = (high - np.sqrt((eigenvalues - noise).clip(min=0))) / 2
-    if not (exact := eigenvalues != 0).all():  # rows or columns of zeros are no matter of rounding
-        width, high = width[exact], high[exact]
-    p = high / high.sum()
-    return float((width / high.sum() * np.abs(np.log(p) - (p * np.log(p)).sum())).sum())
+    sigma = np.sqrt(eigenvalues.clip(min=0))
+    total, entropy = sigma.sum(), np.log(_exp_entropy(sigma))
+    lost = (eigenvalues < 4 * noise) & (eigenvalues != 0)  # a row of zeros is no matter of rounding
+    sure, share = sigma[sigma**2 >= 4 * noise] / total, sigma[lost].sum() / total
+    error = np.linalg.norm(noise / (2 * sure * total**2) * np.abs(np.log(sure) + entropy))
+    if share:
+        error += share * abs(np.log(share / lost.sum()) + entropy)
+    return sigma, float(error)
 
 
 def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:

@@ -1,6 +1,8 @@
 """Tiny models of every supported family, built from configs; nothing is downloaded."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -87,3 +89,16 @@ def batch() -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     ids[1, 6:], mask[1, 6:] = 1, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def tally():
+    """Keep what a long test counted, for the table in the README."""
+    folder = Path(__file__).parents[1] / "data" / "results" / "reliability"
+
+    def keep(name: str, what: str, tried: int, survived: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        row = {"what": what, "tried": tried, "survived": survived}
+        (folder / f"{name}.json").write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    return keep

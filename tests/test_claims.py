@@ -1,5 +1,6 @@
 """The ledger: its rule and its measures, each against a literal computation, and what it refuses."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -259,7 +260,8 @@ def test_a_row_says_what_was_claimed_and_what_was_measured(tmp_path):
     )
     (row,) = claims_table(tmp_path, claims=ledger(tmp_path, ENTRY)).to_dict("records")
     low, high = interval([0.25, 0.26, 0.27])
-    noise = 1.96 * np.sqrt((0.25 + 0.76 * 0.24) / 100)
+    one, other = 51 / 102, 77 / 102
+    noise = 1.96 * np.sqrt((one * (1 - one) + other * (1 - other)) / 102)
     assert row == {
         **{name: ENTRY[name] for name in ("number", "source", "statement", "expected", "rule", "unit")},
         "claim": "better",
@@ -274,20 +276,27 @@ def test_a_row_says_what_was_claimed_and_what_was_measured(tmp_path):
     }
 
 
-def test_the_noise_of_examples_is_that_of_independent_answers(tmp_path):
-    rng, examples = np.random.default_rng(0), 200
-    shares = rng.binomial(examples, [0.3, 0.7], size=(20000, 2)) / examples
-    within = np.mean(np.abs(shares[:, 1] - shares[:, 0] - 0.4) < 1.96 * np.sqrt(2 * 0.21 / examples))
-    assert within == pytest.approx(0.95, abs=0.01)
-    runs = [(method, 0, share) for method, share in (("full", 0.3), ("apex", 0.7))]
-    families = [(method, 0, "a", examples) for method, *_ in runs]
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.01, 0.02)])
+def test_the_noise_of_examples_covers_the_difference_of_independent_answers(low, high, tmp_path):
+    rng, n = np.random.default_rng(0), 200
+    shares = rng.binomial(n, [low, high], size=(20000, 2)) / n
+    runs, families = [("full", 0, low), ("apex", 0, high)], [("full", 0, "a", n), ("apex", 0, "a", n)]
     write(
         tmp_path,
         instruction=("method seed exact_match", *runs),
         instruction_families=("method seed family examples", *families),
     )
     (claim,) = ledger(tmp_path, ENTRY)
-    assert f"±{1.96 * np.sqrt(2 * 0.21 / examples):.3f}" in example_noise(tmp_path, claim)
+    noise = float(re.search(r"±([\d.]+)\.", example_noise(tmp_path, claim))[1])
+    within = np.mean(np.abs(shares[:, 1] - shares[:, 0] - (high - low)) < noise)
+    assert 0.94 < within < 0.99
+
+
+def test_where_nobody_answers_anything_nobody_is_as_good(tmp_path):
+    rows = [(method, seed, share) for method in ("full", "apex") for seed, share in enumerate((0, 1, 0.5))]
+    write(tmp_path, instruction=("method seed exact_match", *rows))
+    assert MEASURES["lead"](tmp_path, **LEAD | {"column": "exact_match", "margin": 0.25}).to_dict() == {2: 0.25}
+    assert MEASURES["lead"](tmp_path, **LEAD | {"column": "exact_match"}).to_dict() == {0: 0, 1: 0, 2: 0}
 
 
 def test_without_tables_nothing_is_measured_and_nothing_fails(tmp_path):

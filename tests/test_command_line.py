@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 import apexlib
 from apexlib import ExpansionPlan
@@ -104,13 +107,17 @@ def settings(folder, path, batch, more=""):
     return str(path.with_suffix(".yaml"))
 
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+LAUNCH += ["-m", "apexlib", "train"]
+
+
 def test_two_processes_train_what_one_trains(folder, tmp_path):
-    """Data parallel under PyTorch's own launcher: the same plans, the same weights to 1e-6."""
+    """Data parallel under `accelerate launch`, on two CPU processes: the same plans, the same weights to 1e-6."""
     assert main(["train", settings(folder, tmp_path / "one", 4)]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "apexlib"]
     given = settings(folder, tmp_path / "two", 2, ", ddp_backend: gloo")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, "train", given], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([*LAUNCH, given], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two, base = (
         load_file(path / "model.safetensors") for path in (tmp_path / "one/final", tmp_path / "two/final", folder)
@@ -124,10 +131,54 @@ def test_two_processes_train_what_one_trains(folder, tmp_path):
     assert pd.read_csv(tmp_path / "two" / "log.csv")["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_an_interrupted_training_is_resumed_by_the_command_line(folder, tmp_path, monkeypatch, capsys):
+    assert main(["train", settings(folder, tmp_path / "whole", 4)]) == 0
+    file, steps = settings(folder, tmp_path / "cut ü", 4), iter(range(100))
+    with monkeypatch.context() as patch:
+        original = Trainer.training_step
+
+        def interrupted(*given, **named):
+            if next(steps) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*given, **named)
+
+        patch.setattr(Trainer, "training_step", interrupted)
+        assert main(["train", file]) == 143
+        assert "interrupted: SIGTERM after step 5: saved; resume=True (--resume) goes on" in capsys.readouterr().err
+    assert main(["train", file]) == 2
+    assert "holds a run already; continue it (resume=True" in capsys.readouterr().err
+    assert main(["train", file, "--resume"]) == 0
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "cut ü"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert main(["train", file, "--overwrite"]) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_killed_go_on_to_the_same_bits(folder, tmp_path):
+    more = ", ddp_backend: gloo, save_steps: 1, save_total_limit: 2"
+    text = TRAINING.replace("max_steps: 6", "max_steps: 40").replace('save_strategy: "no"', "save_strategy: steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "TRAINING", text)
+        files = [settings(folder, tmp_path / name, 2, more) for name in ("whole", "killed")]
+    done = subprocess.run([*LAUNCH, files[0]], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen([*LAUNCH, files[1]], stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed").glob("step-1-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*LAUNCH, files[1], "--resume"], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model: [", "while parsing"),
+        ("model: m\ntraining: [output_dir]", "training: need a mapping of names, got list"),
         ("- 1", "need a mapping with model"),
         ("model: m\nmodell: n", "unknown modell; known: model, revision"),
         ("kind: text", "need model (a name or path) and training.output_dir"),

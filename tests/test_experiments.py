@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from apexlib import experiments, trials
 from apexlib.baselines import method_of
-from apexlib.claims import interval
+from apexlib.claims import interval, paired_over_examples
 from apexlib.data import batches, collate, encode_chat, pack
 from apexlib.evaluation import perplexity
 from apexlib.experiments import (
@@ -22,7 +22,6 @@ from apexlib.experiments import (
     continued_run,
     grid_trials,
     instruction_run,
-    paired_over_examples,
     pretraining_run,
     tokens_to_reach,
     untouched_run,

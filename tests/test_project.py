@@ -27,8 +27,10 @@ ARROWS = {
     "architectures": set(),
     "activations": {"architectures", "records"},
     "monarch": set(),
-    "selection": set(),
-    "expansion": {"architectures", "monarch", "selection"},
+    "selection": {"records"},
+    "fused_ffn": set(),
+    "expansion": {"architectures", "fused_ffn", "monarch", "selection"},
+    "planner": {"architectures", "baselines", "selection"},
     "certificate": {"expansion", "records"},
     "evaluation": {"records"},
     "difference": {"architectures", "activations", "evaluation", "records", "selection"},
@@ -41,13 +43,14 @@ ARROWS = {
     "data": {"corpora", "records", "tokenizer"},
     "pretraining": {"records"},
     "baselines": {"architectures", "selection", "expansion"},
-    "training": {"activations", "baselines", "records", "selection"},
+    "checkpoints": {"records"},
+    "interruption": set(),
+    "training": {"activations", "baselines", "checkpoints", "interruption", "records", "selection"},
     "trials": {"records"},
     "prepared": {"corpora", "data", "records", "skills", "tokenizer"},
     "experiments": {
         "activations",
         "baselines",
-        "claims",
         "corpora",
         "data",
         "difference",
@@ -179,6 +182,7 @@ def test_claims_are_numbered_in_order_and_name_their_source():
     claims = read_claims(ROOT / "data" / "claims.yaml")
     assert [claim.number for claim in claims] == list(range(1, len(claims) + 1))
     assert all("2505.24241" in claim.source for claim in claims)
+    assert {name for claim in claims for name in claim.notebooks} <= {path.stem for path in NOTEBOOKS}
 
 
 def test_the_readme_says_what_the_results_say():

@@ -132,6 +132,25 @@ def test_the_gram_matrix_is_exact_enough_or_not_used(name, dtype):
     assert effective_rank(matrix) == pytest.approx(literal(matrix.double())["effective_rank"], rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(96, 200), (200, 96), (96, 96)])
+@pytest.mark.parametrize("rank", [1, 5, 12, 13])
+def test_low_rank_is_exact_down_to_rounding(rank, shape, dtype, monkeypatch):
+    """Up to an eighth of the full rank without an SVD of the whole, and with the rounding noise below the gap."""
+    matrix = (draw((shape[0], rank)) @ draw((rank, shape[1]), 1)).to(dtype)
+    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    if rank <= 12:
+        monkeypatch.setattr(module, "_svd", None)
+    found = singular_values(matrix)
+    assert len(found) == 96
+    np.testing.assert_allclose(found[:rank], expected[:rank], rtol=1e-9)
+    if dtype == torch.float32 and rank <= 12:
+        np.testing.assert_allclose(found[rank:].sum(), expected[rank:].sum(), rtol=1e-3)
+    assert effective_rank(matrix) == pytest.approx(
+        literal(matrix.double())["effective_rank"], rel=1e-9 if rank <= 12 else 1e-6
+    )
+
+
 def test_an_svd_is_taken_only_where_it_must_be(monkeypatch):
     taken = []
     svd = module._svd

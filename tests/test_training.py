@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.baselines import keep_largest, method_of
-from apexlib.expansion import is_expanded
+from apexlib.expansion import expand, fuse, is_expanded, parameter_groups
 from apexlib.selection import ApexConfig, ExpansionPlan, select
+from apexlib.tokenizer import train_tokenizer
 from apexlib.training import data_order, train_in_stages
 
 METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
@@ -44,7 +45,9 @@ def run(tiny_model, folder, method="apex", config=SMALL, variant="llama", datase
         name: changes.pop(name) for name in ("eval_dataset", "data_collator", "trainer_class") if name in changes
     }
     model = tiny_model(variant)
-    return train_in_stages(model, dataset or Blocks(), arguments(folder, **changes), config, method=method, **options)
+    return train_in_stages(
+        model, Blocks() if dataset is None else dataset, arguments(folder, **changes), config, method=method, **options
+    )
 
 
 def changed(record, base):
@@ -123,18 +126,18 @@ def test_the_schedule_is_one_cosine_over_all_stages(stages, tiny_model, tmp_path
 def test_stages_take_successive_slices_of_one_order(tiny_model, tmp_path):
     data = Blocks(size=40)
     run(tiny_model, tmp_path, dataset=data, max_steps=10, seed=5)  # 40 examples: one epoch
-    trained = data.read[SMALL.assessment_samples :]
+    trained = data.read[40 + SMALL.assessment_samples :]  # after one look at each example
     assert sorted(trained) == list(range(40))  # each once, over both stages
     assert trained == data_order(40, 40, seed=5)
     full = Blocks(size=40)
     run(tiny_model, tmp_path / "full", "full", dataset=full, max_steps=10, seed=5)
-    assert full.read == trained  # the baselines see the same
+    assert full.read[40:] == trained  # the baselines see the same
 
 
 def test_later_stages_use_what_was_gathered_in_training_at_no_extra_pass(tiny_model, tmp_path):
     data = Blocks()
     record = run(tiny_model, tmp_path, dataset=data, config=ApexConfig(**(vars(SMALL) | {"stages": 3})))
-    assert len(data.read) == SMALL.assessment_samples + 6 * 4
+    assert len(data.read) == 64 + SMALL.assessment_samples + 6 * 4  # once each to check them, the rest to learn from
     assert [len(table) for table in record.statistics] == [2 * (2 + 24)] * 3
     assert [int(table["tokens"].iloc[0]) for table in record.statistics] == [8 * 12, 2 * 4 * 12, 2 * 4 * 12]
     for stage, (plan, statistics) in enumerate(zip(record.plans, record.statistics, strict=True)):
@@ -237,16 +240,99 @@ def test_evaluation_is_logged_and_not_counted(tiny_model, tmp_path):
     assert int(record.statistics[1]["tokens"].iloc[0]) == 3 * 4 * 12
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_stage(tiny_model, tmp_path):
-    class Spoiled(Blocks):
-        def __getitem__(self, row):
-            item = super().__getitem__(row)
-            seen = len(self.read) - SMALL.assessment_samples
-            return item if seen <= 4 * 4 else item | {"labels": torch.full((12,), -100)}  # the mean of nothing: NaN
+class Spoiled(Blocks):
+    """From its n-th reading in a training step on, labels are as `spoil` makes them; earlier passes see nothing."""
 
-    with pytest.raises(FloatingPointError, match=r"step 4: the loss is nan; the model of the last stage is kept"):
-        run(tiny_model, tmp_path, dataset=Spoiled())
+    def __init__(self, clean, spoil):
+        super().__init__()
+        self.clean, self.spoil = self.size + SMALL.assessment_samples + clean, spoil
+
+    def __getitem__(self, row):
+        item = super().__getitem__(row)
+        return item if len(self.read) <= self.clean else item | {"labels": self.spoil(item["labels"])}
+
+
+def masked(labels):
+    return torch.full_like(labels, -100)
+
+
+def test_a_batch_without_labels_stops_the_run_and_keeps_the_last_stage(tiny_model, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 4: no label of the batch is .*is kept"):
+        run(tiny_model, tmp_path, dataset=Spoiled(4 * 4, masked))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "stage-0")
+
+
+def without_labels(dataset):
+    return [dataset[row] | {"labels": masked(dataset[row]["labels"])} for row in range(len(dataset))]
+
+
+class Failing(Trainer):
+    """At its n-th step of a stage, `fail` is done to the model just before, or to what it computes."""
+
+    at, fail = 1, None
+
+    def compute_loss(self, model, inputs, *given, **named):
+        loss = super().compute_loss(model, inputs, *given, **named)
+        return self.fail(model, loss) if self.state.global_step == self.at and model.training else loss
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tiny_model, tmp_path):
+    class Exploding(Failing):
+        fail = staticmethod(lambda model, loss: loss * math.inf)
+
+    with pytest.raises(FloatingPointError, match="step 1: the loss is inf; what was saved before is kept"):
+        run(tiny_model, tmp_path, trainer_class=Exploding)
+
+
+@pytest.mark.parametrize("clipped", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_names_its_parameter_and_the_step(clipped, tiny_model, tmp_path):
+    class Steep(Failing):
+        @staticmethod
+        def fail(model, loss):
+            rows = model.model.layers[1].mlp.gate_proj.rows
+            return loss + (rows.flatten()[0] - rows.flatten()[0].detach()).abs().sqrt()  # √0: value 0, slope infinite
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: the gradient of model\.layers\.1\.mlp\.gate_proj\.rows is not"
+    ):
+        run(tiny_model, tmp_path, trainer_class=Steep, max_grad_norm=clipped)
+
+
+@pytest.mark.parametrize("method", ["apex", "hft"])
+def test_a_weight_that_is_not_finite_names_itself_and_the_step(method, tiny_model, tmp_path):
+    class Overflowing(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    class Broken(Trainer):
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args, model=None):
+            return Overflowing, {"lr": 0.1}
+
+    without_embeddings = ApexConfig(**(vars(SMALL) | {"train_embeddings": False}))
+    with pytest.raises(FloatingPointError, match=r"step 1: model\..* is not finite; what was saved"):
+        run(tiny_model, tmp_path, method, trainer_class=Broken, config=without_embeddings)
+
+
+def test_a_weight_that_no_loss_has_seen_is_not_saved(tiny_model, tmp_path):
+    class Spoiling(Failing):
+        @staticmethod
+        def fail(model, loss):
+            model.model.embed_tokens.weight.data[60] = math.nan  # the row of a token that no example holds
+            return loss
+
+    model = tiny_model("llama", vocab_size=64, tie_word_embeddings=False)
+    with pytest.raises(FloatingPointError, match=r"step 3: model\.embed_tokens\.weight is not finite"):
+        train_in_stages(model, Blocks(), arguments(tmp_path), SMALL, trainer_class=Spoiling)
+    assert not list(tmp_path.glob("stage-*"))
+
+
+def test_statistics_that_would_rank_nan_are_refused(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.gate_proj.weight.data[3, 0] = math.nan
+    with pytest.raises(ValueError, match=r"batch 0: .* of layer 1 has a NaN or infinite activation"):
+        train_in_stages(model, Blocks(), arguments(tmp_path), SMALL)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +341,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_stage(tiny_m
         ({"method": "magic"}, "method 'magic': need one of apex, full, lora, hft, gmt, direct"),
         ({"max_steps": 1}, "1 steps for 2 stages: need at least one step a stage"),
         ({"dataset": Blocks(size=4), "max_steps": -1, "num_train_epochs": 1}, "for 2 stages"),
+        ({"dataset": Blocks(size=3)}, "train_dataset: 3 examples, fewer than the 4 of one step"),
+        ({"dataset": Blocks(size=0)}, "train_dataset: 0 examples, fewer than the 4 of one step"),
         ({"eval_dataset": Blocks(size=3)}, "eval_dataset: 3 of its 3 examples are in the training data too"),
+        (
+            {"eval_dataset": without_labels(Blocks(size=3, start=7))},
+            "eval_dataset: no label of its 3 examples is",
+        ),
+        ({"dataset": without_labels(Blocks())}, "train_dataset: no label of step 1 .*; 64 of 64 examples have none"),
+        ({"dataset": [{"text": "a"}] * 64}, "train_dataset: example 0 has no input_ids but text: need it tokenised"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "need one that depends on the step"),
     ],
     ids=lambda value: str(value)[:30],
@@ -271,6 +365,60 @@ def test_time_per_step_leaves_out_what_is_no_step(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr("apexlib.training.time.perf_counter", lambda: next(clock))
     record = run(tiny_model, tmp_path, eval_dataset=Blocks(size=8, start=7), eval_strategy="steps", eval_steps=1)
     assert record.seconds_per_step == 10  # the clock is read twice a step
+
+
+def test_ten_lines_without_a_trainer_do_the_same_as_one_stage(tiny_model, tmp_path):
+    config = ApexConfig(**(vars(SMALL) | {"stages": 1}))
+    record = run(tiny_model, tmp_path, config=config, lr_scheduler_type="constant", max_grad_norm=0.0)
+    model, order, data = tiny_model("llama"), data_order(64, 24, seed=42), Blocks()
+    batches = [torch.utils.data.default_collate([data[row] for row in order[i : i + 4]]) for i in range(0, 24, 4)]
+
+    statistics = activation_statistics(model, batches[:2], top=config.fraction)
+    expand(model, select(statistics, config), seed=config.seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    model.train()
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    fuse(model)
+
+    for name, value in record.model.state_dict().items():
+        assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_tensorboard_listens_by_the_trainers_own_option(tiny_model, tmp_path, monkeypatch):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run(tiny_model, tmp_path, report_to="tensorboard")
+    assert tensorboard.SummaryWriter
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+
+
+def test_progress_is_shown_live_by_the_trainers_own_option(tiny_model, tmp_path, capfd):
+    run(tiny_model, tmp_path, disable_tqdm=False)
+    assert capfd.readouterr().err.count("3/3 [") >= 2  # a bar for each stage
+
+
+def test_sft_trainer_of_trl_trains_in_stages(tiny_model, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    rows = [{name: value.tolist() for name, value in Blocks()[row].items()} for row in range(64)]
+    given = arguments(tmp_path).to_dict()
+    args = trl.SFTConfig(
+        **{name: given[name] for name in ("output_dir", "max_steps", "per_device_train_batch_size", "report_to")},
+        **{name: given[name] for name in ("learning_rate", "logging_steps", "disable_tqdm", "save_strategy")},
+        dataloader_pin_memory=False,
+        bf16=False,
+    )
+    tokenizer = train_tokenizer(["one two three four five " * 40, "six seven eight nine ten " * 40], 270)
+    data = Dataset.from_list(rows).with_format("torch")
+    more = {"trainer_class": trl.SFTTrainer, "processing_class": tokenizer}
+    record = train_in_stages(tiny_model("llama"), data, args, SMALL, **more)
+    assert record.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert changed(record, tiny_model("llama"))
+    assert len(record.plans) == 2
 
 
 def test_a_parameter_that_does_not_move_is_reported(tiny_model, tmp_path):

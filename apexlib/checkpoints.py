@@ -1,0 +1,243 @@
+"""The state of a run on disk: folders that appear whole, with a manifest of their hashes; tensors and JSON, no pickle.
+
+A run's folder holds `run.json`, what the run is made of; `stage-s` after each stage, a plain model; `step-n` inside a
+stage s, `step-s-n`, what a run killed there goes on from.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apexlib.records import atomic_folder, clear_partial, file_hash, provenance, remove_folder, write_json
+
+MANIFEST, RUN = "manifest.json", "run.json"
+_FORMAT = 1
+_NAME = re.compile(r"stage-(?P<done>\d{1,9})|step-(?P<stage>\d{1,9})-(?P<step>\d{1,9})")
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success add the manifest of its files and put it in place of `folder`."""
+    try:
+        with atomic_folder(folder, replace=True) as temporary:
+            yield temporary
+            files = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
+            write_json({"format": _FORMAT, "files": files}, temporary / MANIFEST)
+    except Exception as error:  # torch, pyarrow and safetensors each have their own for a full disk
+        raise OSError(f"{folder}: not saved, {error}; what was saved before is complete, to be resumed") from error
+
+
+def fault(folder: Path) -> str:
+    """Say what is wrong with a folder that `complete_folder` wrote; "" if it is whole and unchanged."""
+    try:
+        manifest = _read_object(folder / MANIFEST)
+    except FileNotFoundError:
+        return f"has no {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    files = manifest.get("files")
+    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or not files:
+        return f"{MANIFEST}: need format {_FORMAT}, with files; got format {manifest.get('format')!r}"
+    for name, expected in files.items():
+        if Path(name).name != name:
+            return f"{MANIFEST}: {name!r} is no file of this folder"
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if file_hash(folder / name) != expected:
+            return f"{name} was changed"
+    return ""
+
+
+def place(folder: Path) -> tuple[int, int, int]:
+    """Tell the stage to go on in, whether it has begun (0 or 1), and how many of its steps lie behind.
+
+    >>> place(Path("stage-1")), place(Path("step-2-30"))
+    ((2, 0, 0), (2, 1, 30))
+    """
+    found = _NAME.fullmatch(folder.name)
+    return (int(found["done"]) + 1, 0, 0) if found["done"] else (int(found["stage"]), 1, int(found["step"]))
+
+
+class RunFolder:
+    """The folder of one run: refuses another run's, finds where to go on, keeps the last few steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+        """Return the newest complete folder to go on from, None to start; only one process may do this at a time."""
+        clear_partial(self.path)
+        if overwrite:
+            (self.path / RUN).unlink(missing_ok=True)
+            for folder in self._found():
+                remove_folder(folder)
+        if not (found := self._found()) and not (self.path / RUN).exists():
+            write_json({"format": _FORMAT, "identity": identity, "provenance": provenance()}, self.path / RUN)
+            return None
+        if not resume:
+            ways = "continue it (resume=True), replace it (overwrite=True) or choose another output_dir"
+            raise FileExistsError(f"{self.path}: holds a run already; {ways}")
+        self._compare(identity)
+        for folder in found:
+            if not (why := self._fault(folder)):
+                return folder
+            _log.warning("%s: passed over, %s", folder, why)
+        return None
+
+    def stage(self, stage: int) -> Path:
+        """Name the folder of a finished stage."""
+        return self.path / f"stage-{stage}"
+
+    def step(self, stage: int, step: int) -> Path:
+        """Name the folder of the state `step` steps into a stage."""
+        return self.path / f"step-{stage}-{step}"
+
+    def forget_steps(self, keep: int = 0) -> None:
+        """Remove the states inside stages but the newest `keep`."""
+        steps = [folder for folder in self._found() if place(folder)[1]]
+        for folder in steps[keep:]:
+            remove_folder(folder)
+
+    def _fault(self, folder: Path) -> str:
+        """Say what is wrong with a state, or with the plain model that a state inside a stage builds on."""
+        stage, begun, _ = place(folder)
+        base = self.stage(stage - 1)
+        if not (why := fault(folder)) and begun and stage and (why := fault(base)):
+            return f"{base.name} {why}"
+        return why
+
+    def _found(self) -> list[Path]:
+        """Every state, the newest first."""
+        named = [path for path in self.path.glob("st*-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+        return sorted(named, key=place, reverse=True)
+
+    def _compare(self, identity: Mapping[str, Any]) -> None:
+        try:
+            run = _read_object(self.path / RUN)
+        except OSError:
+            raise ValueError(f"{self.path}: has stages but no {RUN}; need overwrite=True or another folder") from None
+        if run.get("format") != _FORMAT or not isinstance(run.get("identity"), dict):
+            raise ValueError(f"{self.path / RUN}: need format {_FORMAT} with an identity, got {run.get('format')!r}")
+        then, now = _flat(run["identity"]), _flat(json.loads(json.dumps(identity)))
+        changed = [
+            f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)
+        ]
+        if changed:
+            raise ValueError(f"{self.path}: cannot resume another run: {'; '.join(changed[:5])}")
+        old, new = (facts.get("versions", {}) for facts in (run.get("provenance", {}), provenance()))
+        if old != new:
+            _log.warning("%s: begun with %s, resumed with %s; bits may differ", self.path, old, new)
+
+
+def write_state(value: Any, folder: Path) -> None:
+    """Write nested dicts, lists, numbers, text and tensors to `state.json` and `state.safetensors`."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(value, tensors, "state")
+    save_file(tensors, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def read_state(folder: Path) -> Any:
+    """Read what `write_state` wrote; nothing in the files is executed."""
+    try:
+        tensors = load_file(folder / "state.safetensors")
+        return _unpack(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder}: no state of a run ({type(error).__name__}: {error})") from None
+
+
+def load_plain(model: PreTrainedModel, folder: Path) -> None:
+    """Load a plain checkpoint into a model in place, bit by bit."""
+    widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # widening loses nothing
+    loaded, info = type(model).from_pretrained(
+        folder, dtype=widest, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if faults := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
+        raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
+    model.load_state_dict(loaded.state_dict())
+
+
+def copy_parameters(model: torch.nn.Module, saved: Mapping[str, Tensor], where: Path) -> None:
+    """Set what trains to the tensors saved of it, each of them and no others."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if odd := sorted(own.keys() ^ saved.keys()):
+        raise ValueError(f"{where}: {odd[0]} is {'not saved' if odd[0] in own else 'no parameter that trains'}")
+    for name, p in own.items():
+        if (saved[name].shape, saved[name].dtype) != (p.shape, p.dtype):
+            raise ValueError(
+                f"{where}: {name} is {saved[name].dtype} {tuple(saved[name].shape)}, need {tuple(p.shape)}"
+            )
+        p.data.copy_(saved[name])
+
+
+def write_tables(tables: list[pd.DataFrame], path: Path) -> None:
+    """Write tables of equal columns to one file."""
+    pd.concat([table.assign(stage=stage) for stage, table in enumerate(tables)]).to_parquet(path, index=False)
+
+
+def read_tables(path: Path) -> list[pd.DataFrame]:
+    """Read what `write_tables` wrote."""
+    groups = pd.read_parquet(path).groupby("stage", sort=True)
+    return [table.drop(columns="stage").reset_index(drop=True) for _, table in groups]
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.astype(np.int64) if value.dtype == np.uint32 else value)
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().clone().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        pairs = [[key, _pack(item, tensors, f"{path}.{key}")] for key, item in value.items()]
+        if all(isinstance(key, str | int) for key, _ in pairs):
+            return {"pairs": pairs}
+    elif isinstance(value, list | tuple):
+        items = [_pack(item, tensors, f"{path}.{place}") for place, item in enumerate(value)]
+        return {type(value).__name__ if type(value) is list else "tuple": items}
+    elif value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{path}: a {type(value).__name__} cannot be saved; need tensors, numbers, text and their collections"
+    )
+
+
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "pairs":
+        return {key: _unpack(item, tensors) for key, item in content}
+    return {"list": list, "tuple": tuple}[kind](_unpack(item, tensors) for item in content)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: need an object, got {type(value).__name__}")
+    return value
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {f"{prefix}{key}": item}
+    return flat
