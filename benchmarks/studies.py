@@ -54,8 +54,10 @@ def overheads(case: Case, rounds: int) -> pd.DataFrame:
     """
     work = workload(case, "apex")
 
+    recorder = ActivationRecorder(work.model, training_only=True)  # made once for a stage
+
     def recorded() -> None:
-        with ActivationRecorder(work.model, training_only=True):
+        with recorder:
             work.step()
 
     times = taking_turns({"step": work.step, "recorded": recorded}, rounds, device=case.device)
