@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
-#   make reproduce [PROFILE=smoke|cpu|gpu|paper]   run the notebooks, write tables and figures
+#   make reproduce [PROFILE=smoke|cpu|gpu|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
+#   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
@@ -10,11 +11,14 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce test test-long lint format readme lab setup lock clean
+.PHONY: reproduce bench test test-long lint format readme lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
-	$(RUN) -m apexlib.reproduce --profile "$(PROFILE)" $(ARGS)
+	$(RUN) -m apexlib.reproduce --profile "$(PROFILE)" $(addprefix --claim ,$(CLAIM)) $(ARGS)
+
+bench: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m benchmarks $(ARGS)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)

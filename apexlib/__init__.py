@@ -26,6 +26,13 @@ _HOME = {
     "verify_folder": "certificate",
     "imbalance_table": "difference",
     "masking_curve": "difference",
+    "weight_difference": "difference",
+    "biography": "difference",
+    "effective_rank": "spectrum",
+    "spectrum_table": "spectrum",
+    "update_table": "spectrum",
+    "head_table": "function_spectrum",
+    "hidden_table": "function_spectrum",
     "perplexity": "evaluation",
     "exact_match": "evaluation",
     "multiple_choice": "evaluation",
@@ -39,8 +46,11 @@ _HOME = {
     "pretrain": "pretraining",
     "TrainingRecord": "training",
     "train_in_stages": "training",
+    "plan_budget": "planner",
     "save_table": "records",
     "save_figure": "plotting",
+    "draw_figure": "plotting",
+    "write_overview": "overview",
 }
 
 __all__ = sorted(_HOME)

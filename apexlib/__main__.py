@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,12 +31,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     difference.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
     difference.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
     difference.set_defaults(run=_difference)
+    spectrum = commands.add_parser("spectrum", help="effective rank of every weight matrix, or of every update")
+    spectrum.add_argument("model", help="a folder with safetensors files, read matrix by matrix, or a name on the Hub")
+    spectrum.add_argument("--base", help="measure the update from this model, folder or name")
+    spectrum.add_argument("--revision", help="commit of a model on the Hub")
+    spectrum.add_argument("--base-revision", help="commit of a base on the Hub")
+    spectrum.add_argument("--out", type=Path, default=Path(), help="folder for spectrum.csv, or updates.csv")
+    spectrum.set_defaults(run=_spectrum)
     train = commands.add_parser("train", help="train a model as a YAML file says; runs under accelerate launch too")
     train.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same file stopped")
     again.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
     train.set_defaults(run=_train)
+    plan = commands.add_parser("plan", help="say what a run will need: parameters, FLOPs, memory, disk, time")
+    plan.add_argument("model", help="a causal LM or its config: folder, or name on the Hub; only the config is read")
+    plan.add_argument("--batch", type=int, default=8, help="sequences per step and device")
+    plan.add_argument("--length", type=int, default=2048, help="tokens per sequence")
+    plan.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    plan.add_argument("--method", nargs="+", help="apex, full, lora, hft, gmt, direct; all by default")
+    plan.add_argument(
+        "--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default"
+    )
+    plan.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    plan.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
+    plan.set_defaults(run=_plan)
     verify = commands.add_parser("verify", help="check a folder that save_fused wrote: hashes, values, loading")
     verify.add_argument("folder", type=Path)
     verify.set_defaults(run=_verify)
@@ -46,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
@@ -77,6 +97,34 @@ def _difference(options: argparse.Namespace) -> int:
     for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
         print(save_table(table, name, options.out, **facts))
     return 0
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    from apexlib.records import save_table
+    from apexlib.spectrum import spectrum_table, update_table
+
+    model = _weights(options.model, options.revision)
+    facts = {"model": options.model, "revision": options.revision}
+    if options.base is None:
+        table, name, extra = spectrum_table(model), "spectrum", []
+    else:
+        table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
+        facts |= {"base": options.base, "base_revision": options.base_revision}
+        extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
+    path = save_table(table, name, options.out, **facts)
+    shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
+    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(path)
+    return 0
+
+
+def _weights(model: str, revision: str | None) -> Any:
+    """A folder as it is, so that its matrices are read one by one; a name on the Hub as a model."""
+    if Path(model).is_dir() or Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -138,6 +186,31 @@ def _settings(path: Path) -> dict:
     if settings["kind"] not in ("text", "chat"):
         raise ValueError(f"{path}: kind {settings['kind']!r}: need text or chat")
     return settings
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from apexlib.planner import METHODS, calibrate, plan_budget
+    from apexlib.selection import ApexConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = plan_budget(
+        options.model,
+        ApexConfig.from_json(options.apex) if options.apex else None,
+        batch=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        methods=options.method or METHODS,
+        gradient_checkpointing=options.checkpointing,
+        flops_per_second=calibrate(device, getattr(torch, options.dtype)) if options.calibrate else None,
+    )
+    print(
+        table.set_index("method").T.to_string(
+            float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
+        )
+    )
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, Literal, Self
 
 import pandas as pd
@@ -106,12 +105,12 @@ class ActivationRecorder:
             self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._end, always_call=True))
         for part in self.components:
+            reader = self.model.get_submodule(part.reader.module)
             if part.component == "channel" and self.statistic == "gate":
-                module, hook = self.model.get_submodule(part.activation), partial(self._see_output, part)
-                self._handles.append(module.register_forward_hook(hook))
+                module = self.model.get_submodule(part.activation)
+                self._handles.append(module.register_forward_hook(_Eye(self, part, reader, of_product=False)))
             else:
-                module, hook = self.model.get_submodule(part.reader.module), partial(self._see_input, part)
-                self._handles.append(module.register_forward_pre_hook(hook))
+                self._handles.append(reader.register_forward_pre_hook(_Eye(self, part, reader, of_product=True)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -188,24 +187,6 @@ class ActivationRecorder:
             if not rows.all():
                 self._rows, self._tokens = rows, int(rows.sum())
 
-    def _see_input(self, part: Component, _: torch.nn.Module, args: tuple) -> None:
-        self._add(part, args[0])
-
-    def _see_output(self, part: Component, _: torch.nn.Module, __: tuple, output: Tensor) -> None:
-        self._add(part, output)
-
-    def _add(self, part: Component, activation: Tensor) -> None:
-        if self._pass is not None:
-            rows = (activation if self.differentiable else activation.detach()).flatten(0, -2)
-            if self._rows is not None:
-                rows = rows[self._rows.to(rows.device)]
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            squares = rows.square().sum(0)
-            order = getattr(self.model.get_submodule(part.reader.module), "input_order", None)
-            if order is not None:  # an expanded layer that trains runs its units in another order
-                squares = torch.empty_like(squares).index_copy_(0, order.to(squares.device), squares)
-            self._squares[part.component, part.layer] = squares[part.reader.index.to(squares.device)].sum((1, 2))
-
     def _end(self, module: torch.nn.Module, _: tuple, output: object) -> None:
         if self._pass is not module:
             return
@@ -227,6 +208,57 @@ class ActivationRecorder:
             sums.add(batch, self._tokens)
         self.tokens += self._tokens
         self.batches += 1
+
+
+class _Eye:
+    """A hook that sees one component's activations, or is handed their sums of squares by a layer that has no others.
+
+    `order` numbers the channels of an expanded layer, which runs them in another order than the model's.
+    """
+
+    def __init__(
+        self, recorder: ActivationRecorder, part: Component, reader: torch.nn.Module, of_product: bool
+    ) -> None:
+        self.recorder, self.part, self.reader, self.of_product = recorder, part, reader, of_product
+        self.sums_suffice = not recorder.differentiable
+        self._units: tuple[tuple, Tensor] | None = None
+
+    def __call__(self, _: torch.nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
+        if self.listens():
+            seen = inputs[0] if output is None else output
+            self.take_squares(_sum_of_squares(seen if self.recorder.differentiable else seen.detach(), self.tokens()))
+
+    def listens(self) -> bool:
+        """Whether a pass is running that counts."""
+        return self.recorder._pass is not None
+
+    def tokens(self) -> Tensor | None:
+        """Which tokens of the pass are no padding; None: all."""
+        return self.recorder._rows
+
+    def take_squares(self, squares: Float[Tensor, " inputs"]) -> None:
+        """Take each input's sum of squares over the tokens of this pass, in the order in which the layer runs them."""
+        units = self._unit_of_input(getattr(self.reader, "input_order", None), squares.device)
+        total = squares.new_zeros(self.part.units).index_add_(0, units, squares)
+        self.recorder._squares[self.part.component, self.part.layer] = total
+
+    def _unit_of_input(self, order: Tensor | None, device: torch.device) -> Tensor:
+        made_for = (order, None if order is None else order._version, device)
+        if self._units is None or self._units[0][0] is not order or self._units[0][1:] != made_for[1:]:
+            index = self.part.reader.index
+            units = torch.empty(index.numel(), dtype=torch.int64)
+            units[index.flatten()] = torch.arange(len(index)).repeat_interleave(index[0].numel())
+            self._units = made_for, (units if order is None else units[order.cpu()]).to(device)
+        return self._units[1]
+
+
+def _sum_of_squares(activation: Float[Tensor, "*batch n"], tokens: Tensor | None) -> Float[Tensor, " n"]:
+    """Sum the squares of the columns over `tokens` (None: all), in float32 at least."""
+    rows = activation.flatten(0, -2)
+    if tokens is not None:
+        rows = rows[tokens.to(rows.device)]
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return torch.stack([chunk.to(wide).square().sum(0) for chunk in rows.split(512)]).sum(0)  # no copy of them all
 
 
 class _UnitSums:

@@ -96,6 +96,7 @@ class _Apex(_Full):
             operator=self.config.operator,
             train_embeddings=self.config.train_embeddings,
             train_norms=self.config.train_norms,
+            ffn=self.config.ffn,
             seed=self.config.seed + stage,
         )
 

@@ -1,4 +1,4 @@
-"""Parameter difference: how unequal units are, and how much a model loses without some of them (METHOD 1 of APEX).
+"""Parameter difference: how unequal units are, what a model loses without some of them, how far training moves them.
 
 Source: arXiv:2505.24241, section 2: a few heads and channels carry far larger activations than the rest; masking them
 hurts more, and stronger models spread their activations more evenly.
@@ -7,17 +7,19 @@ hurts more, and stronger models spread their activations more evenly.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib.architectures import Component, Kind, model_components
 from apexlib.evaluation import perplexity
 from apexlib.records import progress
+from apexlib.selection import ExpansionPlan
 
 Order = Literal["advantageous", "disadvantageous", "random"]
 
@@ -101,6 +103,79 @@ def silenced(model: PreTrainedModel, parts: Iterable[Component], units: Mapping[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel | str | Path) -> pd.DataFrame:
+    """Measure how far each unit's weights moved from `base` to `tuned`, two models or folders of one architecture.
+
+    A unit's weights w are all its slices (query, key, value, output of a head; gate, up, down of a channel), biases
+    left out. Columns: `layer`, `component`, `unit` (numbered as in the model); `change`, ‖w_tuned − w_base‖;
+    `relative`, that over ‖w_base‖; `cosine`, ⟨w_base, w_tuned⟩ / ‖w_base‖ ‖w_tuned‖. Sums are in float64; what is
+    undefined (weights that are all zero) is NaN.
+    """
+    before, after = (_loaded(source) for source in (base, tuned))
+    parts, others = model_components(before), model_components(after)
+    if [_place(part) for part in parts] != [_place(part) for part in others]:
+        raise ValueError("base and tuned have different layers or units: need two versions of one model")
+    return pd.concat([_moved(before, after, part) for part in parts], ignore_index=True)
+
+
+def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
+    """Tell the role of every unit in every stage: "source", "target", "direct" or "frozen".
+
+    Columns: `layer`, `component`, `unit`, `stage`, `role`; every layer and component that any of the plans names, its
+    units numbered as in the model.
+
+    >>> from apexlib.selection import LayerPlan
+    >>> layers = [LayerPlan(0, "head", source=(1 - stage,), target=(stage,), direct=(), units=3) for stage in (0, 1)]
+    >>> plans = [ExpansionPlan((layer,), stage=stage) for stage, layer in enumerate(layers)]
+    >>> biography(plans).pivot(index="unit", columns="stage", values="role").values.tolist()
+    [['target', 'source'], ['source', 'target'], ['frozen', 'frozen']]
+    """
+    if not plans or len({plan.stage for plan in plans}) < len(plans):
+        raise ValueError(f"plans of stages {[plan.stage for plan in plans]}: need at least one, of one run, each once")
+    units: dict[tuple[int, str], int] = {}
+    for part in (part for plan in plans for part in plan.layers):
+        if units.setdefault((part.layer, part.component), part.units) != part.units:
+            raise ValueError(f"layer {part.layer}, {part.component}: plans differ in its units; need one model's")
+    tables = []
+    for plan in plans:
+        roles = {
+            (part.layer, part.component, unit): role
+            for part in plan.layers
+            for role in ("source", "target", "direct")
+            for unit in getattr(part, role)
+        }
+        rows = [(*where, unit) for where, count in sorted(units.items()) for unit in range(count)]
+        table = pd.DataFrame(rows, columns=["layer", "component", "unit"])
+        tables.append(table.assign(stage=plan.stage, role=[roles.get(row, "frozen") for row in rows]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
+    if isinstance(source, PreTrainedModel):
+        return source
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"{source}: need a model or a folder with one")
+    return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+
+
+def _place(part: Component) -> tuple[object, ...]:
+    return part.layer, part.component, part.units, [(slot.module, slot.index.shape) for slot in part.slots.values()]
+
+
+@torch.no_grad()
+def _moved(before: PreTrainedModel, after: PreTrainedModel, part: Component) -> pd.DataFrame:
+    sums = torch.zeros(4, part.units, dtype=torch.float64)
+    for slot in part.slots.values():
+        old, new = (model.get_submodule(slot.module).weight.double().cpu() for model in (before, after))
+        if old.shape != new.shape:
+            raise ValueError(f"{slot.module}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned")
+        products = ((new - old).square(), old.square(), new.square(), old * new)
+        sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
+    change, old_norm, new_norm, product = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3]
+    where = {"layer": part.layer, "component": part.component, "unit": range(part.units), "change": change}
+    return pd.DataFrame(where | {"relative": change / old_norm, "cosine": product / (old_norm * new_norm)})
 
 
 def _in_order(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:

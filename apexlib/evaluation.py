@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,6 +58,64 @@ def unigram_loss(train: Tensor, test: Tensor, vocabulary: int) -> float:
     return -(counts / counts.sum()).log()[test.flatten()].mean().item()
 
 
+def ngram_loss(
+    train: Int[np.ndarray, " tokens"], test: Int[np.ndarray, "blocks length"], vocabulary: int, *, order: int = 3
+) -> float:
+    """Loss, in nats per token, of an interpolated n-gram model: what a language model must beat to be one.
+
+    The model of a context h = (b, c) mixes its counts with the model of the shorter context (c), after Witten & Bell
+    (IEEE Trans. Inf. Theory 1991): p(w | h) = (count(h w) + T(h) p(w | c)) / (count(h) + T(h)), T(h) being the number
+    of different words seen after h; below it stand the smoothed frequencies of `unigram_loss`. Nothing is fitted.
+    The first token of every block of `test` is context only, as it is for a model.
+
+    >>> round(ngram_loss(np.array([0, 1, 0, 1, 0]), np.array([[0, 1, 0]]), 2, order=2), 3)
+    0.183
+    """
+    if not 1 <= order <= 3 or vocabulary > 2**20:
+        raise ValueError(f"order={order}, vocabulary={vocabulary}: need order 1 to 3, at most {2**20} tokens")
+    train, test = np.asarray(train, dtype=np.int64), np.asarray(test, dtype=np.int64)
+    counts = np.bincount(train, minlength=vocabulary) + 1.0
+    p = (counts / counts.sum())[test[:, 1:]]
+    for n in range(2, order + 1):
+        words = _keys(train[None], n, vocabulary)[0]
+        seen, times = np.unique(words, return_counts=True)
+        contexts, first, kinds = np.unique(seen // vocabulary, return_index=True, return_counts=True)
+        totals = np.add.reduceat(times, first)
+        asked = _keys(test, n, vocabulary)
+        count, total, different = (
+            _look_up(asked, seen, times),
+            _look_up(asked // vocabulary, contexts, totals),
+            _look_up(asked // vocabulary, contexts, kinds),
+        )
+        shorter = p[:, n - 2 :]
+        p[:, n - 2 :] = np.where(total > 0, (count + different * shorter) / np.maximum(total + different, 1), shorter)
+    return float(-np.log(p).mean())
+
+
+def _keys(tokens: Int[np.ndarray, "blocks length"], n: int, vocabulary: int) -> Int[np.ndarray, "blocks places"]:
+    """Number every run of n tokens of a block."""
+    places = tokens.shape[1] - n + 1
+    key = np.zeros((len(tokens), places), dtype=np.int64)
+    for offset in range(n):
+        key = key * vocabulary + tokens[:, offset : offset + places]
+    return key
+
+
+def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of each key, 0 for one that is not known (`known` is sorted)."""
+    place = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[place] == keys, values[place], 0)
+
+
+def final_answer(text: str) -> str:
+    """Take the answer out of a text: what follows the last `####`, where there is one, else the whole.
+
+    >>> final_answer("1 + 1 = 2\\n#### 2 "), final_answer(" two")
+    ('2', 'two')
+    """
+    return text.rpartition("####")[2].strip()
+
+
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,6 +124,7 @@ def exact_match(
     max_new_tokens: int = 48,
     batch_size: int = 64,
     extract: Callable[[str], str] = str.strip,
+    quiet: bool = False,
 ) -> pd.DataFrame:
     """Let the model answer and compare with `answer`, one row per example, in order.
 
@@ -80,7 +141,7 @@ def exact_match(
     model.eval()
     try:
         starts = range(0, len(order), batch_size)
-        for start in progress(starts, "answering"):
+        for start in starts if quiet else progress(starts, "answering"):
             rows = order[start : start + batch_size]
             length = max(len(prompts[row]) for row in rows)
             ids = torch.tensor([[pad] * (length - len(prompts[row])) + prompts[row] for row in rows])
@@ -107,28 +168,48 @@ def exact_match(
 
 
 def multiple_choice(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 64,
+    quiet: bool = False,
 ) -> pd.DataFrame:
     """Let the model choose among `choices` by the likelihood it gives each as its answer, one row per example.
 
     A choice is scored by its mean log-probability per token (nats), the end of the turn left out, so that longer
-    choices are not at a disadvantage. Columns: `example`, `answer`, `chosen`, `score`, `correct`.
+    choices are not at a disadvantage. `batch_size` choices are read at a time. Columns: `example`, `family` where the
+    examples have one, `answer`, `chosen`, `score`, `correct`.
     """
+    asked, prompts = [], []
+    for row, example in enumerate(examples):
+        if example.get("answer") not in (choices := list(example.get("choices", ()))):
+            raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
+        prompts.append(_prompt(tokenizer, example["messages"][:-1]))
+        asked += [(row, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[asked[i][0]]) + len(asked[i][1]))  # little padding
+    scores: dict[int, float] = {}
     was_training = model.training
     model.eval()
-    rows = []
     try:
-        for row, example in enumerate(progress(examples, "choosing")):
-            if example.get("answer") not in (choices := list(example.get("choices", ()))):
-                raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
-            prompt = _prompt(tokenizer, example["messages"][:-1])
-            scores = [_mean_log_probability(model, tokenizer, prompt, choice) for choice in choices]
-            best = max(range(len(choices)), key=scores.__getitem__)
-            found = {"answer": example["answer"], "chosen": choices[best], "score": scores[best]}
-            rows.append({"example": row} | found | {"correct": choices[best] == example["answer"]})
+        starts = range(0, len(order), batch_size)
+        for start in starts if quiet else progress(starts, "choosing"):
+            part = order[start : start + batch_size]
+            pairs = [(prompts[asked[i][0]], asked[i][1]) for i in part]
+            scores |= dict(zip(part, _mean_log_probabilities(model, pairs, pad_token(tokenizer)), strict=True))
     finally:
         model.train(was_training)
-    return pd.DataFrame(rows)
+    best: dict[int, int] = {}
+    for i, (row, _) in enumerate(asked):
+        best[row] = i if row not in best or scores[i] > scores[best[row]] else best[row]
+    first = {row: i for i, (row, _) in reversed(list(enumerate(asked)))}
+    table = []
+    for row, example in enumerate(examples):
+        chosen = example["choices"][best[row] - first[row]]
+        found = {"answer": example["answer"], "chosen": chosen, "score": scores[best[row]]}
+        family = {"family": example["family"]} if "family" in example else {}
+        table.append({"example": row} | family | found | {"correct": chosen == example["answer"]})
+    return pd.DataFrame(table)
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -142,10 +223,19 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.no_grad()
-def _mean_log_probability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], choice: str
-) -> float:
-    answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([prompt + answer], device=model.device)
-    logp = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    return logp.gather(1, ids[0, len(prompt) :, None]).mean().item()
+def _mean_log_probabilities(
+    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], pad: int
+) -> list[float]:
+    """Score each answer after its prompt; padding stands on the right, where no token sees it."""
+    length = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.full((len(pairs), length), pad)
+    mask, answers = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[row, :end], mask[row, :end] = torch.tensor(prompt + answer), 1
+        answers[row, len(prompt) : end] = True
+    ids, mask, answers = (tensor.to(model.device) for tensor in (ids, mask, answers))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    logp = logits[answers[:, 1:]].float().log_softmax(-1)  # of the tokens of answers only
+    logp = logp.gather(1, ids[answers][:, None])[:, 0].cpu().split([len(answer) for _, answer in pairs])
+    return [float(part.mean()) for part in logp]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apexlib.architectures import Component, Slot, family_of, model_components
+from apexlib.fused_ffn import MODES, FusedFFN, leave_form, take_form
 from apexlib.monarch import OPERATORS, Operator, make_operator
 from apexlib.selection import ExpansionPlan, LayerPlan
 
@@ -38,6 +39,7 @@ def expand(
     operator: str = "monarch",
     train_embeddings: bool = True,
     train_norms: bool = False,
+    ffn: Literal["split", "fused", "recompute"] = "fused",
     seed: int = 0,
 ) -> PreTrainedModel:
     """Expand `model` in place by `plan`, so that only source, target and direct units train.
@@ -47,6 +49,10 @@ def expand(
     half-precision model too, but `fuse` rounds it to the model's dtype: for several stages load the model in float32
     and train under autocast. `seed` draws the random factor of M. Whatever cannot be expanded raises ValueError and
     leaves the model as it is.
+
+    A gated FFN trains as one function (see `fused_ffn`) that keeps less for backward than plain autograd: "fused" gate
+    and up before the activation, "recompute" only its input, at the price of three more products; "split" is plain
+    autograd. All give the same function and gradients; an FFN without a gate or of an unknown activation is split.
 
     In training mode, attention maps and caches number heads in the order in which the layer runs them. In evaluation
     mode each forward pass composes every weight: fuse before generating much text.
@@ -65,6 +71,8 @@ def expand(
     Linear(in_features=16, out_features=24, bias=False)
     """
     generator = torch.Generator().manual_seed(seed)
+    if ffn not in MODES:
+        raise ValueError(f"ffn {ffn!r}: need one of {', '.join(MODES)}")
     planned = _match(model, plan, operator)
     whole = _trained_whole(model, train_embeddings, train_norms)
     _check_weights(model, [name for part, _ in planned for name in _by_module(part)], list(whole))
@@ -76,6 +84,7 @@ def expand(
     try:
         for part, layer in planned:
             _expand_component(model, part, layer, operator, generator)
+            _fuse_ffn(model, part, ffn)
         for name, dtype in whole.items():
             _train_whole(model, name, dtype)
     except BaseException:  # out of memory, say
@@ -98,6 +107,8 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitProjection):
             _unsplit(module)
+        elif isinstance(module, FusedFFN):
+            leave_form(module)
         elif isinstance(module, Mixer):
             _replace(model, name, None)
         elif isinstance(module, _Float32):
@@ -416,6 +427,14 @@ def _expand_component(
         by_unit = family.interleaved and len(slots) > 1
         reordered = bool(family.coupled) and part.component == "head"
         _split(model.get_submodule(name), slots, units, len(tuned), mixer, by_unit=by_unit, reordered=reordered)
+
+
+def _fuse_ffn(model: PreTrainedModel, part: Component, mode: str) -> None:
+    if "up" in part.slots:
+        path = _parent(part.reader.module)
+        modules = [part.slots[role].module for role in ("gate", "up", "down")]
+        names = tuple(name.removeprefix(f"{path}.") for name in (*modules, part.activation))
+        take_form(model.get_submodule(path), names, mode)
 
 
 def _trained_whole(model: PreTrainedModel, embeddings: bool, norms: bool) -> dict[str, torch.dtype]:

@@ -23,6 +23,8 @@ def pretrain(
     warmup_share: float = 0.05,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stop: int | None = None,
+    resume: Path | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place for `steps` steps and keep plain checkpoints along the way.
 
@@ -32,6 +34,10 @@ def pretrain(
     per token), `learning_rate`, `gradient_norm`.
 
     The seed decides data order and dropout; the model's initial weights are the caller's.
+
+    A long training can be cut into parts: one ends after step `stop` and keeps its whole state in `folder/state`, the
+    next, with equal arguments, takes that folder as `resume` and goes on exactly: weights, optimizer, schedule, data
+    order. Checkpoints are those of the part; the log is that of all parts so far.
     """
     from transformers import Trainer, TrainingArguments  # needs accelerate, which the rest of the library does not
 
@@ -40,7 +46,7 @@ def pretrain(
         raise ValueError(f"checkpoints {bad}: need steps from 0 to {steps}")
     folder = Path(folder)
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
+        output_dir=str(folder / "state"),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
@@ -58,10 +64,10 @@ def pretrain(
         seed=seed,
     )
     set_seed(seed)
-    keep = _KeepCheckpoints(folder, checkpoints, tokenizer)
-    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[keep])
+    callbacks = [_KeepCheckpoints(folder, checkpoints, tokenizer), *([] if stop is None else [_StopAt(stop)])]
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(_state(Path(resume))))
     log = pd.DataFrame(trainer.state.log_history)
     log = log[log["loss"].notna()].rename(columns={"grad_norm": "gradient_norm"})
     return log[["step", "loss", "learning_rate", "gradient_norm"]].reset_index(drop=True)
@@ -74,6 +80,24 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     'base/step-00040'
     """
     return Path(folder) / f"step-{step:05d}"
+
+
+def _state(folder: Path) -> Path:
+    """The Trainer's own checkpoint in the state that a part has left; one without its optimizer would start it anew."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "optimizer.pt").is_file()]
+    if len(found) != 1:
+        raise FileNotFoundError(f"{folder}: need the state of the part before, with its optimizer; found {len(found)}")
+    return found[0]
+
+
+class _StopAt(TrainerCallback):
+    """End the training after a step and keep its state."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_save = control.should_training_stop = state.global_step == self.step
 
 
 class _KeepCheckpoints(TrainerCallback):

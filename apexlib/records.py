@@ -164,6 +164,26 @@ def content_hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def source_files(module: str) -> list[Path]:
+    """The library's files that `module` needs: its own and those of all modules it imports, at any depth.
+
+    >>> [path.stem for path in source_files("evaluation")]
+    ['evaluation', 'records']
+    """
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = Path(__file__).with_name(f"{name}.py")
+        if name in found or not path.is_file():
+            continue
+        found[name] = path
+        text = path.read_text(encoding="utf-8")
+        waiting += re.findall(r"^\s*(?:from|import) apexlib\.(\w+)", text, flags=re.M)
+        waiting += re.findall(r"\w+", " ".join(re.findall(r"^\s*from apexlib import (.+)$", text, flags=re.M)))
+    return [found[name] for name in sorted(found)]
+
+
 def save_table(table: pd.DataFrame, name: str, folder: Path, **facts: Any) -> Path:
     """Write `table` to `folder/name.csv` and its provenance, with any `facts` given, to `folder/name.json`.
 

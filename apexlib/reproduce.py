@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from apexlib.claims import choose, claims_table, measured, read_claims
 from apexlib.execution import duration, execute, say, stamps
 from apexlib.notebooks import (
     Notebook,
@@ -113,6 +114,23 @@ def plan_profile(
         else:
             steps.append(Step(name, "skip", "up to date"))
     return steps
+
+
+def notebooks_of_claims(numbers: Sequence[int], profile: str, root: Path) -> list[str]:
+    """Name the notebooks that claims of the ledger need, with all those whose results these need."""
+    known = read_notebooks(root / "notebooks", read_profile(profile, root / "notebooks" / "profiles").name)
+    try:
+        claims = choose(read_claims(root / "data" / "claims.yaml"), numbers)
+    except (OSError, ValueError) as error:
+        raise ReproduceError(str(error)) from None
+    found, wanted = set(), [name for claim in claims for name in claim.notebooks]
+    while wanted:
+        if (name := wanted.pop()) not in known:
+            raise unknown("notebook", name, known, "data/claims.yaml")
+        if name not in found:
+            found.add(name)
+            wanted += [writer.name for path in known[name].needs if (writer := writer_of(path, known.values()))]
+    return sorted(found)
 
 
 class _Ledger:
@@ -353,6 +371,23 @@ def _listing(profile: str) -> Iterator[str]:
                 yield f"  {parameter.name}: {parameter.kind} = {values[parameter.name]!r}{help_text}"
 
 
+def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
+    """Print claims as the results of a profile decide them; 1: a table is not what it should be."""
+    results = folders(read_profile(profile, root / "notebooks" / "profiles").name, root).results
+    try:
+        table = claims_table(results, only=numbers, claims=read_claims(root / "data" / "claims.yaml"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for row in table.itertuples():
+        print(f"claim {row.number}: {row.statement}")
+        print(f"  the paper  {row.expected}")
+        print(f"  here       {measured(row)}; {row.rule}; seeds: {row.n}")
+        print(f"  verdict    {row.verdict}")
+        print(f"  limits     {row.limits}")
+    return 0
+
+
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
     settings = {}
     for text in texts:
@@ -383,6 +418,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", action="append", default=[], metavar="01", help="just this notebook (repeatable)")
     which.add_argument("--from", dest="start", metavar="01", help="this notebook and all after it")
+    which.add_argument(
+        "--claim", type=int, action="append", default=[], metavar="3", help="what this claim needs (repeatable)"
+    )
     parser.add_argument("--force", action="store_true", help="run them even if nothing changed")
     parser.add_argument("--set", action="append", default=[], metavar="01.NAME=VALUE", help="a parameter (repeatable)")
     parser.add_argument("--dry-run", action="store_true", help="tell what would run and why; run nothing")
@@ -392,10 +430,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.list:
             print(*_listing(given.profile), sep="\n")
             return 0
+        if given.claim:
+            given.only = notebooks_of_claims(given.claim, given.profile, _root(None))
         chosen = {"only": given.only, "start": given.start, "force": given.force, "settings": _settings(given.set)}
         if not given.dry_run:
             run_profile(given.profile, **chosen)
-            return 0
+            return _show_verdicts(given.claim, given.profile, _root(None)) if given.claim else 0
         steps = plan_profile(given.profile, **chosen)
         width = max(len(step.notebook) for step in steps)
         print(*(f"{step.notebook:<{width}}  {step.status:<5}  {step.reason}" for step in steps), sep="\n")

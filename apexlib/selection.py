@@ -24,6 +24,7 @@ Component = Literal["head", "channel"]
 
 _CHOICES = {
     "operator": ("monarch", "diagonal", "low_rank", "dense"),
+    "ffn": ("split", "fused", "recompute"),
     "strategy": ("advantage", "random", "reversed", "magnitude"),
     "statistic": ("rank", "mean", "ema", "ema_rank"),
 }
@@ -52,6 +53,7 @@ class ApexConfig:
     assessment_samples: int = 1024  # sequences in the pass before the first stage
     train_embeddings: bool = True  # and the LM head
     train_norms: bool = False
+    ffn: str = "fused"  # how a gated FFN trains: see `expand`
     halve_fraction: bool = False  # halve K at each stage; earlier targets stay directly tuned, never selected again
     align: int = 1  # round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋
     seed: int = 0

@@ -1,12 +1,56 @@
-"""Intervals and verdicts."""
+"""The ledger: its rule and its measures, each against a literal computation, and what it refuses."""
+
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from apexlib.claims import decide, interval, read_claims, summarise
+from apexlib.claims import (
+    MEASURES,
+    choose,
+    claims_table,
+    decide,
+    example_noise,
+    interval,
+    measured,
+    read_claims,
+    summarise,
+)
 
-LEDGER = {"up": {"statement": "It rises."}, "down": {"statement": "It falls."}}
+values_of_seeds = st.lists(st.floats(-1e3, 1e3).map(lambda value: round(value, 3)), min_size=3, max_size=6)
+OPPOSITE = {"reproduced": "not reproduced", "not reproduced": "reproduced"}
+ENTRY = {
+    "number": 1,
+    "id": "better",
+    "source": "s",
+    "statement": "It is better.",
+    "expected": "+1",
+    "measure": {"lead": {"table": "instruction", "of": "apex", "over": "full", "column": "exact_match"}},
+    "rule": "exact match, less that of the other",
+    "unit": "share",
+    "notebooks": ["00_first", "03_runs"],
+    "limits": "None.",
+}
+
+
+def ledger(tmp_path, *entries):
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
+    return read_claims(path)
+
+
+def write(folder, **tables):
+    """Write tables given as rows of values below a line of column names."""
+    for name, (columns, *rows) in tables.items():
+        pd.DataFrame(rows, columns=columns.split()).to_csv(folder / f"{name}.csv", index=False)
+
+
+# the rule
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
@@ -28,26 +72,37 @@ def test_one_value_has_no_interval_and_none_or_nan_is_refused():
         ([1.0, 1.1, 0.9], "reproduced"),
         ([-1.0, -1.1, -0.9], "not reproduced"),
         ([1.0, -1.0, 0.5], "inconclusive at this scale"),
+        ([0.0, 0.0, 0.0], "inconclusive at this scale"),
         ([1.0, 1.1], "inconclusive at this scale"),
         ([1.0], "inconclusive at this scale"),
+        ([], "not measured"),
     ],
 )
 def test_the_verdict_follows_the_interval(values, verdict):
-    row = decide({"up": values}, LEDGER).iloc[0]
+    row = decide(values)
     assert row["verdict"] == verdict
     assert row["n"] == len(values)
-    assert row["mean"] == pytest.approx(np.mean(values))
+    assert row["mean"] == pytest.approx(np.mean(values) if values else np.nan, nan_ok=True)
 
 
-def test_a_claim_that_is_not_in_the_ledger_cannot_be_decided():
-    with pytest.raises(ValueError, match=r"claims \['sideways'\] are not in the ledger; known: up, down"):
-        decide({"sideways": [1.0]}, LEDGER)
+@given(values_of_seeds)
+def test_the_verdict_turns_with_the_sign_and_does_not_see_order_or_unit(values):
+    verdict = decide(values)["verdict"]
+    assert decide([-value for value in values])["verdict"] == OPPOSITE.get(verdict, verdict)
+    assert decide([1024 * value for value in values])["verdict"] == verdict
+    row, turned = decide(values), decide(values[::-1])
+    assert turned["low"] == pytest.approx(row["low"], abs=1e-9)
+    assert turned["high"] == pytest.approx(row["high"], abs=1e-9)
 
 
-def test_an_incomplete_claim_is_named(tmp_path):
-    (tmp_path / "claims.yaml").write_text("- {id: a, source: s, statement: t, value: v}")
-    with pytest.raises(ValueError, match=r"claims.yaml, claim 1: no unit"):
-        read_claims(tmp_path / "claims.yaml")
+@given(values_of_seeds, st.floats(0, 1e3))
+def test_a_margin_can_only_help_and_a_wide_one_decides(values, margin):
+    order = ["not reproduced", "inconclusive at this scale", "reproduced"]
+    before, after = decide(values), decide([value + margin for value in values])
+    assert after["high"] - after["low"] == pytest.approx(before["high"] - before["low"], abs=1e-6)
+    if min(abs(before["low"]), abs(before["high"])) > 1e-6:  # not on the edge, where rounding decides
+        assert order.index(after["verdict"]) >= order.index(before["verdict"])
+    assert decide([value + 1e5 for value in values])["verdict"] == "reproduced"
 
 
 def test_summaries_are_per_group():
@@ -55,3 +110,258 @@ def test_summaries_are_per_group():
     rows = summarise(table, ["m"], "x").set_index("m")
     assert rows.loc["a", ["low", "high"]].tolist() == list(interval([1.0, 2.0, 3.0]))
     assert rows.loc["b", ["mean", "low", "high", "n"]].tolist() == [7.0, 7.0, 7.0, 1]
+
+
+# measures: name → arguments, tables, value of each seed by hand
+
+INSTRUCTION = (
+    "method chosen seed exact_match answer_loss seconds_per_step trainable",
+    ("full", True, 0, 0.5, 1.0, 2.0, 1.0),
+    ("full", True, 1, 0.25, 2.0, 4.0, 1.0),
+    ("full", False, 1, 0.99, 0.1, 9.0, 1.0),  # another learning rate
+    ("apex", True, 1, 0.5, 1.5, 5.0, 0.5),
+    ("apex", True, 0, 0.5, 0.25, 1.0, 0.6),
+    ("apex", True, 2, 0.9, 0.5, 1.0, 0.6),  # no partner
+    ("null", True, 0, 1.0, 1.0, 1.0, 1.0),
+)
+MASKING = (
+    "component order fraction draw seed increase",
+    ("channel", "advantageous", 0.1, 0, 0, 4.0),
+    ("channel", "random", 0.1, 0, 0, 1.0),
+    ("channel", "random", 0.1, 1, 0, 2.0),
+    ("channel", "disadvantageous", 0.1, 0, 0, 0.5),
+    ("channel", "disadvantageous", 0.2, 0, 0, 9.0),
+    ("head", "disadvantageous", 0.1, 0, 0, 9.0),
+)
+IMBALANCE = (
+    "component model tokens seed layer cv",
+    *(("head", model, tokens, 0, layer, 1 + tokens + layer) for model in "ab" for tokens in (0, 8) for layer in (0, 1)),
+    ("head", "b", 1, 0, 0, 5.0),
+    ("head", "b", 1, 0, 1, 6.0),
+    ("channel", "b", 8, 0, 0, 99.0),
+)
+SIZES = ("model parameters", ("b", 20), ("a", 10))
+CONTINUED = (
+    "method chosen seed tokens loss retention_loss",
+    ("apex", True, 0, 100, 3.0, np.nan),
+    ("apex", True, 0, 200, 2.0, 4.0),
+    ("full", True, 0, 200, 2.25, 3.5),
+    ("full", True, 0, 100, 3.0, np.nan),
+)
+STAGES = ("variant seed answer_loss", ("stages-1", 0, 3.0), ("stages-3", 0, 2.0), ("stages-4", 0, 1.75), ("apex", 0, 1))
+RATIO = ("method seed ratio", ("apex", 0, 0.5), ("apex", 1, np.inf), ("direct", 0, 0.1))
+RANK = (
+    "method seed erank_change answer_loss_gain",
+    ("full", 0, 0.1, 1.0),
+    ("apex", 0, 0.3, 2.0),
+    ("hft", 0, 0.2, 3.0),
+    ("base", 0, 0.0, 0.0),
+    ("apex", 1, 0.3, 2.0),  # too few of this seed for a correlation
+)
+LEAD = {"table": "instruction", "of": "apex", "over": "full"}
+MASK = {"component": "channel", "fraction": 0.1}
+CASES = [
+    ("lead", LEAD | {"column": "exact_match"}, {"instruction": INSTRUCTION}, {0: 0.0, 1: 0.25}),
+    ("lead", LEAD | {"column": "answer_loss", "margin": 1}, {"instruction": INSTRUCTION}, {0: 1.75, 1: 1.5}),
+    ("lead", LEAD | {"table": "continued", "column": "loss"}, {"continued": CONTINUED}, {0: 0.25}),
+    ("lead", LEAD | {"table": "continued", "column": "retention_loss"}, {"continued": CONTINUED}, {0: -0.5}),
+    ("rise", {"table": "rank_gain", "of": "apex", "column": "erank_change"}, {"rank_gain": RANK}, {0: 0.3, 1: 0.3}),
+    ("time_saved", {"of": "apex", "over": "full", "limit": 1.5}, {"instruction": INSTRUCTION}, {0: 1.0, 1: 0.25}),
+    (
+        "share_within",
+        {"method": "apex", "expected": 0.55, "tolerance": 0.1},
+        {"instruction": INSTRUCTION},
+        {0: 0.05, 1: 0.05, 2: 0.05},
+    ),
+    ("stages_flatten", {}, {"ablations": STAGES}, {0: 0.25}),
+    ("tokens_saved", {"method": "apex", "share": 0.25}, {"continued_ratio": RATIO}, {0: 2 - 4, 1: 0 - 4}),
+    ("rank_correlation", {}, {"rank_gain": RANK}, {0: 0.5}),
+    (
+        "masking_gap",
+        MASK | {"more": "advantageous", "less": "disadvantageous", "times": 5},
+        {"masking": MASKING},
+        {0: 4 - 5 * 0.5},
+    ),
+    ("masking_gap", MASK | {"more": "random", "less": "disadvantageous"}, {"masking": MASKING}, {0: 1.5 - 0.5}),
+    (
+        "evens_with_training",
+        {"component": "head", "share": 0.125},
+        {"imbalance": IMBALANCE, "models": SIZES},
+        {0: 5.5 - 9.5},
+    ),
+    ("evens_with_size", {"component": "head"}, {"imbalance": IMBALANCE, "models": SIZES}, {0: 0.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "tables", "expected"), CASES)
+def test_a_measure_is_what_a_hand_computes(name, arguments, tables, expected, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        MEASURES[name](tmp_path, **arguments)
+    write(tmp_path, **tables)
+    assert MEASURES[name](tmp_path, **arguments).dropna().to_dict() == pytest.approx(expected)
+
+
+def test_every_measure_is_tested():
+    assert {name for name, *_ in CASES} == set(MEASURES)
+
+
+def test_nothing_is_measured_where_a_model_has_no_history_or_no_smaller_one(tmp_path):
+    alone = ("component model tokens seed layer cv", ("head", "given", 0, 0, 0, 1.0))
+    write(tmp_path, imbalance=alone, models=SIZES)
+    for name, arguments in (("evens_with_training", {"share": 0.125}), ("evens_with_size", {})):
+        assert MEASURES[name](tmp_path, component="head", **arguments).empty
+    write(tmp_path, imbalance=alone, models=("model parameters", ("given", 5)))
+    assert MEASURES["evens_with_training"](tmp_path, component="head", share=0.125).empty
+
+
+def test_runs_are_compared_at_equal_tokens_only(tmp_path):
+    write(tmp_path, continued=(*CONTINUED, ("apex", True, 0, 300, 1.0, 4.0)))
+    with pytest.raises(
+        ValueError, match=r"continued\.csv: runs of apex and full end after different numbers of tokens"
+    ):
+        MEASURES["lead"](tmp_path, **LEAD | {"table": "continued", "column": "loss"})
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (("full", True, 0, 0.1, 1.0, 1.0, 1.0), r"method full: seed 0 is there twice"),
+        (("full", True, 7, np.nan, 1.0, 1.0, 1.0), r"method full: need a finite exact_match for every seed"),
+        (("full", True, 7, np.inf, 1.0, 1.0, 1.0), r"method full: need a finite exact_match for every seed"),
+    ],
+)
+def test_a_faulty_table_is_named_not_skipped(row, said, tmp_path):
+    write(tmp_path, instruction=(*INSTRUCTION, row))
+    with pytest.raises(ValueError, match=said):
+        claims_table(tmp_path, claims=ledger(tmp_path, ENTRY))
+
+
+def test_a_missing_column_is_named(tmp_path):
+    write(tmp_path, instruction=("method seed", ("full", 0)))
+    with pytest.raises(ValueError, match=r"instruction\.csv: no column exact_match; it has method, seed"):
+        claims_table(tmp_path, claims=ledger(tmp_path, ENTRY))
+
+
+def test_names_that_look_like_missing_values_are_names(tmp_path):
+    write(tmp_path, instruction=INSTRUCTION)
+    values = MEASURES["rise"](tmp_path, table="instruction", of="null", column="exact_match")
+    assert values.to_dict() == {0: 1.0}
+
+
+# the table
+
+
+def test_a_row_says_what_was_claimed_and_what_was_measured(tmp_path):
+    rows = [("full", seed, 0.5) for seed in range(3)] + [("apex", seed, 0.75 + seed / 100) for seed in range(3)]
+    write(
+        tmp_path,
+        instruction=("method seed exact_match", *rows),
+        instruction_families=("method seed family examples", *((m, s, f, 50) for m, s, _ in rows for f in "ab")),
+    )
+    (row,) = claims_table(tmp_path, claims=ledger(tmp_path, ENTRY)).to_dict("records")
+    low, high = interval([0.25, 0.26, 0.27])
+    one, other = 51 / 102, 77 / 102
+    noise = 1.96 * np.sqrt((one * (1 - one) + other * (1 - other)) / 102)
+    assert row == {
+        **{name: ENTRY[name] for name in ("number", "source", "statement", "expected", "rule", "unit")},
+        "claim": "better",
+        "mean": pytest.approx(0.26),
+        "low": pytest.approx(low),
+        "high": pytest.approx(high),
+        "n": 3,
+        "verdict": "reproduced",
+        "limits": f"None. 100 test examples: their draw alone may move the difference by ±{noise:.3f}.",
+        "notebook": "03_runs",
+        "scale": tmp_path.name,
+    }
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.7), (0.01, 0.02)])
+def test_the_noise_of_examples_covers_the_difference_of_independent_answers(low, high, tmp_path):
+    rng, n = np.random.default_rng(0), 200
+    shares = rng.binomial(n, [low, high], size=(20000, 2)) / n
+    runs, families = [("full", 0, low), ("apex", 0, high)], [("full", 0, "a", n), ("apex", 0, "a", n)]
+    write(
+        tmp_path,
+        instruction=("method seed exact_match", *runs),
+        instruction_families=("method seed family examples", *families),
+    )
+    (claim,) = ledger(tmp_path, ENTRY)
+    noise = float(re.search(r"±([\d.]+)\.", example_noise(tmp_path, claim))[1])
+    within = np.mean(np.abs(shares[:, 1] - shares[:, 0] - (high - low)) < noise)
+    assert 0.94 < within < 0.99
+
+
+def test_where_nobody_answers_anything_nobody_is_as_good(tmp_path):
+    rows = [(method, seed, share) for method in ("full", "apex") for seed, share in enumerate((0, 1, 0.5))]
+    write(tmp_path, instruction=("method seed exact_match", *rows))
+    assert MEASURES["lead"](tmp_path, **LEAD | {"column": "exact_match", "margin": 0.25}).to_dict() == {2: 0.25}
+    assert MEASURES["lead"](tmp_path, **LEAD | {"column": "exact_match"}).to_dict() == {0: 0, 1: 0, 2: 0}
+
+
+def test_without_tables_nothing_is_measured_and_nothing_fails(tmp_path):
+    table = claims_table(tmp_path)
+    assert set(table["verdict"]) == {"not measured"}
+    assert set(table["n"]) == {0}
+    assert table["number"].tolist() == [claim.number for claim in read_claims()]
+    write(tmp_path, instruction=INSTRUCTION[:2])  # no run of APEX
+    assert set(claims_table(tmp_path, only=[9, 10, 27])["verdict"]) == {"not measured"}
+
+
+def test_claims_are_chosen_by_number_id_or_deciding_notebook(tmp_path):
+    other = ENTRY | {"number": 2, "id": "other", "statement": "Else.", "notebooks": ["03_runs", "05_rank"]}
+    both = ledger(tmp_path, other, ENTRY)
+    assert [claim.id for claim in both] == ["better", "other"]  # in the order of numbers
+    for only, ids in {(2, 1): ["better", "other"], ("other",): ["other"], ("03_runs",): ["better"], (): []}.items():
+        assert [claim.id for claim in choose(both, only)] == ids
+        assert claims_table(tmp_path, only=only, claims=both)["claim"].tolist() == ids
+    with pytest.raises(ValueError, match="claim 3 is not in the ledger; known: 1 to 2, better, other"):
+        choose(both, [3])
+
+
+def test_numbers_are_written_with_three_digits_of_the_wider_end():
+    row = SimpleNamespace(mean=-0.00012345, low=-0.0025, high=0.0023, n=3, unit="none")
+    assert measured(row) == "-0.00012 [-0.00250, +0.00230]"
+    row.n, row.unit = 1, "nats"
+    assert measured(row) == "-0.000123 nats, one seed"
+    assert measured(SimpleNamespace(mean=0.0, low=0.0, high=0.0, n=3, unit="none")) == "+0.0 [+0.0, +0.0]"
+
+
+# what a ledger may not be
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"unit": None}, r"claim 1: no unit"),
+        ({"limits": "", "notebooks": []}, r"claim 1: no notebooks, limits"),
+        ({"value": "v"}, r"claim 1: unknown value; known: number, id"),
+        ({"number": "one"}, r"claim 1, number: need int, got 'one'"),
+        ({"expected": 3}, r"claim 1, expected: need str, got 3"),
+        ({"measure": {"a": {}, "b": {}}}, r"claim 1, measure: need one function with its arguments"),
+        ({"measure": {"leed": {}}}, r"claim 1: unknown measure 'leed'; known: masking_gap, .*lead"),
+        ({"measure": {"rise": {"of": "apex"}}}, r"claim 1, measure rise: missing a required argument: 'table'"),
+        ({"measure": {"rank_correlation": {"of": "x"}}}, r"claim 1, measure rank_correlation: got an unexpected"),
+        (
+            {"measure": {"rank_correlation": 3}},
+            r"claim 1, measure rank_correlation: need a mapping of arguments, got 3",
+        ),
+    ],
+)
+def test_a_faulty_claim_is_named(change, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        ledger(tmp_path, ENTRY | change)
+
+
+@pytest.mark.parametrize("field", ["number", "id", "statement"])
+def test_what_tells_claims_apart_is_there_once(field, tmp_path):
+    other = ENTRY | {"number": 2, "id": "other", "statement": "Else."}
+    with pytest.raises(ValueError, match=rf"{field} {ENTRY[field]!r} is there 2 times, need it once"):
+        ledger(tmp_path, ENTRY, other | {field: ENTRY[field]})
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "need a list of claims"), ("- 3", "claim 1: need a mapping, got 3")])
+def test_a_file_that_is_no_ledger_is_refused(text, said, tmp_path):
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_claims(tmp_path / "claims.yaml")

@@ -10,7 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 import apexlib
@@ -59,6 +59,36 @@ def test_wrong_use_is_one_line_and_writes_nothing(arguments, message, folder, tm
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_spectrum_prints_and_writes_what_the_table_says(folder, tmp_path, capsys):
+    assert main(["spectrum", str(folder), "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "spectrum.csv")
+    pd.testing.assert_frame_equal(table, apexlib.spectrum_table(folder), check_dtype=False, rtol=1e-6)
+    header, *rows, path = capsys.readouterr().out.splitlines()
+    assert path == str(tmp_path / "spectrum.csv")
+    assert header.split()[:4] == ["weight", "rows", "columns", "effective_rank"]
+    assert [row.split()[0] for row in rows] == table["weight"].tolist()
+    assert json.loads((tmp_path / "spectrum.json").read_text())["model"] == str(folder)
+
+
+def test_spectrum_of_updates(folder, tmp_path, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] += 1.0
+    (tmp_path / "tuned").mkdir()
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors")
+    given = ["spectrum", str(tmp_path / "tuned"), "--base", str(folder), "--out", str(tmp_path)]
+    assert main(given) == 0
+    table = pd.read_csv(tmp_path / "updates.csv").set_index("weight")
+    assert table.index[table["effective_rank"] > 0].tolist() == ["model.layers.1.mlp.up_proj.weight"]
+    assert "noise_frobenius" in capsys.readouterr().out
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(b"torn")
+    for wrong, message in ((given, "model.safetensors: "), (["spectrum", str(tmp_path / "gone")], "need a folder")):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
 
 
 TRAINING = """

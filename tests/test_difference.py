@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from apexlib.activations import activation_statistics
 from apexlib.architectures import model_components
-from apexlib.difference import imbalance_table, masking_curve
+from apexlib.difference import biography, imbalance_table, masking_curve, weight_difference
 from apexlib.evaluation import perplexity
+from apexlib.selection import ExpansionPlan, LayerPlan
 
 DENSE = [variant for variant in VARIANTS if variant not in ("mixtral", "qwen3_moe")]
 
@@ -97,3 +98,104 @@ def test_imbalance_of_silent_and_of_single_active_units():
     assert imbalance_table(table([0.0] * 5))[["cv", "gini", "above_mean"]].iloc[0].tolist() == [0, 0, 0]
     row = imbalance_table(table([0.0] * 9 + [2.0])).iloc[0]
     assert (row["cv"], row["gini"], row["above_mean"]) == pytest.approx((3.0, 0.9, 0.1))
+
+
+def slices(model, part, unit):
+    """All weights of one unit, row by row or column by column, one after another: the slow, literal way."""
+    values = []
+    for slot in part.slots.values():
+        weight = model.get_submodule(slot.module).weight.detach().double()
+        for entry in slot.index[unit].flatten().tolist():
+            values.append(weight[entry] if slot.axis == 0 else weight[:, entry])
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:.*experts' channels")
+def test_weight_difference_equals_a_loop_over_units(variant, tiny_model):
+    base, tuned = tiny_model(variant), tiny_model(variant, seed=1)
+    found = weight_difference(base, tuned)
+    rows = iter(found.itertuples(index=False))
+    for part in model_components(base):
+        for unit in range(part.units):
+            old, new = slices(base, part, unit), slices(tuned, part, unit)
+            row = next(rows)
+            assert (row.layer, row.component, row.unit) == (part.layer, part.component, unit)
+            expected = [(new - old).norm(), (new - old).norm() / old.norm(), old @ new / (old.norm() * new.norm())]
+            assert [row.change, row.relative, row.cosine] == pytest.approx([x.item() for x in expected], rel=1e-9)
+    assert not list(rows)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "axis", "entry", "component", "unit"),
+    [
+        ("llama", "model.layers.1.self_attn.v_proj", 0, 5, "head", 1),  # head_dim 4, the second KV group
+        ("phi3", "model.layers.1.self_attn.qkv_proj", 0, 17, "head", 0),  # rows 16 to 23 are the keys
+        ("gpt2", "transformer.h.1.attn.c_attn", 1, 9, "head", 2),  # Conv1D: outputs are columns
+        ("gpt2", "transformer.h.1.mlp.c_proj", 0, 7, "channel", 7),
+        ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value", 0, 13, "head", 1),  # 12 rows a head
+        ("phi3", "model.layers.1.mlp.gate_up_proj", 0, 24 + 3, "channel", 3),
+    ],
+)
+def test_moving_one_row_moves_its_unit_alone(variant, name, axis, entry, component, unit, tiny_model, tmp_path):
+    base, tuned = tiny_model(variant), tiny_model(variant)
+    with torch.no_grad():
+        weight = tuned.get_submodule(name).weight
+        weight.select(axis, entry).add_(0.5)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = weight_difference(tmp_path / "base", tmp_path / "tuned")
+    moved = found[found["change"] > 0]
+    assert moved[["layer", "component", "unit"]].values.tolist() == [[1, component, unit]]
+    assert moved["change"].item() == pytest.approx(0.5 * weight.shape[1 - axis] ** 0.5, rel=1e-5)
+    still = found[found["change"] == 0]
+    assert still["cosine"].to_numpy() == pytest.approx(1)
+
+
+def test_models_of_two_kinds_are_not_compared(tiny_model, tmp_path):
+    for other in ("mistral", "gpt2"):
+        wrong = tiny_model(other, **({"num_hidden_layers": 3} if other == "mistral" else {}))
+        with pytest.raises(ValueError, match="need two versions of one model"):
+            weight_difference(tiny_model("llama"), wrong)
+    with pytest.raises(ValueError, match=r"q_proj: \(16, 16\) in base, \(16, 32\) in tuned"):
+        weight_difference(tiny_model("llama", head_dim=4), tiny_model("llama", hidden_size=32, head_dim=4))
+    with pytest.raises(FileNotFoundError, match="need a model or a folder with one"):
+        weight_difference(tiny_model("llama"), tmp_path / "gone")
+
+
+@st.composite
+def stages_of_plans(draw):
+    """Plans of some stages for two layers, each naming one or both."""
+    plans = []
+    for stage in range(draw(st.integers(1, 3))):
+        layers = []
+        for layer in draw(st.sampled_from([(0,), (1,), (0, 1)])):
+            order = draw(st.permutations(range(6)))
+            k, direct = draw(st.integers(0, 2)), draw(st.integers(1, 2))
+            roles = (order[:k], order[k : 2 * k], order[2 * k : 2 * k + direct])
+            layers.append(LayerPlan(layer, "channel", *(tuple(sorted(role)) for role in roles), units=6))
+        plans.append(ExpansionPlan(tuple(layers), stage=stage))
+    return plans
+
+
+@given(stages_of_plans())
+def test_a_biography_says_what_the_plans_say(plans):
+    found = biography(plans)
+    named = {part.layer for plan in plans for part in plan.layers}
+    assert len(found) == len(plans) * len(named) * 6
+    for row in found.itertuples():
+        (plan,) = [plan for plan in plans if plan.stage == row.stage]
+        parts = [part for part in plan.layers if part.layer == row.layer]
+        roles = [role for part in parts for role in ("source", "target", "direct") if row.unit in getattr(part, role)]
+        assert [row.role] == (roles or ["frozen"])
+
+
+def test_biographies_need_plans_of_one_run():
+    first = ExpansionPlan((LayerPlan(0, "head", (0,), (1,), (), 4),))
+    wider = ExpansionPlan((LayerPlan(0, "head", (0,), (1,), (), 5),), stage=1)
+    with pytest.raises(ValueError, match=r"plans of stages \[0, 0\]: need at least one, of one run, each once"):
+        biography([first, first])
+    with pytest.raises(ValueError, match="need at least one"):
+        biography([])
+    with pytest.raises(ValueError, match="layer 0, head: plans differ in its units"):
+        biography([first, wider])

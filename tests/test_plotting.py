@@ -1,5 +1,7 @@
 """Figures: what is drawn is what the table says; equal tables give equal bytes."""
 
+from functools import partial
+
 import matplotlib as mpl
 
 mpl.use("Agg")
@@ -48,16 +50,76 @@ def weight():
     return pd.DataFrame(rows, columns=["unit", "column", "value", "role"])
 
 
+def comparison():
+    return pd.DataFrame({"method": ["apex", "full"], "mean": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]})
+
+
+def token_curve():
+    return pd.DataFrame({"method": "apex", "tokens": [1e6, 2e6], "mean": [3.0, 2.0], "low": 1.5, "high": 3.5})
+
+
+def rates():
+    columns = {"method": ["apex", "full"] * 2, "learning_rate": [1e-3, 1e-3, 3e-3, 3e-3]}
+    return pd.DataFrame(columns | {"loss": [1.0, 2.0, 1.5, 1.0], "chosen": [True, False, False, True]})
+
+
+def constructed():
+    rows = {"case": ["flat", "flat", "spread", "spread"], "strength": [0.0, 1.0] * 2, "mean": [0, 0.1, 0, -0.1]}
+    return pd.DataFrame(rows).assign(low=-0.2, high=0.2, by_chance=0.05)
+
+
+def by_method():
+    return pd.DataFrame({"method": ["full", "apex"], "mean": [0.1, 0.2], "low": 0.0, "high": 0.3, "null": 0.15})
+
+
+def by_layer():
+    roles = ["gate_proj", "gate_proj", "v_proj", "v_proj"]
+    return pd.DataFrame({"layer": [0, 1] * 2, "role": roles, "share": [0.9, 0.8, 0.7, 0.6]})
+
+
+def gains():
+    columns = {"seed": [0, 1] * 2, "erank_change": [0.1, 0.2, 0.3, 0.4], "answer_loss_gain": [1.0, 1.1, 1.2, 1.3]}
+    return pd.DataFrame({"method": ["full", "full", "apex", "apex"]} | columns)
+
+
+def by_role():
+    roles = ["source", "target", "direct", "frozen"]
+    return pd.DataFrame({"method": ["full"] * 4 + ["apex"] * 4, "role": roles * 2, "relative": np.arange(8) / 10})
+
+
+def lives():
+    first, second = (
+        ["target", "source", "direct", "frozen", "frozen"],
+        ["direct", "source", "target", "frozen", "direct"],
+    )
+    units = pd.DataFrame({"layer": 0, "component": "channel", "unit": list(range(5)) * 2, "stage": [0] * 5 + [1] * 5})
+    return units.assign(role=first + second)
+
+
 PLOTS = {
+    plotting.plot_constructed_ranks: constructed,
+    partial(plotting.plot_by_method, label="change", null="by chance", percent=True): by_method,
+    plotting.plot_rank_by_layer: by_layer,
+    plotting.plot_rank_gain: gains,
+    plotting.plot_movement_by_role: by_role,
+    plotting.plot_biography: lives,
     plotting.plot_weight: weight,
     plotting.plot_masking_curve: masking,
     plotting.plot_imbalance: imbalance,
     plotting.plot_loss_curve: curve,
     plotting.plot_activation_distribution: activations,
+    plotting.plot_token_curve: token_curve,
+    plotting.plot_rates: rates,
 }
+TABLES = PLOTS | {plotting.plot_comparison: comparison}
 
 
-@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
+def example(plot):
+    """A table for a plot, whatever its options."""
+    return next(make() for each, make in TABLES.items() if getattr(each, "func", each) is getattr(plot, "func", plot))
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: getattr(plot, "func", plot).__name__)
 def test_figures_have_labels_legend_their_data_and_the_same_bytes_twice(plot, tmp_path):
     written = []
     for folder in (tmp_path / "a", tmp_path / "b"):
@@ -89,9 +151,66 @@ def test_panels_are_told_apart_in_the_saved_data(tmp_path):
     assert table["panel"].value_counts().to_dict() == {"heads": 9, "channels": 9}
 
 
+@pytest.mark.parametrize("name", plotting.FIGURES)
+def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path):
+    plot = plotting.FIGURES[name].plot
+    panels = dict(zip(["null", "a, b", "c"], (plot, plot) if callable(plot) else plot, strict=False))
+    tables = [example(each).assign(panel=panel) for panel, each in panels.items()]
+    for each in tables:
+        numbers = each.select_dtypes("float").columns
+        each[numbers] = each[numbers] * (1 + 1e-9) / 3  # more digits than the file keeps
+    table = pd.concat(tables)
+    first = [path.read_bytes() for path in plotting.draw_figure(table, name, tmp_path)]
+    drawn = plt.gcf().axes
+    assert [ax.get_title() for ax in drawn if ax.get_title()] == list(panels)
+    for ax, plot in zip([ax for ax in drawn if ax.get_title()], panels.values(), strict=True):
+        whole = set(example(plot).select_dtypes("int"))
+        assert whole <= set(ax._plotted.select_dtypes("int"))  # also where another panel has no such column
+    for path in tmp_path.glob("*.[ps]*g"):
+        path.unlink()
+    assert [path.read_bytes() for path in plotting.redraw_figure(name, tmp_path)] == first
+
+
+def test_a_single_panel_needs_no_title(tmp_path):
+    plotting.draw_figure(curve(), "loss_curve", tmp_path)
+    assert [ax.get_title() for ax in plt.gcf().axes] == [""]
+
+
+def test_a_level_to_compare_with_is_drawn_across(tmp_path):
+    level = pd.DataFrame({"model": ["chance"], "split": "reference", "loss": 6.5})
+    (ax,) = plotting.new_figure()
+    plotting.plot_loss_curve(pd.concat([curve(), level]), ax)
+    assert [line.get_ydata() for line in ax.get_lines() if line.get_linestyle() == ":"] == [[6.5, 6.5]]
+    assert [text.get_text() for text in ax.texts] == ["chance"]
+    assert "chance" not in " ".join(text.get_text() for text in ax.get_legend().get_texts())
+
+
+def test_an_unknown_figure_and_an_empty_table_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="figure 'pie' is not in FIGURES; known: loss_curve"):
+        plotting.redraw_figure("pie", tmp_path)
+    with pytest.raises(ValueError, match="figure 'loss_curve': the table has no rows"):
+        plotting.draw_figure(curve()[:0], "loss_curve", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_figure_without_its_data_is_refused(tmp_path):
     (ax,) = plotting.new_figure()
     ax.plot([1, 2])
     with pytest.raises(ValueError, match="figure 'bare': every ax must come from a plot_"):
         plotting.save_figure(ax, "bare", folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_biography_is_drawn_unit_by_unit_in_the_colours_of_roles():
+    (ax,) = plotting.new_figure()
+    plotting.plot_biography(lives(), ax)
+    names = list(plotting.ROLES)
+    drawn = [[names[code] for code in row] for row in ax.images[0].get_array().tolist()]
+    told = [
+        ["source", "source"],
+        ["target", "direct"],
+        ["direct", "target"],
+        ["frozen", "direct"],
+        ["frozen", "frozen"],
+    ]
+    assert drawn == told

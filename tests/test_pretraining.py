@@ -1,5 +1,7 @@
 """Pre-training: plain checkpoints where asked, a log, the same bits from the same seed."""
 
+from itertools import pairwise
+
 import pandas as pd
 import pytest
 import torch
@@ -21,7 +23,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def train(tiny_model, folder, **changes):
-    model = tiny_model("llama").train()
+    model = tiny_model("llama", tie_word_embeddings=folder.name.startswith(("whole", "part"))).train()
     how = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
     return model, pretrain(model, Blocks(), folder, **(how | changes))
 
@@ -59,3 +61,24 @@ def test_checkpoints_outside_the_run_are_refused_before_it_starts(tiny_model, tm
     with pytest.raises(ValueError, match=r"checkpoints \[13\]: need steps from 0 to 12"):
         train(tiny_model, tmp_path / "new", checkpoints=[0, 13])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_training_in_parts_is_the_training_in_one(tiny_model, tmp_path):
+    whole, log = train(tiny_model, tmp_path / "whole")
+    borders, kept = (0, 5, 6, 12), {5: [0], 6: [6], 12: [12]}  # mid-epoch, a part of one step, the end
+    for start, stop in pairwise(borders):
+        resume = tmp_path / f"part-{start}" / "state" if start else None
+        own = {"checkpoints": kept[stop], "stop": stop, "resume": resume}
+        model, parts = train(tiny_model, tmp_path / f"part-{stop}", **own)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+    pd.testing.assert_frame_equal(parts, log, check_exact=True)
+    assert sorted(path.name for path in tmp_path.glob("part-*/step-*")) == ["step-00000", "step-00006", "step-00012"]
+
+
+def test_a_part_without_its_optimizer_is_refused(tiny_model, tmp_path):
+    train(tiny_model, tmp_path / "one", checkpoints=[], stop=5)
+    state = tmp_path / "one" / "state"
+    (state / "checkpoint-5" / "optimizer.pt").unlink()  # the Trainer would start a fresh one and not say so
+    with pytest.raises(FileNotFoundError, match="need the state of the part before, with its optimizer"):
+        train(tiny_model, tmp_path / "two", checkpoints=[], resume=state)

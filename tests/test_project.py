@@ -16,6 +16,7 @@ from readme import rendered
 
 from apexlib.claims import read_claims
 from apexlib.notebooks import read_notebook, read_profile
+from apexlib.plotting import FIGURES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,10 +28,14 @@ ARROWS = {
     "activations": {"architectures", "records"},
     "monarch": set(),
     "selection": {"records"},
-    "expansion": {"architectures", "monarch", "selection"},
+    "fused_ffn": set(),
+    "expansion": {"architectures", "fused_ffn", "monarch", "selection"},
+    "planner": {"architectures", "baselines", "selection"},
     "certificate": {"expansion", "records"},
     "evaluation": {"records"},
-    "difference": {"architectures", "activations", "evaluation", "records"},
+    "difference": {"architectures", "activations", "evaluation", "records", "selection"},
+    "spectrum": {"expansion", "records"},
+    "function_spectrum": {"architectures", "records", "spectrum"},
     "skills": {"records"},
     "rows": set(),
     "corpora": {"records", "rows", "skills"},
@@ -41,11 +46,31 @@ ARROWS = {
     "checkpoints": {"records"},
     "interruption": set(),
     "training": {"activations", "baselines", "checkpoints", "interruption", "records", "selection"},
+    "trials": {"records"},
+    "prepared": {"corpora", "data", "records", "skills", "tokenizer"},
+    "experiments": {
+        "activations",
+        "baselines",
+        "corpora",
+        "data",
+        "difference",
+        "evaluation",
+        "prepared",
+        "pretraining",
+        "records",
+        "selection",
+        "skills",
+        "spectrum",
+        "training",
+        "trials",
+    },
+    "evidence": {"claims", "experiments", "plotting", "prepared", "pretraining", "records", "trials"},
     "claims": set(),
     "plotting": {"records"},
+    "overview": {"claims", "plotting", "records"},
     "notebooks": {"records"},
     "execution": {"notebooks", "records"},
-    "reproduce": {"notebooks", "execution", "records"},
+    "reproduce": {"claims", "notebooks", "execution", "records"},
 }  # the command line is free to import anything, once a command runs
 
 
@@ -65,7 +90,7 @@ def test_modules_import_only_what_the_design_allows(path):
 
 def test_importing_the_library_stays_light():
     heavy = {"datasets", "peft", "papermill", "matplotlib", "seaborn", "accelerate", "pyarrow", "yaml", "IPython"}
-    runner = {"plotting", "notebooks", "execution", "reproduce"}
+    runner = {"plotting", "overview", "notebooks", "execution", "reproduce"}
     for name in ARROWS.keys() - runner:
         top_level = ast.parse((ROOT / "apexlib" / f"{name}.py").read_text(encoding="utf-8")).body
         found = {alias.name for node in top_level if isinstance(node, ast.Import) for alias in node.names}
@@ -74,7 +99,8 @@ def test_importing_the_library_stays_light():
 
 
 def test_plotting_claims_and_the_runner_need_no_torch():
-    code = "import sys, apexlib.plotting, apexlib.claims, apexlib.reproduce; print('torch' in sys.modules)"
+    modules = "apexlib.overview, apexlib.plotting, apexlib.claims, apexlib.reproduce"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -139,10 +165,24 @@ def test_the_cpu_profile_is_the_notebooks_own_values():
     }
 
 
-def test_every_claim_has_an_id_of_its_own_and_a_source():
+def test_the_last_notebook_draws_every_figure_and_reads_every_table_that_decides_a_claim():
+    *others, last = (read_notebook(path, "cpu") for path in NOTEBOOKS)
+    written = [Path(path) for notebook in others for path in notebook.writes if path.endswith(".csv")]
+    drawn = [path for path in written if path.parts[0] == "figures"]
+    assert {path.stem for path in drawn} == set(FIGURES)
+    source = (ROOT / "apexlib" / "claims.py").read_text(encoding="utf-8")
+    read = set(re.findall(r"_(?:read|per_seed)\(\w+, \"(\w+)\"", source))
+    read |= {claim.arguments["table"] for claim in read_claims() if "table" in claim.arguments}
+    assert {"masking", "instruction", "rank_gain"} <= read
+    deciding = [path for path in written if path.parts[0] == "data" and path.stem in read]
+    assert {path.as_posix() for path in (*drawn, *deciding)} | {"data/claims.yaml"} == set(last.needs)
+
+
+def test_claims_are_numbered_in_order_and_name_their_source():
     claims = read_claims(ROOT / "data" / "claims.yaml")
-    assert len(claims) == (ROOT / "data" / "claims.yaml").read_text().count("- id:")
-    assert all("2505.24241" in claim["source"] for claim in claims.values())
+    assert [claim.number for claim in claims] == list(range(1, len(claims) + 1))
+    assert all("2505.24241" in claim.source for claim in claims)
+    assert {name for claim in claims for name in claim.notebooks} <= {path.stem for path in NOTEBOOKS}
 
 
 def test_the_readme_says_what_the_results_say():

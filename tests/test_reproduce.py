@@ -356,6 +356,58 @@ def test_only_from_and_force_choose(project):
     assert {name for name in after if after[name] != before[name]} == {"03_beside"}
 
 
+CLAIMS = """
+- {number: 1, id: made, source: s, statement: It is made., expected: yes it is, rule: r, unit: x, limits: None here.,
+   measure: {rise: {table: a, of: apex, column: step}}, notebooks: [00_make]}
+- {number: 2, id: used, source: s, statement: It is used., expected: yes it is, rule: r, unit: x, limits: None here.,
+   measure: {rise: {table: used, of: apex, column: step}}, notebooks: [01_use]}
+- {number: 3, id: none, source: s, statement: It is not., expected: yes it is, rule: r, unit: x, limits: None here.,
+   measure: {rise: {table: c, of: apex, column: step}}, notebooks: [09_gone]}
+"""
+
+
+def test_a_claim_runs_what_it_needs_and_nothing_else(project, no_kernel, monkeypatch, capsys):
+    monkeypatch.chdir(project.root)
+    assert main(["--claim", "1"]) == 2
+    assert "data/claims.yaml" in capsys.readouterr().err
+    (project.root / "data" / "claims.yaml").write_text(CLAIMS)
+    edit(project.root / "apexlib" / "__init__.py", "the project", "elsewhere")  # everything is stale
+    for arguments, notebooks in ((["1"], ["00"]), (["2"], ["00", "01"]), (["2", "--claim", "1"], ["00", "01"])):
+        assert main(["--dry-run", "--claim", *arguments]) == 0
+        assert [line[:2] for line in capsys.readouterr().out.splitlines()] == notebooks
+    for number, said in (
+        ("3", "unknown notebook '09_gone' in data/claims.yaml"),
+        ("4", "claim 4 is not in the ledger"),
+    ):
+        assert main(["--claim", number]) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--claim", "1", "--only", "00"])
+
+
+def test_a_claim_is_printed_with_its_verdict(project, no_kernel, monkeypatch, capsys):
+    monkeypatch.chdir(project.root)
+    (project.root / "data" / "claims.yaml").write_text(CLAIMS)
+    rows = "".join(f"apex,{seed},{step}\n" for seed, step in enumerate((1.0, 1.1, 1.2)))
+    monkeypatch.setattr(reproduce, "run_profile", lambda *_, **__: None)
+    assert main(["--claim", "1"]) == 1  # the table is another one
+    assert "no column seed" in capsys.readouterr().err
+    project.table("a.csv").write_text(f"method,seed,step\n{rows}")
+    assert main(["--claim", "1", "--claim", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "claim 1: It is made.",
+        "  the paper  yes it is",
+        "  here       +1.10 [+0.85, +1.35] x; r; seeds: 3",
+        "  verdict    reproduced",
+        "  limits     None here.",
+        "claim 2: It is used.",
+        "  the paper  yes it is",
+        "  here       –; r; seeds: 0",
+        "  verdict    not measured",
+        "  limits     None here.",
+    ]
+
+
 def test_a_missing_input_is_traced_to_its_notebook(project, no_kernel):
     project.table("a.csv").unlink()
     with pytest.raises(ReproduceError, match=r"01_use needs data/results/cpu/a.csv.*00_make writes it.*--from 00"):

@@ -1,0 +1,92 @@
+"""Spectra of what a model computes rather than of how it stores it: products of heads, and hidden states.
+
+Single weights of a head are not unique: W_V and W_O may exchange any invertible factor. Their product may not.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apexlib.architectures import Slot, family_of, model_components
+from apexlib.records import progress
+from apexlib.spectrum import measures, singular_values
+
+
+def head_table(model: PreTrainedModel) -> pd.DataFrame:
+    """Measure W_V W_O of every head: what it writes to the residual stream for what it reads there, d_model × d_model.
+
+    Of rank head_dim at most, so its singular values are those of R_V R_Oᵀ, with W_V = Q_V R_V and W_O = R_Oᵀ Q_Oᵀ: no
+    d_model × d_model matrix is formed. Biases and norms are left out. Columns: `layer`, `unit` (a head, or the
+    key/value group that serves it), `copy` (query head of the group), and the measures of `spectrum`.
+    """
+    parts = [part for part in model_components(model) if part.component == "head"]
+    rows = []
+    for part in progress(parts, "heads"):
+        value, output = (_slices(model, part.slots[role]) for role in ("value", "output"))
+        for unit in range(part.units):
+            for copy in range(output.shape[1]):
+                factors = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
+                first, second = factors
+                where = {"layer": part.layer, "unit": unit, "copy": copy}
+                rows.append(where | measures(singular_values(first @ second.T)))
+    return pd.DataFrame(rows)
+
+
+def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
+    """Measure the hidden states that enter the first layer and leave each one, over all tokens that are no padding.
+
+    Columns: `layer` (0: the embeddings; l: behind the l-th layer), `tokens`, and the measures of `spectrum` of the
+    matrix tokens × d_model, not centred. Only its float64 Gram matrix is kept, d_model × d_model, so singular values
+    below 1.5e-8 of the largest are lost. The model comes back in the mode it was in, without hooks.
+    """
+    layers = model.get_submodule(family_of(model).layers)
+    grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
+    tokens, was_training, mask = 0, model.training, None
+
+    def add(place: int, states: Tensor) -> None:
+        flat = states.detach().flatten(0, -2)
+        flat = (flat if mask is None else flat[mask.to(flat.device)]).double()
+        grams[place] = grams[place] + (flat.T @ flat).cpu()
+
+    def enters(_: torch.nn.Module, args: tuple) -> None:
+        add(0, args[0])
+
+    def leaves(place: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
+        add(place, output[0] if isinstance(output, tuple) else output)
+
+    handles = [layers[0].register_forward_pre_hook(enters)]
+    handles += [layer.register_forward_hook(partial(leaves, place)) for place, layer in enumerate(layers, start=1)]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in progress(batches, "hidden states"):
+                inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+                mask = inputs.get("attention_mask")
+                mask = None if mask is None else mask.flatten().bool()
+                tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+                model.base_model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not tokens:
+        raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
+    rows = [{"layer": layer, "tokens": tokens} | _of_gram(gram, layer) for layer, gram in enumerate(grams)]
+    return pd.DataFrame(rows)
+
+
+def _slices(model: PreTrainedModel, slot: Slot) -> Float[Tensor, "unit copy dim d_model"]:
+    weight = model.get_submodule(slot.module).weight.detach().double().cpu()
+    return (weight if slot.axis == 0 else weight.T)[slot.index]
+
+
+def _of_gram(gram: Float[Tensor, "d d"], layer: int) -> dict[str, float]:
+    if not gram.isfinite().all():
+        raise ValueError(f"hidden states at layer {layer} hold NaN or infinite values")
+    return measures(np.sqrt(np.linalg.eigvalsh(gram.numpy())[::-1].clip(min=0)))

@@ -1,0 +1,274 @@
+"""A gated FFN in split form as one autograd function: y = Σ (f(x Gᵀ + b) ⊙ (x Uᵀ + c)) D over its parts.
+
+Channels of a gated FFN are independent, so the FFN is the sum of a part that trains and a part that is frozen. Plain
+autograd keeps four tensors of tokens × channels and makes as many again in backward; this keeps the two pre-activations
+or none, takes the tokens in chunks that fit a cache, and computes weight gradients for the part that trains only. The
+oracle is the split form: the plain module's own code over split projections.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear, silu
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+
+MODES = ("split", "fused", "recompute")  # what backward finds: all of plain autograd, pre-activations, only the input
+
+
+class Part(NamedTuple):
+    """Some channels of a gated FFN; `down` has a row for each, as `gate` and `up` have."""
+
+    gate: Float[Tensor, "n d_in"]
+    up: Float[Tensor, "n d_in"]
+    down: Float[Tensor, "n d_out"]
+    gate_bias: Float[Tensor, " n"] | None
+    up_bias: Float[Tensor, " n"] | None
+
+
+class _Activation(NamedTuple):
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # of the gradient and the pre-activation
+
+
+_SILU = _Activation(silu, torch.ops.aten.silu_backward)
+_GELU = _Activation(gelu, torch.ops.aten.gelu_backward)
+_GELU_TANH = _Activation(
+    partial(gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward.default, approximate="tanh")
+)
+_ACTIVATIONS = {SiLUActivation: _SILU, nn.SiLU: _SILU, GELUActivation: _GELU, GELUTanh: _GELU_TANH}
+
+
+def literal_ffn(x: Tensor, activation: _Activation, bias: Tensor | None, parts: list[Part]) -> Tensor:
+    """The formula, for autograd to differentiate."""
+    outputs = [
+        (activation.value(linear(x, part.gate, part.gate_bias)) * linear(x, part.up, part.up_bias)) @ part.down
+        for part in parts
+    ]
+    return sum(outputs) if bias is None else sum(outputs) + bias
+
+
+class GatedFFN(torch.autograd.Function):
+    """`literal_ffn` of x (tokens, d_in) with a backward of its own; `keep` says whether it finds the pre-activations.
+
+    Where `squares` is a list of one tensor (channels,) per part, the forward adds each channel's sum of squares over
+    the tokens in `rows` (None: all) to it: of f(gate), or of f(gate) ⊙ up with `of_product`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: _Activation, keep: bool, watch: Any, bias: Tensor | None, *flat: Any):
+        parts = _parts(flat)
+        output = x.new_empty(len(x), parts[0].down.shape[1])
+        kept = [x.new_empty(len(x), len(part.gate)) for part in parts for _ in range(2)] if keep else []
+        for rows in _chunks(x):
+            out = output[rows]
+            out.zero_() if bias is None else out.copy_(bias)
+            for number, part in enumerate(parts):
+                gate, up = _pre_activations(x[rows], part, [each[rows] for each in kept[2 * number : 2 * number + 2]])
+                hidden = activation.value(gate)
+                if watch is not None and not watch.of_product:
+                    watch.add(number, hidden, rows)
+                hidden.mul_(up)
+                if watch is not None and watch.of_product:
+                    watch.add(number, hidden, rows)
+                out.addmm_(hidden, part.down)
+        ctx.activation = activation
+        ctx.save_for_backward(x, bias, *flat, *kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        needed = ctx.needs_input_grad
+        x, bias, *rest = ctx.saved_tensors
+        flat, kept = rest[: len(needed) - 5], rest[len(needed) - 5 :]
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd find both
+            return _twice_differentiable(ctx, grad, x, bias, flat)
+        parts, wanted = _parts(flat), _parts(needed[5:])
+        gradients = _parts([_accumulator(t) if need else None for t, need in zip(flat, needed[5:], strict=True)])
+        grad_x = torch.zeros_like(x) if needed[0] else None
+        for rows in _chunks(x):
+            for number, (part, wants, grads) in enumerate(zip(parts, wanted, gradients, strict=True)):
+                pre = [each[rows] for each in kept[2 * number : 2 * number + 2]]
+                gate, up = pre or _pre_activations(x[rows], part)
+                value = ctx.activation.value(gate)
+                grad_hidden = grad[rows] @ part.down.T
+                if wants.down:
+                    _add_product(grads.down, value * up, grad[rows])
+                grad_up = value.mul_(grad_hidden)
+                grad_gate = ctx.activation.backward(grad_hidden.mul_(up), gate)
+                for which, grad_pre, weight in (("gate", grad_gate, part.gate), ("up", grad_up, part.up)):
+                    if getattr(wants, which):
+                        _add_product(getattr(grads, which), grad_pre, x[rows])
+                    if getattr(wants, f"{which}_bias"):
+                        getattr(grads, f"{which}_bias").add_(grad_pre.sum(0))
+                    if grad_x is not None:
+                        grad_x[rows].addmm_(grad_pre, weight)
+        weights = [None if g is None else g.to(t.dtype) for g, t in zip(_flat(gradients), flat, strict=True)]
+        return grad_x, None, None, None, grad.sum(0) if needed[4] else None, *weights
+
+
+class FusedFFN(nn.Module):
+    """A gated FFN whose projections are split; it runs as one function where nothing has to see inside.
+
+    A plain module takes this form by a change of class, `take_form`, as projections do. It falls back to the split form
+    in evaluation, under `torch.compile` and `torch.func`, and where a hook inside needs more than sums of squares.
+    """
+
+    plain_class: type[nn.Module]
+    names: tuple[str, str, str, str]  # of gate, up, down and the activation in this module
+    keeps: bool  # pre-activations, for backward
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        gate, up, down, activation = (self.get_submodule(name) for name in self.names)
+        watchers = _watchers((gate, up, down, activation))
+        if watchers is None or not down.training or torch.compiler.is_compiling() or _transformed():
+            return super().forward(*inputs, **named)
+        (x,) = (*inputs, *named.values())
+        dtype, device = down.frozen.dtype, x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        tuned, frozen = _channels(gate, up, down, dtype)
+        parts = [part for part in (tuned, frozen) if len(part.gate)]
+        bias = None if down.bias is None else down.bias.to(dtype)
+        watch = _Watch(parts, watchers, x.device) if watchers else None
+        keep = self.keeps and torch.is_grad_enabled()
+        rows = x.to(dtype).flatten(0, -2)
+        output = GatedFFN.apply(rows, _ACTIVATIONS[type(activation)], keep, watch, bias, *_flat(parts))
+        if watch is not None:
+            watch.report()
+        return output.unflatten(0, x.shape[:-1])
+
+    def __reduce__(self) -> tuple:  # its class is made on the fly; copy and pickle know the plain one
+        return _blank, (self.plain_class,), self.__dict__
+
+
+def take_form(module: nn.Module, names: tuple[str, str, str, str], mode: str) -> None:
+    """Let a gated FFN with split projections run as `mode`, where its activation is known and it is not patched."""
+    known = type(module.get_submodule(names[3])) in _ACTIVATIONS
+    if mode != "split" and known and "forward" not in module.__dict__:
+        module.__class__ = _fused_class(type(module))
+        module.__dict__.update(names=names, keeps=mode == "fused")
+
+
+def leave_form(module: FusedFFN) -> None:
+    """Make the module plain again."""
+    del module.__dict__["names"], module.__dict__["keeps"]
+    module.__class__ = module.plain_class
+
+
+class _Watch:
+    """Sums of squares of what runs by, for those who watch (see `apexlib.activations`)."""
+
+    def __init__(self, parts: list[Part], watchers: list[Any], device: torch.device) -> None:
+        (self.watcher,) = watchers
+        self.of_product, self.tokens = self.watcher.of_product, self.watcher.tokens()
+        self.sums = [torch.zeros(len(part.gate), dtype=torch.float64, device=device) for part in parts]
+
+    def add(self, number: int, values: Tensor, rows: slice) -> None:
+        values = values if self.tokens is None else values[self.tokens[rows].to(values.device)]
+        values = values if values.dtype == torch.float64 else values.float()
+        self.sums[number] += values.square().sum(0)
+
+    def report(self) -> None:
+        self.watcher.take_squares(torch.cat(self.sums))
+
+
+def _watchers(modules: tuple[nn.Module, ...]) -> list[Any] | None:
+    """What listens to the modules; None if one of them needs the tensors themselves."""
+    watchers = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    others = any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+    if others or nn.modules.module._has_any_global_hook() or len(watchers) > 1:
+        return None
+    if not all(getattr(watcher, "sums_suffice", False) for watcher in watchers):
+        return None
+    return [watcher for watcher in watchers if watcher.listens()]
+
+
+def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, Part]:
+    """The channels that train, composed by plain autograd, and the frozen ones."""
+    readers = [gate] if gate is up else [gate, up]
+    tuned, tuned_bias, frozen, frozen_bias = [], [], [], []
+    for projection in readers:
+        tuned.append(projection.compose(projection.rows))
+        frozen.append(projection.frozen)
+        rows = projection.bias_rows
+        tuned_bias.append(None if rows is None else projection.compose(rows[:, None]).squeeze(1))
+        frozen_bias.append(projection.bias_frozen)
+
+    def pair(tensors: list[Tensor | None]) -> list[Tensor | None]:
+        if len(tensors) == 1:  # one projection holds gate, then up
+            tensors = [None, None] if tensors[0] is None else tensors[0].chunk(2)
+        return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+    composed = down.compose(down.rows).to(dtype)
+    return (
+        Part(*pair(tuned), composed, *pair(tuned_bias)),
+        Part(*pair(frozen), down.frozen.to(dtype), *pair(frozen_bias)),
+    )
+
+
+def _twice_differentiable(ctx: Any, grad: Tensor, x: Tensor, bias: Tensor | None, flat: list[Tensor | None]) -> tuple:
+    inputs = [x, bias, *flat]
+    wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+    with torch.enable_grad():
+        # views: a gradient by the saved tensors themselves would run through what made them
+        fresh = [None if t is None else t.view_as(t) for t in inputs]
+        output = literal_ffn(fresh[0], ctx.activation, fresh[1], _parts(fresh[2:]))
+        chosen = [t for t, need in zip(fresh, wanted, strict=True) if need]
+        found = iter(torch.autograd.grad(output, chosen, grad, create_graph=True))
+    gradients = [next(found) if need else None for need in wanted]
+    return gradients[0], None, None, None, *gradients[1:]
+
+
+def _pre_activations(x: Tensor, part: Part, out: list[Tensor] | None = None) -> list[Tensor]:
+    out = out or [x.new_empty(len(x), len(part.gate)) for _ in range(2)]
+    for weight, bias, target in ((part.gate, part.gate_bias, out[0]), (part.up, part.up_bias, out[1])):
+        if bias is None:
+            torch.mm(x, weight.T, out=target)
+        else:
+            torch.addmm(bias, x, weight.T, out=target)
+    return out
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:  # half precision adds up in float32
+        total.add_(left.T @ right)
+
+
+def _accumulator(tensor: Tensor) -> Tensor:
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return torch.zeros_like(tensor, dtype=torch.float32 if half else tensor.dtype)
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of tokens: on a CPU so few that a chunk stays in its cache, elsewhere enough to fill the device."""
+    size = 4096 if x.device.type == "cuda" else 256
+    return (slice(start, start + size) for start in range(0, len(x), size))
+
+
+def _parts(flat: Any) -> list[Part]:
+    size = len(Part._fields)
+    return [Part(*flat[start : start + size]) for start in range(0, len(flat), size)]
+
+
+def _flat(parts: list[Part]) -> list[Tensor | None]:
+    return [tensor for part in parts for tensor in part]
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+@cache
+def _fused_class(plain: type[nn.Module]) -> type[FusedFFN]:
+    return type(f"Fused{plain.__name__}", (FusedFFN, plain), {"plain_class": plain, "__module__": __name__})
+
+
+def _blank(plain: type[nn.Module]) -> FusedFFN:
+    fused = _fused_class(plain)
+    return fused.__new__(fused)

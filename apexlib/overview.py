@@ -1,0 +1,225 @@
+"""One page for readers without Python: the ledger of claims and every figure, as HTML and as PDF; no torch."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure as Page
+
+from apexlib.claims import measured
+from apexlib.plotting import FIGURES
+from apexlib.records import atomic_write
+
+TITLE = "APEX: what is claimed, what was measured"
+VERDICTS = {  # colour of each, dark enough for text; the word stands beside it
+    "reproduced": "#00609c",
+    "not reproduced": "#b34700",
+    "inconclusive at this scale": "#7a6000",
+    "not measured": "#6b6b6b",
+}
+INTRODUCTION = (
+    "Each claim is put as a number, one per training seed, that is above zero where the claim holds; the rule was "
+    "written before the run. It is reproduced if the 95 % interval of the mean over at least three seeds lies above "
+    "zero, not reproduced if it lies below, else inconclusive at this scale."
+)
+A4 = (8.27, 11.69)  # inches
+_MARGIN = 0.63  # inches; leaves the width of a figure of two columns
+_STYLE = """
+:root { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
+body { max-width: 62rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p { margin: .5rem 0; } small, .small { font-size: .8rem; color: #4d4d4d; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; table-layout: fixed; }
+th, td { text-align: left; vertical-align: top; padding: .5rem .6rem .5rem 0; border-bottom: 1px solid #ddd; }
+th { font-size: .8rem; color: #4d4d4d; font-weight: 600; }
+td p { margin: .2rem 0 0; } td.verdict { font-weight: 600; }
+th:nth-child(1) { width: 4%; } th:nth-child(2) { width: 46%; } th:nth-child(5) { width: 14%; }
+figure { margin: 1.5rem 0; break-inside: avoid; } figure svg { width: 100%; height: auto; display: block; }
+figcaption { font-size: .85rem; } tr { break-inside: avoid; }
+@media (max-width: 44rem) {
+  thead { display: none; } table, tbody, tr, td { display: block; }
+  tr { padding: .6rem 0; border-bottom: 1px solid #bbb; } td { border: 0; padding: .15rem 0; }
+  td[data-label]::before { content: attr(data-label) ": "; font-size: .8rem; color: #4d4d4d; font-weight: 400; }
+}
+@media print { :root { font-size: 10.5px; } body { max-width: none; padding: 0; } h2 { break-after: avoid; } }
+"""
+
+
+def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[Path]:
+    """Write `overview.html` and `overview.pdf` to `figures`, from a `claims_table` and what lies in the two folders.
+
+    The HTML holds everything itself (figures as SVG) and asks for nothing elsewhere. Equal inputs give equal bytes.
+    """
+    figures, facts = Path(figures), run_facts(results)
+    paths = [figures / "overview.html", figures / "overview.pdf"]
+    with atomic_write(paths[0]) as file:
+        file.write_text(overview_html(claims, figures, facts), encoding="utf-8")
+    nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+    with (
+        atomic_write(paths[1]) as file,
+        mpl.rc_context({"pdf.fonttype": 42, "font.size": 8}),
+        PdfPages(file, metadata=nothing) as pdf,
+    ):
+        for page in [*ledger_pages(claims, facts), *figure_pages(figures)]:
+            pdf.savefig(page)
+    return paths
+
+
+def run_facts(results: Path) -> str:
+    """Say where and with what the tables of a folder were made, from the provenance beside them."""
+    beside = [path.with_suffix(".json") for path in sorted(Path(results).glob("*.csv"))]
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in beside if path.is_file()]
+    devices = {facts["device"] for facts in made}
+    versions = {f"Python {facts['python']}" for facts in made}
+    versions |= {f"{name} {facts['versions'][name]}" for facts in made for name in ("torch", "transformers")}
+    where = "; ".join(sorted(devices - {"cpu"} or devices))  # "cpu" alone: a notebook that computed without torch
+    return f"Profile {Path(results).name}. Made on {where}, with {', '.join(sorted(versions))}."
+
+
+def overview_html(claims: pd.DataFrame, figures: Path, facts: str) -> str:
+    """Write the page: how many claims got which verdict, the ledger by notebook, the figures with captions."""
+    parts = [
+        f"<h1>{TITLE}</h1>",
+        f"<p>{_counts(claims)}</p>",
+        f"<p>{INTRODUCTION}</p>",
+        f"<p><small>{facts}</small></p>",
+    ]
+    for notebook, rows in claims.groupby("notebook", sort=False):
+        heads = "".join(f"<th>{name}</th>" for name in ("", "claim", "the paper", "here", "verdict"))
+        body = "\n".join(_html_row(row) for row in rows.itertuples())
+        parts.append(
+            f"<h2>{_heading(notebook)}</h2>\n<table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table>"
+        )
+    parts.append("<h2>Figures</h2>")
+    for name, caption in _drawn(figures):
+        image = inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
+        parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{TITLE}</title><style>{_STYLE}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def inline_svg(text: str, name: str) -> str:
+    """Make an SVG file part of a page: no prologue or metadata, as wide as there is room, ids of its own."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    width = re.search(r'width="([\d.]+)pt"', text)[1]
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{name}" style="max-width: {width}pt" ', 1)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text).strip()
+
+
+def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
+    """Set the ledger on A4 pages, one block per claim: never split, verdict at the right."""
+    sheet = _Sheet()
+    sheet.write([TITLE], size=14, bold=True)
+    for text in (_counts(claims), INTRODUCTION, facts):
+        sheet.write(sheet.wrap(text, 8), gap=0.06)
+    for notebook, rows in claims.groupby("notebook", sort=False):
+        for index, row in enumerate(rows.itertuples()):
+            seeds = f" ({row.n} seeds)" if row.n > 1 else ""
+            statement = sheet.wrap(f"{row.number}  {row.statement}", 12)  # leaves room for the verdict beside it
+            here = sheet.wrap(f"The paper: {row.expected}.   Here: {measured(row)}{seeds}.", 8)
+            notes = (f"Rule: {row.rule}.", f"Limits: {row.limits}", f"Source: {row.source}.")
+            small = [line for note in notes for line in sheet.wrap(note, 7)]
+            if sheet.turn(0.1 + 0.15 * len(statement + here) + 0.132 * len(small) + 0.35 * (not index)):
+                yield sheet.last
+            if not index:
+                sheet.write([_heading(notebook)], size=11, bold=True, gap=0.14)
+            sheet.write([row.verdict], bold=True, colour=VERDICTS[row.verdict], right=True, gap=0.1)
+            sheet.write(statement, bold=True, gap=0.1)
+            sheet.write(here)
+            sheet.write(small, size=7, colour="0.3")
+    yield sheet.page
+
+
+def figure_pages(figures: Path) -> Iterator[Page]:
+    """Set the figures, as they lie in the folder, on A4 pages with their captions."""
+    sheet = _Sheet()
+    for name, caption in _drawn(figures):
+        pixels = plt.imread(figures / f"{name}.png")
+        height, width = (size / 200 for size in pixels.shape[:2])  # inches; the resolution of `save_figure`
+        if sheet.turn(height + 0.5):
+            yield sheet.last
+        sheet.draw(pixels, width, height)
+        sheet.write(sheet.wrap(caption, 8))
+        sheet.left -= 0.2
+    yield sheet.page
+
+
+class _Sheet:
+    """A page that is filled from its top; lengths in inches."""
+
+    def __init__(self) -> None:
+        self.page, self.last, self.left = Page(figsize=A4, layout="none"), None, A4[1] - _MARGIN
+
+    def turn(self, need: float) -> bool:
+        """Begin a page unless there is room; whether `last` is one that is full."""
+        if self.left - need >= _MARGIN or not (self.page.texts or self.page.axes):
+            return False
+        full = self.page
+        self.__init__()
+        self.last = full
+        return True
+
+    @staticmethod
+    def wrap(text: str, size: float) -> list[str]:
+        """Break text to the width of the page, for letters of `size` points."""
+        return textwrap.wrap(text, int(930 / size), break_on_hyphens=False)
+
+    def write(
+        self,
+        lines: list[str],
+        *,
+        size: float = 8,
+        bold: bool = False,
+        colour: str = "black",
+        right: bool = False,
+        gap: float = 0,
+    ) -> None:
+        """Set lines below what is there, after a `gap`; at the `right` they stand beside what follows."""
+        top, x = self.left - gap, A4[0] - _MARGIN if right else _MARGIN
+        look = {"size": size, "weight": "bold" if bold else "normal", "color": colour}
+        for line in lines:
+            self.page.text(x / A4[0], top / A4[1], line, va="top", ha="right" if right else "left", **look)
+            top -= size * 1.35 / 72
+        self.left = self.left if right else top
+
+    def draw(self, pixels: Any, width: float, height: float) -> None:
+        self.left -= height
+        place = (_MARGIN / A4[0], self.left / A4[1], width / A4[0], height / A4[1])
+        self.page.add_axes(place, frameon=False, xticks=[], yticks=[]).imshow(
+            pixels, aspect="auto", interpolation="none"
+        )
+
+
+def _drawn(figures: Path) -> list[tuple[str, str]]:
+    return [(name, figure.caption) for name, figure in FIGURES.items() if (figures / f"{name}.svg").is_file()]
+
+
+def _counts(claims: pd.DataFrame) -> str:
+    counts = claims["verdict"].value_counts()
+    return f"{len(claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS if name in counts)}."
+
+
+def _heading(notebook: str) -> str:
+    return f"{notebook[3:].replace('_', ' ').capitalize()} (notebook {notebook[:2]})"
+
+
+def _html_row(row: Any) -> str:
+    notes = {"rule": row.rule + ".", "limits": row.limits, "source": row.source + "."}
+    small = "".join(f'<p class="small">{name.capitalize()}: {escape(text)}</p>' for name, text in notes.items())
+    here = escape(measured(row)) + (f'<p class="small">{row.n} seeds</p>' if row.n > 1 else "")
+    verdict = f'<td class="verdict" data-label="verdict" style="color: {VERDICTS[row.verdict]}">{row.verdict}</td>'
+    claim = f"<td><strong>{escape(row.statement)}</strong>{small}</td>"
+    paper = f'<td data-label="the paper">{escape(row.expected)}</td>'
+    cells = f'<td>{row.number}</td>{claim}{paper}<td data-label="here">{here}</td>{verdict}'
+    return f'<tr id="claim-{row.number}">{cells}</tr>'

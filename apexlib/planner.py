@@ -1,0 +1,244 @@
+"""Before a run: parameters, FLOPs, peak memory by phase, disk and time, for any supported configuration.
+
+Nothing is derived on paper. The model is built on the meta device, where tensors have shapes but no values, prepared by
+the method itself, and takes a real step there, while every allocation and every product is counted.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from apexlib.architectures import family_of, model_components
+from apexlib.baselines import Method, keep_largest, method_of
+from apexlib.selection import ApexConfig
+
+METHODS = ("apex", "full", "lora", "hft", "gmt", "direct")
+_ATTENTION = "apexlib_planned"
+_DEEP = 6  # more layers than this are extrapolated from two depths: they are alike
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+_FLOPS = flop_registry | {  # what torch has no formula for; its formulas take tensors, those it exports too
+    torch.ops.aten.addmm_: addmm_flop,
+    _FLASH: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+def plan_budget(
+    config_or_name: PretrainedConfig | str | Path,
+    config: ApexConfig | None = None,
+    *,
+    batch: int,
+    length: int,
+    dtype: torch.dtype | str = "float32",
+    methods: Sequence[str] = METHODS,
+    gradient_checkpointing: bool = False,
+    flops_per_second: float | None = None,
+) -> pd.DataFrame:
+    """Say what a run on `batch` sequences of `length` tokens a step and device needs, one row per method.
+
+    Columns: `method`; `parameters` of the plain model; `trainable`, operators included, and `share`, which leaves them
+    out of what trains; `flops_per_step` (dense products, a multiply-add is two); `assess_mib`, `train_mib`, `fuse_mib`,
+    the peak of each phase, weights included; `optimizer_mib` of AdamW's state, part of the last two; `disk_mib` of the
+    checkpoints of all stages; `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
+
+    `dtype` is what the model is loaded in; what APEX trains is float32 in any case. A step is one forward and backward
+    and AdamW's fused update, with attention that keeps no attention matrix. Buffers below torch's allocator (libraries,
+    CUDA context, fragmentation) are not forecast, nor autocast. Sizes of MiB are 2²⁰ bytes.
+
+    >>> from transformers import LlamaConfig
+    >>> small = LlamaConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+    ...                     vocab_size=256)
+    >>> table = plan_budget(small, batch=2, length=32, methods=["apex", "full"])
+    >>> table[["method", "parameters", "trainable"]].values.tolist()
+    [['apex', 133440, 81698], ['full', 133440, 133440]]
+    """
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ValueError(f"method {unknown[0]!r}: need one of {', '.join(METHODS)}")
+    for name, value in (("batch", batch), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name}: need at least 1, got {value}")
+    config, dtype = config or ApexConfig(), getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    shape = config_or_name
+    if not isinstance(shape, PretrainedConfig):
+        shape = AutoConfig.from_pretrained(shape)
+    depth = shape.get_text_config().num_hidden_layers
+    rows = []
+    for method in methods:
+        depths = [depth] if depth <= _DEEP else [2, 4]
+        how = (method, config, batch, length, dtype, gradient_checkpointing)
+        counted = pd.DataFrame([_count(_of_depth(shape, layers), *how) for layers in depths], index=depths)
+        whole = counted.iloc[-1]
+        if depth > _DEEP:
+            whole = counted.loc[2] + (counted.loc[4] - counted.loc[2]) * ((depth - 2) / 2)
+        stages = config.stages if method_of(method, config).staged else 1
+        rows.append({"method": method, **whole, "disk_bytes": whole["disk_bytes"] * stages})
+    table = pd.DataFrame(rows)
+    table.insert(3, "share", table.pop("plain_trainable") / table["parameters"])
+    for name in [name for name in table if name.endswith("_bytes")]:
+        table[name.replace("bytes", "mib")] = table.pop(name) / 2**20
+    if flops_per_second is not None:
+        table["seconds_per_step"] = table["flops_per_step"] / flops_per_second
+    return table.astype(dict.fromkeys(("parameters", "trainable", "flops_per_step"), "int64"))
+
+
+def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
+    """Measure FLOP/s of a dense product of `size`³: the median of ten, after one to warm up."""
+    from time import perf_counter
+
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    times = []
+    for _ in range(11):
+        start = perf_counter()
+        left @ right
+        synchronize()
+        times.append(perf_counter() - start)
+    return 2 * size**3 / sorted(times[1:])[5]
+
+
+def _count(
+    shape: PretrainedConfig,
+    method: str,
+    config: ApexConfig,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+) -> dict[str, float]:
+    """Count one model: parameters, FLOPs and bytes."""
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
+        ids = torch.zeros(batch, length, dtype=torch.int64)
+    if not family_of(plain).down:  # an unknown family is refused there, by name
+        raise ValueError(f"{shape.model_type}: which experts run depends on values; only dense models can be planned")
+    disk = sum(parameter.nbytes for parameter in plain.parameters())
+    how = method_of(method, replace(config, strategy="random"))
+    counts: dict[str, float] = {"parameters": sum(p.numel() for p in plain.parameters())}
+    assess = _assess(plain, ids) if how.assesses else 0
+    model, moments = _prepare(how, plain, checkpointing), {}
+    counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    added = sum(p.numel() for p in model.parameters()) - counts["parameters"]
+    counts["plain_trainable"] = counts["trainable"] - (0 if method == "lora" else added)
+    _step(model, moments, ids, method)  # the first makes the moments
+    with _Counter((*model.parameters(), *model.buffers(), *_flat(moments), ids)) as train:
+        _step(model, moments, ids, method)
+    with _Counter((*model.parameters(), *model.buffers(), *_flat(moments))) as fuse:
+        model.merge_and_unload() if method == "lora" else how.end(model)
+    counts["flops_per_step"] = train.flops
+    counts |= {"assess_bytes": assess, "train_bytes": train.peak, "fuse_bytes": fuse.peak}
+    return counts | {"optimizer_bytes": sum(t.nbytes for t in _flat(moments)), "disk_bytes": disk}
+
+
+def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
+    shape = copy.deepcopy(shape)
+    text = shape.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return shape
+
+
+def _prepare(how: Method, plain: PreTrainedModel, checkpointing: bool) -> nn.Module:
+    tables = [
+        pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units)})
+        for part in model_components(plain)
+    ]
+    statistics = pd.concat(tables, ignore_index=True).assign(activation=1.0, rank_score=0)
+    model = how.begin(plain, 0, statistics).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def _step(model: nn.Module, moments: dict[nn.Parameter, list[Tensor]], ids: Tensor, method: str) -> None:
+    """Forward, backward and what a fused AdamW leaves: its kernel itself needs nothing beyond its two moments."""
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    tuned = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    for parameter in tuned:
+        if method == "gmt":
+            keep_largest(parameter.grad, 0.6)
+        if parameter not in moments:
+            moments[parameter] = [torch.zeros_like(parameter) for _ in range(2)]
+    model.zero_grad()
+
+
+@torch.no_grad()
+def _assess(plain: PreTrainedModel, ids: Tensor) -> int:
+    with _Counter((*plain.parameters(), *plain.buffers(), ids)) as allocations:
+        plain.eval().base_model(input_ids=ids, use_cache=False)
+    return allocations.peak
+
+
+def _flat(moments: dict[nn.Parameter, list[Tensor]]) -> list[Tensor]:
+    return [moment for pair in moments.values() for moment in pair]
+
+
+class _Counter(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of all tensors that live, from `resident` ones on, with their peak.
+
+    torch's own `FlopCounterMode` hooks into every module, and fused forms step aside for hooks.
+    """
+
+    def __init__(self, resident: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._known: set[int] = set()
+        for tensor in resident:
+            self._see(tensor)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if formula := _FLOPS.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self._known:
+            return
+        self._known.add(id(storage))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _flash_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch groups tokens dim"],
+    value: Float[Tensor, "batch groups tokens dim"],
+    *_: Any,
+    scaling: float | None = None,
+    **__: Any,
+) -> tuple[Float[Tensor, "batch tokens heads dim"], None]:
+    """Causal attention by a kernel; on the meta device SDPA would take the form that keeps the attention matrix."""
+    copies = query.shape[1] // key.shape[1]
+    if copies > 1:
+        key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
+    output = _FLASH(query, key, value, is_causal=True, scale=scaling)[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _flash_attention)  # transformers makes no mask for one it does not know

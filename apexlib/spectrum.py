@@ -1,0 +1,420 @@
+"""Effective rank and its relatives, exact, of weights and of their updates, beside what chance and rounding would give.
+
+Every quantity goes by its definition, because "effective rank" is the name of many: one and the same matrix ranges from
+1 to its full rank over public definitions. See `spectrum` for formulas and sources.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from math import frexp
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from apexlib.expansion import is_expanded
+from apexlib.records import progress
+
+MEASURES = (
+    "effective_rank",
+    "effective_rank_sq",
+    "stable_rank",
+    "participation_ratio",
+    "srank",
+    "nuclear",
+    "spectral",
+    "frobenius",
+)
+SRANK_DELTA = 0.01
+_TOLERANCE = 1e-6  # relative error of the effective rank that is let pass
+_DEFICIENT = 1e-12  # of the largest: what a pivot of a Gram matrix is where the rank ends
+_CHUNK = 1 << 22  # entries that are in float64 at a time
+
+
+def effective_rank(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows columns"]) -> float:
+    """Effective rank of Roy & Vetterli: exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ / Σσ (EUSIPCO 2007), from 1 to the rank.
+
+    0 · ln 0 is 0. A zero matrix has effective rank 0, its rank. Raises ValueError for what is no matrix, is empty or
+    holds NaN or infinite values.
+
+    >>> round(effective_rank(torch.eye(5)), 12), effective_rank(torch.ones(4, 3)), effective_rank(torch.zeros(2, 2))
+    (5.0, 1.0, 0.0)
+    """
+    return _exp_entropy(singular_values(matrix))
+
+
+def spectrum(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows columns"]) -> pd.Series:
+    """Measure the singular values σ₁ ≥ σ₂ ≥ … of a matrix.
+
+    - `effective_rank`: exp H(σ / Σσ), H(p) = −Σ pᵢ ln pᵢ (Roy & Vetterli, EUSIPCO 2007);
+    - `effective_rank_sq`: exp H(σ² / Σσ²), the same of the energy, exp of a von Neumann entropy;
+    - `stable_rank`: Σσ² / σ₁² = ‖W‖_F² / ‖W‖₂² (Rudelson & Vershynin, J. ACM 2007);
+    - `participation_ratio`: (Σσ²)² / Σσ⁴, exp of the Rényi-2 entropy of the energy;
+    - `srank`: the least k with Σ_{i≤k} σᵢ ≥ (1 − δ) Σσ, δ = 0.01 (Kumar et al. 2021, arXiv:2010.14498);
+    - `nuclear` Σσ, `spectral` σ₁ and `frobenius` (Σσ²)^½, the norms.
+
+    Ranks of a zero matrix are 0. Errors as in `effective_rank`.
+
+    >>> spectrum(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]))).round(3).to_dict()  # doctest: +NORMALIZE_WHITESPACE
+    {'effective_rank': 2.828, 'effective_rank_sq': 2.381, 'stable_rank': 1.5, 'participation_ratio': 2.0, 'srank': 3.0,
+     'nuclear': 4.0, 'spectral': 2.0, 'frobenius': 2.449}
+    """
+    return pd.Series(measures(singular_values(matrix)))
+
+
+def measures(sigma: Float[np.ndarray, " rank"]) -> dict[str, float]:
+    """Compute the measures of `spectrum` from singular values in descending order."""
+    nuclear, spectral = float(sigma.sum()), float(sigma[0])
+    relative = sigma / spectral if spectral else sigma  # squares must not underflow
+    energy = relative**2
+    return {
+        "effective_rank": _exp_entropy(sigma),
+        "effective_rank_sq": _exp_entropy(energy),
+        "stable_rank": float(energy.sum()),
+        "participation_ratio": float(energy.sum() ** 2 / (energy**2).sum()) if spectral else 0.0,
+        "srank": float(np.searchsorted(relative.cumsum(), (1 - SRANK_DELTA) * relative.sum()) + 1) if spectral else 0.0,
+        "nuclear": nuclear,
+        "spectral": spectral,
+        "frobenius": float(spectral * energy.sum() ** 0.5),
+    }
+
+
+def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows columns"]) -> np.ndarray:
+    """Singular values in float64, descending, as exact as the measures need them and many times faster than an SVD.
+
+    They are the roots of the eigenvalues of the smaller Gram matrix in float64 (on a GPU for a tensor that lies there).
+    That squares the condition number: an eigenvalue is off by about ε σ₁² (ε = 2.2e-16), so singular values below
+    3e-8 σ₁ are lost in it. Where few directions carry all but rounding, these are taken off and the rest is measured
+    by itself. Where what is lost could still cost 1e-6 of the effective rank, a float64 SVD takes over.
+    """
+    matrix = torch.as_tensor(matrix).detach()
+    if matrix.dim() != 2 or not matrix.numel():
+        raise ValueError(f"shape {tuple(matrix.shape)}: need a matrix with at least one entry")
+    largest = max(abs(float(bound)) for bound in matrix.aminmax())
+    if not np.isfinite(largest):
+        raise ValueError(f"matrix of shape {tuple(matrix.shape)} holds NaN or infinite values")
+    if not largest:
+        return np.zeros(min(matrix.shape))
+    scale = 2.0 ** frexp(largest)[1]  # a power of two costs no accuracy; squares must neither overflow nor underflow
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    if matrix.is_cuda:
+        gram = _gram_cuda(matrix, scale)
+        sigma, error = _roots(torch.linalg.eigvalsh(gram).cpu().numpy()[::-1])
+    else:
+        gram = _gram(matrix, scale)
+        if (sigma := _low_rank(matrix, gram, scale)) is not None:
+            return sigma * scale
+        from scipy.linalg import eigvalsh
+
+        sigma, error = _roots(eigvalsh(gram, check_finite=False, overwrite_a=True)[::-1])
+    return (sigma if error < _TOLERANCE else _svd(matrix, scale)) * scale
+
+
+def _gram(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
+    """Lower half of W Wᵀ / scale², by the BLAS of scipy: half the time of torch's product."""
+    from scipy.linalg.blas import dsyrk
+
+    short, long = matrix.shape
+    gram = np.zeros((short, short), order="F")
+    step = max(1, _CHUNK // short)
+    for start in range(0, long, step):
+        part = _double(matrix[:, start : start + step], scale)
+        # BLAS wants columns one after another: a part that lies row by row goes in transposed
+        by_rows = part.flags.c_contiguous
+        gram = dsyrk(1.0, part.T if by_rows else part, beta=1.0, c=gram, trans=by_rows, lower=1, overwrite_c=1)
+    return gram
+
+
+def _gram_cuda(matrix: Float[Tensor, "short long"], scale: float) -> Tensor:
+    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
+    for part in matrix.split(max(1, 16 * _CHUNK // matrix.shape[0]), dim=1):
+        part = part.double() / scale
+        gram.addmm_(part, part.T)
+    return gram
+
+
+def _low_rank(matrix: Float[Tensor, "short long"], gram: np.ndarray, scale: float) -> np.ndarray | None:
+    """Singular values where few directions carry all but rounding; None where a gap is not that clear.
+
+    W = C Qᵀ + T, Q from the rows that a pivoted Cholesky factorisation of the Gram matrix picks. T is so small that
+    its own Gram matrix resolves it, in float32. What both share in column space is taken from T; of second order.
+    """
+    from scipy.linalg import eigvalsh, qr, svdvals
+    from scipy.linalg.blas import dgemm, ssyrk
+    from scipy.linalg.lapack import dpotrf, dpstrf
+
+    short, most = len(gram), len(gram) // 8
+    smallest = _DEFICIENT * gram.diagonal().max()
+    factor, failed = dpotrf(gram[: most + 1, : most + 1], lower=1)
+    if not most or (not failed and factor.diagonal().min() ** 2 > smallest):
+        return None  # more than `most` rows are independent already
+    _, pivots, rank, _ = dpstrf(gram, tol=smallest, lower=1)
+    if rank > most:
+        return None
+    rows = np.asfortranarray(_double(matrix, scale).T)  # the columns of this are rows of W
+    basis, _ = qr(rows[:, pivots[:rank] - 1], mode="economic", check_finite=False)
+    head = dgemm(1.0, rows, basis, trans_a=1)
+    tail = dgemm(-1.0, basis, head, trans_b=1, beta=1.0, c=rows, overwrite_c=1)
+    columns, factor = qr(head, mode="economic", check_finite=False)
+    large, size = svdvals(factor), max(tail.max(), -tail.min())
+    small = np.zeros(short - rank)
+    if size:
+        tail /= size
+        half = ssyrk(1.0, tail.astype(np.float32), trans=1, lower=1).astype(float)
+        rest = np.tril(half) + np.tril(half, -1).T
+        rest -= columns @ (columns.T @ rest)
+        rest -= (rest @ columns) @ columns.T
+        small = size * np.sqrt(eigvalsh(rest.astype(np.float32), check_finite=False)[: rank - 1 : -1].clip(min=0))
+    blur = 1e-3 * small[0] * len(small) / large.sum()  # float32 resolves √ε of the largest; times |ln p|, 25 or so
+    return np.concatenate([large, small]) if small[0] < 1e-4 * large[-1] and 25 * blur < _TOLERANCE else None
+
+
+def _svd(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
+    if matrix.is_cuda:
+        return torch.linalg.svdvals(matrix.double() / scale).cpu().numpy()
+    from scipy.linalg import svdvals
+
+    return svdvals(_double(matrix, scale), check_finite=False, overwrite_a=True)
+
+
+def _double(matrix: Tensor, scale: float) -> np.ndarray:
+    return matrix.double().numpy() / scale
+
+
+def _roots(eigenvalues: Float[np.ndarray, " rank"]) -> tuple[np.ndarray, float]:
+    """Singular values from descending eigenvalues of a Gram matrix, and the relative error of their effective rank.
+
+    Eigenvalues are off by about ν = ε σ₁². Those below 4ν are lost: their roots may be all noise, so what they add to
+    the entropy is in doubt as a whole. For the others, δH = Σ δpᵢ |ln pᵢ + H| with δσᵢ = ν / 2σᵢ, in quadrature.
+    """
+    noise = np.finfo(float).eps * eigenvalues[0]
+    sigma = np.sqrt(eigenvalues.clip(min=0))
+    total, entropy = sigma.sum(), np.log(_exp_entropy(sigma))
+    lost = (eigenvalues < 4 * noise) & (eigenvalues != 0)  # a row of zeros is no matter of rounding
+    sure, share = sigma[sigma**2 >= 4 * noise] / total, sigma[lost].sum() / total
+    error = np.linalg.norm(noise / (2 * sure * total**2) * np.abs(np.log(sure) + entropy))
+    if share:
+        error += share * abs(np.log(share / lost.sum()) + entropy)
+    return sigma, float(error)
+
+
+def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
+    total = weights.sum()
+    if not total:
+        return 0.0
+    p = weights[weights > 0] / total
+    return float(np.exp(-(p * np.log(p)).sum()).clip(min=1.0))
+
+
+# tables over the weights of a model
+
+
+def spectrum_table(source: nn.Module | str | Path, *, device: str | torch.device | None = None) -> pd.DataFrame:
+    """Measure every weight matrix of a model, or of a folder with safetensors files, one row each.
+
+    Columns: `weight`; `layer`, −1 outside the layers, and `role`, the module's own name, both read from the weight's
+    name; `rows`, `columns`; the measures of `spectrum`; and `random`, the effective rank of a Gaussian
+    matrix of that shape (`marchenko_pastur_rank`). From a folder one matrix is in memory at a time, on `device`
+    (default: a GPU if there is one). A tensor of three dimensions is a stack of matrices, experts say, and gives the
+    rows `weight[0]`, `weight[1]`, …, unless they would be vectors; anything else is left out. Embeddings are taken in,
+    tied weights once. An expanded model is refused: fuse it first.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> spectrum_table(model)[["weight", "rows", "columns"]].values.tolist()
+    [['0.weight', 3, 4], ['1.weight', 2, 3]]
+    """
+    device, weights = _device(device), _weights(source)
+    rows = []
+    for name in progress(weights, "spectra"):
+        matrix = weights[name]().to(device)
+        rows.append(_row(name, matrix, _sigma(name, matrix)))
+    return pd.DataFrame(rows)
+
+
+def update_table(
+    base: nn.Module | str | Path, tuned: nn.Module | str | Path, *, device: str | torch.device | None = None
+) -> pd.DataFrame:
+    """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding and chance would make of it.
+
+    Columns as in `spectrum_table`, of ΔW in float64, and
+
+    - `before`, `after`: effective rank of W and of W + ΔW; `by_chance`: of W plus a Gaussian matrix (drawn from a fixed
+      seed) of the norm of ΔW: what moving as far in no particular direction would do;
+    - `relative`: ‖ΔW‖_F / ‖W‖_F;
+    - `noise_frobenius`, `noise_effective_rank`: of `rounding_noise` of W in the coarser of the two dtypes. An update
+      that is not far above it in norm has the effective rank of noise: one of rank 64 that measures 63 from float32
+      states can measure twice that from bf16 checkpoints;
+    - `above_noise`: how many singular values of ΔW exceed the largest of that noise.
+
+    An untouched matrix has an update of rank 0. Rows follow `base`; both must hold matrices of equal names and shapes.
+    """
+    device, before, after = _device(device), _weights(base), _weights(tuned)
+    if different := sorted(before.keys() ^ after.keys()):
+        here, there = ("base", "tuned") if different[0] in before else ("tuned", "base")
+        raise ValueError(f"{different[0]} is in {here}, not in {there}: need two versions of one model")
+    rows = []
+    for name in progress(before, "updates"):
+        old, new = before[name]().to(device), after[name]().to(device)
+        if old.shape != new.shape:
+            raise ValueError(f"{name}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned; need equal shapes")
+        update = new.double() - old.double()
+        sigma, noise = _sigma(name, update), np.zeros(1)
+        row = _row(name, update, sigma)
+        row["before"] = row["after"] = row["by_chance"] = _exp_entropy(_sigma(name, old))
+        if sigma[0]:
+            coarser = max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            noise = _sigma(name, rounding_noise(old, coarser))
+            row["after"] = _exp_entropy(_sigma(name, new))
+            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + gaussian(update, row["frobenius"])))
+        size = torch.linalg.vector_norm(old, dtype=torch.float64).item()
+        row["relative"] = row["frobenius"] / size if size else np.nan
+        row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)
+        rows.append(row | {"above_noise": int((sigma > noise[0]).sum())})
+    return pd.DataFrame(rows)
+
+
+# null models
+
+
+def marchenko_pastur_rank(rows: int, columns: int) -> float:
+    """Effective rank of a large matrix of this shape with independent entries of one variance.
+
+    With m the smaller side and c = rows / columns or its inverse, at most 1, σ = √λ has the law of Marchenko & Pastur
+    (1967): λ = 1 + c + 2√c cos θ, of weight (2/π) sin² θ / λ on θ ∈ (0, π). Then erank = m E[σ] exp(−E[σ ln σ] / E[σ]).
+    Exact in the limit; a Gaussian matrix of 32×64 is within 1 %.
+
+    >>> round(marchenko_pastur_rank(1024, 2816), 1), round(marchenko_pastur_rank(64, 64) / 64, 3)
+    (971.7, 0.805)
+    """
+    if min(rows, columns) < 1:
+        raise ValueError(f"shape {rows}×{columns}: need at least one row and one column")
+    small, c = min(rows, columns), min(rows, columns) / max(rows, columns)
+    theta = (np.arange(4096) + 0.5) * np.pi / 4096  # the midpoint rule converges fast on a smooth periodic function
+    eigenvalue = 1 + c + 2 * c**0.5 * np.cos(theta)
+    weight, sigma = np.sin(theta) ** 2 / eigenvalue, np.sqrt(eigenvalue)
+    weight /= weight.sum()
+    mean = (weight * sigma).sum()
+    return float(max(1.0, small * mean * np.exp(-(weight * sigma * np.log(sigma)).sum() / mean)))
+
+
+def rounding_noise(
+    matrix: Float[Tensor, "rows columns"], dtype: torch.dtype, *, seed: int = 0
+) -> Float[Tensor, "rows columns"]:
+    """Draw what two roundings of `matrix` to `dtype` can differ by, in float64.
+
+    Each is even in ± half a unit in the last place of the entry, so that the noise has a standard deviation of
+    ulp / √6; entries of zero have none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand((2, *matrix.shape), generator=generator, dtype=torch.float64).to(matrix.device)
+    mantissa, exponent = torch.frexp(matrix.double())  # 0.5 ≤ |mantissa| < 1
+    place = torch.ldexp(torch.full_like(mantissa, torch.finfo(dtype).eps / 2), exponent) * (mantissa != 0)
+    return (draws[0] - draws[1]) * place
+
+
+def gaussian(like: Float[Tensor, "rows columns"], norm: float, *, seed: int = 0) -> Float[Tensor, "rows columns"]:
+    """Draw a Gaussian matrix of the shape of `like` and of Frobenius norm `norm`, in float64."""
+    draw = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (draw * (norm / draw.norm())).to(like.device)
+
+
+# where matrices come from
+
+
+def _weights(source: nn.Module | str | Path) -> dict[str, Callable[[], Tensor]]:
+    """How to get each matrix of a model or folder, by name; of a folder, only the headers of its files are read."""
+    tensors = _of_model(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
+    weights: dict[str, Callable[[], Tensor]] = {}
+    for name, (shape, read) in tensors.items():
+        if len(shape) == 2 and min(shape):
+            weights[name] = partial(read, ...)
+        elif len(shape) == 3 and min(shape[1:]) > 1:
+            weights |= {f"{name}[{index}]": partial(read, index) for index in range(shape[0])}
+    if not weights:
+        raise ValueError(f"{source if isinstance(source, str | Path) else type(source).__name__} has no weight matrix")
+    return weights
+
+
+_Tensors = dict[str, tuple[tuple[int, ...], Callable[[object], Tensor]]]
+
+
+def _of_model(model: nn.Module) -> _Tensors:
+    if is_expanded(model):
+        raise ValueError("the model is expanded: its weights lie in parts; need fuse(model) first")
+    return {name: (tuple(p.shape), p.detach().__getitem__) for name, p in model.named_parameters()}
+
+
+def _of_folder(folder: Path) -> _Tensors:
+    tensors: _Tensors = {}
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                tensors[name] = (tuple(file.get_slice(name).get_shape()), partial(_read, path, name))
+    return {name: tensors[name] for name in sorted(tensors, key=_natural)}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those its index names, or all."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: need a folder with safetensors files")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (paths := sorted(folder.glob("*.safetensors"))):
+            raise FileNotFoundError(f"{folder} has no safetensors file; weights of another format are not read")
+        return paths
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: need JSON with a weight_map ({type(error).__name__}: {error})") from None
+    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index}: {bad[0]!r} is no file of this folder")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder}: {missing[0]} is missing, which the index names")
+    return [folder / name for name in names]
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(path: Path, name: str, part: object) -> Tensor:
+    with _open(path) as file:
+        return file.get_slice(name)[part]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which layer 10 comes after layer 2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _sigma(name: str, matrix: Tensor) -> np.ndarray:
+    if not matrix.is_floating_point():
+        raise ValueError(f"{name} is {matrix.dtype}: need floating point, not packed or quantised values")
+    try:
+        return singular_values(matrix)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _place(weight: str) -> dict[str, object]:
+    """Layer and role: the first number of a dotted name, and its last word but "weight"."""
+    words = weight.partition("[")[0].removesuffix(".weight").split(".")
+    return {"layer": next((int(word) for word in words[:-1] if word.isdigit()), -1), "role": words[-1]}
+
+
+def _row(name: str, matrix: Tensor, sigma: np.ndarray) -> dict[str, object]:
+    rows, columns = matrix.shape
+    where = {"weight": name, **_place(name), "rows": rows, "columns": columns}
+    return where | measures(sigma) | {"random": marchenko_pastur_rank(rows, columns)}

@@ -1,0 +1,73 @@
+"""Measure what a training step costs, by method: tables to data/results/bench, figures to figures/bench."""
+
+import argparse
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from apexlib.plotting import new_figure, plot_forecast, plot_scaling, plot_step_costs, save_figure
+from apexlib.records import folders, save_table
+from benchmarks.cases import scaling_studies, step_studies
+from benchmarks.studies import forecasts, overheads, scaling, steps, targets
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all studies; a size that ends within two minutes with `--quick`."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, no more")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; times are CPU time with one, else wall time"
+    )
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
+    parser.add_argument("--name", default=None, help="profile to write to (bench, bench-quick, bench-cuda)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    suffix = "-quick" if options.quick else "" if options.device == "cpu" else f"-{options.device}"
+    place = folders(options.name or f"bench{suffix}")
+    started = time.perf_counter()
+    studies = step_studies(options.device, options.quick, options.compile)
+    rounds = 3 if options.quick else 7
+    measured = steps(studies)
+    model = next(study.case for study in studies if study.case.kind == "model")
+    extra = overheads(model, rounds)
+    curves = scaling(scaling_studies(options.device, options.quick))
+    tables = {"steps": measured, "overheads": extra, "scaling": curves}
+    if options.device == "cpu":
+        tables["forecast"] = forecasts(studies, measured)
+        tables["targets"] = targets(measured, extra, tables["forecast"])
+    facts = {"quick": options.quick, "seconds": round(time.perf_counter() - started)}
+    for name, table in tables.items():
+        print(save_table(table, name, place.results, **facts))
+    draw(tables, place.figures)
+    if find_spec("benchmarks.effective_rank"):
+        command = [sys.executable, "-m", "benchmarks.effective_rank", *(["--quick"] if options.quick else [])]
+        return subprocess.run(command, check=False).returncode
+    return 0
+
+
+def draw(tables: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Draw the figures of all tables."""
+    measured = tables["steps"]
+    first = [measured[measured["kind"] == kind]["case"].iloc[0] for kind in ("block", "model")]
+    panels = new_figure(2, height=2.8)
+    for ax, case in zip(panels, first, strict=True):
+        plot_step_costs(measured[measured["case"] == case], ax).set_title(case)
+    save_figure(panels, "step_costs", folder=folder)
+    for quantity in ("seconds", "peak_mib"):
+        panels = new_figure(4, height=2.2)
+        for ax, (axis, table) in zip(panels, tables["scaling"].groupby("axis", sort=False), strict=True):
+            plot_scaling(table, ax, quantity).set_title("model" if axis == "layers" else "FFN block")
+        save_figure(panels, f"scaling_{quantity}", folder=folder)
+    if "forecast" in tables:
+        (ax,) = new_figure(height=2.8)
+        save_figure(plot_forecast(tables["forecast"], ax), "forecast", folder=folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Effective rank by a float64 Gram matrix against `torch.linalg.svdvals` in float32: time and error over spectra.
+
+    python benchmarks/effective_rank.py [--rows 1024] [--columns 2816] [--repeats 3] [--out FOLDER]
+
+Each repeat times both on the same matrix, one after the other; `ratio` is the median of time(svdvals) / time(ours)
+within repeats. Errors of the effective rank are relative, against a float64 SVD of the same stored values.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+
+from apexlib.records import save_table
+from apexlib.spectrum import effective_rank, measures
+
+T = TypeVar("T")
+
+
+def spectra(n: int) -> dict[str, np.ndarray]:
+    """Singular values from 1 down, by name."""
+    i = np.arange(n)
+    return {
+        "flat": np.ones(n),
+        "power law, 1/2": (i + 1.0) ** -0.5,
+        "power law, 2": (i + 1.0) ** -2,
+        "exponential to 1e-4": 1e-4 ** (i / n),
+        "exponential to 1e-8": 1e-8 ** (i / n),
+        "exponential to 1e-16": 1e-16 ** (i / n),
+        "rank 64": (i < 64) * 1.0,
+    }
+
+
+def matrices(rows: int, columns: int) -> dict[tuple[str, str], torch.Tensor]:
+    """One matrix per spectrum and dtype, and a Gaussian one, which trained weights are close to."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    small = min(rows, columns)
+    left, right = (torch.linalg.qr(draw(side, small)).Q for side in (rows, columns))
+    exact = {name: left * torch.from_numpy(sigma) @ right.T for name, sigma in spectra(small).items()}
+    exact["Gaussian"] = draw(rows, columns)
+    rounded = ("power law, 1/2", "exponential to 1e-8", "rank 64")
+    found = {(name, "float32"): matrix.float() for name, matrix in exact.items()}
+    return found | {(name, "bfloat16"): exact[name].bfloat16() for name in rounded}
+
+
+def timed(call: Callable[[], T]) -> tuple[float, T]:
+    """Seconds that a call takes, and what it returns."""
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def compare(name: str, dtype: str, matrix: torch.Tensor, repeats: int) -> dict[str, object]:
+    """Time both within each repeat, and measure the error of each."""
+    single, times = matrix.float(), []
+    for _ in range(repeats):
+        svd, sigma = timed(lambda: torch.linalg.svdvals(single))
+        ours, rank = timed(lambda: effective_rank(matrix))
+        times.append((svd, ours))
+    exact, by_svd = (
+        measures(values.double().numpy())["effective_rank"] for values in (torch.linalg.svdvals(matrix.double()), sigma)
+    )
+    return {
+        "spectrum": name,
+        "dtype": dtype,
+        "effective_rank": exact,
+        "svdvals_seconds": median(svd for svd, _ in times),
+        "seconds": median(ours for _, ours in times),
+        "ratio": median(svd / ours for svd, ours in times),
+        "error": abs(rank / exact - 1),
+        "svdvals_error": abs(by_svd / exact - 1),
+    }
+
+
+def main() -> None:
+    """Run all comparisons, print the table, write it if a folder is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=2816)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder for effective_rank_speed.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = matrices(options.rows, options.columns)
+    effective_rank(next(iter(found.values())))  # imports and first calls are not timed
+    table = pd.DataFrame([compare(*key, matrix, options.repeats) for key, matrix in found.items()])
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENBLAS_CORETYPE")
+    facts = {"shape": [options.rows, options.columns], "repeats": options.repeats, "threads": options.threads}
+    if options.out:
+        facts["environment"] = {name: os.environ.get(name) for name in names}
+        print(save_table(table, "effective_rank_speed", options.out, **facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The benchmark measures what it says: equal functions, counted bytes, ratios within a round. No time is asserted."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from test_expansion import perturb
+from torch.testing import assert_close
+from transformers import LlamaForCausalLM
+
+from apexlib.expansion import Mixer, SplitProjection, expand
+from apexlib.selection import select
+from benchmarks.activation_space import ActivationMixer, ActivationProjection, expand_on_activations
+from benchmarks.cases import scaling_studies, step_studies
+from benchmarks.measure import MIB, peak_memory, peak_of, ratios, taking_turns
+from benchmarks.studies import forecasts, measure, overheads, targets
+from benchmarks.workloads import APEX, METHODS, Case, llama_config, random_statistics, workload
+
+TINY = Case("Llama", "model", 32, 80, 2, 4, 64, 2, 12)
+BLOCK = replace(TINY, name="FFN", kind="block")
+
+
+@pytest.mark.parametrize("case", [TINY, BLOCK, replace(TINY, autocast=True), replace(TINY, checkpointing=True)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_moves_what_trains_and_leaves_no_gradient(case, method):
+    work = workload(case, method)
+    tuned = [p for p in work.module.parameters() if p.requires_grad and p.numel()]
+    before = [p.detach().clone() for p in tuned]
+    for _ in range(2):
+        work.step()
+    moved = [not torch.equal(p, old) for p, old in zip(tuned, before, strict=True)]
+    assert sum(moved) >= len(moved) / 2  # a factor of M or of LoRA waits for the other
+    assert all(p.grad is None for p in work.model.parameters())
+
+
+def test_the_activation_space_scheme_computes_the_same_function():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(llama_config(TINY)).double()
+    plan = select(random_statistics(base), replace(APEX, align=1))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(TINY)).double()
+    perturb(expand(model, plan)).train()
+    expand_on_activations(base, plan).double().train()
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            if isinstance(module, ActivationProjection):
+                split = model.get_submodule(name)
+                rows = split.rows.T if module.reads else split.rows
+                module.delta.copy_(
+                    rows - (module.weight[:, : len(split.rows)] if module.reads else module.weight[: len(rows)])
+                )
+                if module.s is not None:
+                    module.s.copy_(split.s[0])
+            elif isinstance(module, ActivationMixer):
+                mixer = model.get_submodule(name.rpartition(".")[0])
+                (mixer,) = (child for child in mixer.children() if isinstance(child, Mixer))
+                module.v.copy_(mixer.v)
+                module.second.copy_(mixer.operator.second)
+                if module.first is not None:
+                    module.first.copy_(mixer.operator.first)
+        base.lm_head.weight.copy_(model.lm_head.weight)
+        base.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight)
+        ids = torch.arange(24).view(2, 12)
+        assert any(isinstance(module, SplitProjection) for module in model.modules())
+        assert_close(base(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_a_peak_is_the_most_that_lives_at_once():
+    def run():
+        first = torch.zeros(3 * MIB // 4)
+        del first
+        second, third = torch.zeros(MIB // 4), torch.zeros(MIB // 4)
+        return second, third
+
+    assert peak_of(run, resident=5) == 5 + 3 * MIB
+    kept = []
+    peak = peak_of(run, 0, prepare=lambda: kept.append(torch.zeros(4 * MIB // 4)))
+    assert peak == 7 * MIB
+    freed = [torch.zeros(2 * MIB // 4)]
+    assert peak_of(lambda: kept.clear() or freed.append(torch.zeros(1)), 0, prepare=lambda: None) < MIB
+
+
+def test_methods_with_less_to_keep_need_less_memory():
+    case = replace(BLOCK, d_model=64, d_ff=176, length=128)
+    peaks = {method: peak_memory(workload(case, method)) for method in ("full", "apex-split", "apex", "apex-recompute")}
+    assert peaks["apex-recompute"] < peaks["apex"] < peaks["apex-split"] < peaks["full"]
+
+
+def test_ratios_are_taken_within_a_round():
+    times = pd.DataFrame({"full": [1.0, 10.0, 2.0], "apex": [0.5, 5.0, 1.0]})  # the second round was disturbed
+    table = ratios(times, "full").set_index("method")
+    assert table.loc["apex", ["ratio", "ratio_low", "ratio_high"]].tolist() == [0.5, 0.5, 0.5]
+    calls = []
+    turns = taking_turns({name: lambda n=name: calls.append(n) for name in "abc"}, rounds=3)
+    assert "".join(calls) == "abc" + "abcbcacab"
+    assert turns.shape == (3, 3)
+
+
+def test_every_study_makes_a_tidy_table():
+    studies = [s for s in step_studies("cpu", True, False) if s.case.kind == "model"][:1]
+    study = replace(studies[0], case=TINY, rounds=1, resident=())
+    steps = measure(study).assign(case=TINY.name)
+    assert steps["method"].tolist() == list(METHODS)
+    assert (steps[["seconds", "ratio", "peak_mib", "trainable"]] > 0).all().all()
+    extra = overheads(TINY, 1)
+    assert extra["quantity"].tolist() == ["statistics", "assessment", "expand", "fuse"]
+    forecast = forecasts([study], steps)
+    assert set(forecast["phase"]) == {"train", "assess", "fuse"}
+    assert forecast.loc[forecast["phase"] == "train", "error"].abs().max() < 0.02
+    frozen = steps.assign(case="Llama, embeddings frozen")
+    block = steps.assign(case="FFN", kind="block")
+    table = targets(pd.concat([block, steps, frozen]), extra, forecast)
+    assert len(table) == 14
+    assert table["holds"].equals(table["measured"] <= table["bound"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cases_cover_what_they_should(device):
+    studies = step_studies(device, quick=False, compiled=True)
+    assert {study.case.kind for study in studies} == {"block", "model"}
+    assert any(study.case.compiled for study in studies)
+    assert len({study.case.name for study in studies}) == len(studies)
+    assert all("full" in study.methods and study.case.device == device for study in studies)
+    assert {axis for axis, _ in scaling_studies(device, quick=False)} == {"tokens", "width", "layers", "k"}

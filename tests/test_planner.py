@@ -1,0 +1,102 @@
+"""The forecast against what a real step allocates, and against the shapes of known models."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
+
+from apexlib import ApexConfig, plan_budget
+from apexlib.planner import METHODS, calibrate
+from benchmarks.measure import MIB, peak_memory
+from benchmarks.workloads import APEX, Case, llama_config, workload
+
+CASE = Case("small", d_model=64, d_ff=176, layers=2, heads=4, vocabulary=256, batch=2, length=48)
+LLAMA_2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000, num_hidden_layers=32
+)
+TINY_LLAMA = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=32000,
+    num_hidden_layers=22,
+)
+
+
+@pytest.fixture(scope="module")
+def budget():
+    return plan_budget(llama_config(CASE), APEX, batch=2, length=48).set_index("method")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_peak_of_a_step_is_what_was_forecast(budget, method):
+    work = workload(CASE, method)
+    assert budget.loc[method, "train_mib"] == pytest.approx(peak_memory(work) / MIB, rel=0.02)
+    trainable = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
+    assert budget.loc[method, "trainable"] == trainable
+
+
+def test_flops_of_full_fine_tuning_are_six_per_weight_and_token_and_attention(budget):
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 176) + 64 * 256  # every matrix but the embedding's
+    attention = 2 * 2 * 2 * 48 * 48 * 64  # layers · products · 2 FLOPs · tokens² · width, per sequence
+    backward = 2.5  # the kernel computes the scores once more
+    assert budget.loc["full", "flops_per_step"] == 6 * weights * 2 * 48 + attention * 2 * (1 + backward)
+    assert budget.loc["apex", "flops_per_step"] < budget.loc["hft", "flops_per_step"] * 1.05
+
+
+@pytest.mark.parametrize(("preset", "share"), [("52%", 0.5168), ("2.4%", 0.0240)])
+def test_the_presets_of_llama_2_7b(preset, share):
+    config = ApexConfig.preset(preset)
+    table = plan_budget(LLAMA_2_7B, config, batch=1, length=64, dtype="bfloat16", methods=["apex", "full"])
+    apex, full = table.iloc[0], table.iloc[1]
+    assert full["parameters"] == apex["parameters"] == full["trainable"] == 6_738_415_616
+    assert apex["share"] == pytest.approx(share, abs=1e-4)
+    assert apex["optimizer_mib"] == pytest.approx(apex["trainable"] * 8 / MIB)  # float32, two moments
+    assert full["disk_mib"] == pytest.approx(2 * 6_738_415_616 / MIB)
+    assert apex["disk_mib"] == pytest.approx(2 * full["disk_mib"])  # two stages
+
+
+def test_depth_is_extrapolated_without_error():
+    shallow, deep = (
+        plan_budget(LlamaConfig(**(llama_config(CASE).to_dict() | {"num_hidden_layers": n})), APEX, batch=2, length=48)
+        for n in (6, 7)
+    )
+    work = workload(Case("deep", **{**{k: getattr(CASE, k) for k in ("d_model", "d_ff", "heads", "vocabulary")},
+                                    "layers": 7, "batch": 2, "length": 48}), "apex")  # fmt: skip
+    assert deep.loc[0, "train_mib"] == pytest.approx(peak_memory(work) / MIB, rel=0.02)
+    numbers = ["parameters", "trainable", "flops_per_step", "train_mib", "optimizer_mib"]
+    assert (deep[numbers] > shallow[numbers]).all().all()
+
+
+def test_checkpointing_recomputing_and_grouped_queries_save_what_they_should():
+    how = {"batch": 1, "length": 512, "methods": ["apex"]}
+    plain = plan_budget(TINY_LLAMA, **how).iloc[0]
+    recomputed = plan_budget(TINY_LLAMA, ApexConfig(ffn="recompute"), **how).iloc[0]
+    again = plan_budget(TINY_LLAMA, gradient_checkpointing=True, **how).iloc[0]
+    assert again["train_mib"] < recomputed["train_mib"] < plain["train_mib"]
+    assert again["flops_per_step"] > recomputed["flops_per_step"] > plain["flops_per_step"]
+    assert plain["parameters"] == 1_100_048_384
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gemma2", "qwen3", "phi3", "opt", "gpt_neox", "olmo2"])
+def test_other_families_are_planned(variant, tiny_model):
+    table = plan_budget(tiny_model(variant).config, batch=2, length=16, methods=["apex", "full"])
+    assert (table["train_mib"] > 0).all()
+    assert table.loc[0, "trainable"] < table.loc[1, "trainable"]
+
+
+def test_a_folder_is_enough(tmp_path):
+    llama_config(CASE).save_pretrained(tmp_path)
+    table = plan_budget(tmp_path, batch=1, length=8, methods=["full"], flops_per_second=1e9)
+    assert table["seconds_per_step"].item() == pytest.approx(table["flops_per_step"].item() / 1e9)
+    assert calibrate(size=32) > 0
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValueError, match="method 'adapter': need one of apex, full, lora, hft, gmt, direct"):
+        plan_budget(TINY_LLAMA, batch=1, length=8, methods=["adapter"])
+    with pytest.raises(ValueError, match="batch: need at least 1, got 0"):
+        plan_budget(TINY_LLAMA, batch=0, length=8)
+    with pytest.raises(ValueError, match="mixtral: which experts run depends on values"):
+        plan_budget(MixtralConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=64), batch=1, length=8)
+    assert torch.get_default_device() == torch.device("cpu")

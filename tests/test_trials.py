@@ -1,0 +1,116 @@
+"""Sets of runs: kept once finished, continued where they stopped, the same whoever runs them."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from apexlib import trials
+from apexlib.trials import OutOfTimeError, Trial, run_trials, stored
+
+
+def square(folder, number, fail=False, die=False):
+    """Square a number; note each call in a file beside the trials."""
+    with (folder.parent / "calls").open("a") as calls:
+        calls.write(f"{number}\n")
+    if fail:
+        raise ValueError(f"{number} is no good")
+    if die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (folder / "note").write_text(str(number))
+    return {"square": number**2, "threads": torch.get_num_threads()}
+
+
+def some(*numbers, **changes):
+    return [Trial(f"n{number}", {"number": number, **changes}) for number in numbers]
+
+
+def calls(folder):
+    path = folder / "calls"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run trials in this process, as where there is one core or a GPU."""
+    monkeypatch.setattr(trials, "default_workers", lambda: 1)
+
+
+def test_results_come_in_order_and_are_made_once(here, tmp_path):
+    assert [result["square"] for result in run_trials(square, some(3, 1, 2), tmp_path)] == [9, 1, 4]
+    assert calls(tmp_path) == [3, 1, 2]
+    assert [result["square"] for result in run_trials(square, some(1, 2, 3, 4), tmp_path)] == [1, 4, 9, 16]
+    assert calls(tmp_path) == [3, 1, 2, 4]
+
+
+def test_what_a_result_depends_on_makes_it_stale(here, tmp_path, monkeypatch):
+    read = tmp_path / "read.txt"
+    read.write_text("one")
+    trial = [Trial("n1", {"number": 1}, (read,))]
+    run_trials(square, trial, tmp_path)
+    for change in (
+        lambda: read.write_text("other"),
+        lambda: monkeypatch.setattr(trials, "_software", lambda: ["another version"]),
+    ):
+        change()
+        assert stored(trial[0], tmp_path) is None
+        run_trials(square, trial, tmp_path)
+        assert stored(trial[0], tmp_path) is not None
+    run_trials(square, [Trial("n1", {"number": 5}, (read,))], tmp_path)
+    assert calls(tmp_path) == [1, 1, 1, 5]
+
+
+def test_a_failure_spares_the_others_and_is_tried_again(here, tmp_path):
+    mixed = [*some(1), *some(2, fail=True), *some(3)]
+    with pytest.raises(RuntimeError, match="1 of 3 trials failed, first n2: ValueError: 2 is no good"):
+        run_trials(square, mixed, tmp_path)
+    with pytest.raises(RuntimeError, match="n2"):
+        run_trials(square, mixed, tmp_path)
+    assert calls(tmp_path) == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"key": 1}'])
+def test_a_damaged_result_is_made_again(damage, here, tmp_path):
+    run_trials(square, some(1), tmp_path)
+    (tmp_path / "n1" / trials.RESULT).write_bytes(damage)
+    assert run_trials(square, some(1), tmp_path)[0]["square"] == 1
+    assert calls(tmp_path) == [1, 1]
+
+
+def test_a_trial_starts_in_a_clean_folder(here, tmp_path):
+    (tmp_path / "n1").mkdir()
+    (tmp_path / "n1" / "half").write_text("of an interrupted run")
+    run_trials(square, some(1), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "n1").iterdir()) == ["note", trials.RESULT]
+
+
+def test_no_trial_is_started_after_the_time_given(here, tmp_path):
+    run_trials(square, some(2), tmp_path)
+    with pytest.raises(OutOfTimeError, match="2 of 3 trials are left: n1, n3") as caught:
+        run_trials(square, some(1, 2, 3), tmp_path, seconds=-1)
+    assert caught.value.left == ("n1", "n3")
+    assert calls(tmp_path) == [2]
+    assert len(run_trials(square, some(1, 2, 3), tmp_path, seconds=60)) == 3
+
+
+def test_names_must_differ(tmp_path):
+    with pytest.raises(ValueError, match=r"trials \['n1'\]: need a name of its own"):
+        run_trials(square, some(1, 1), tmp_path)
+
+
+def test_processes_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "default_workers", lambda: 2)
+    mixed = [*some(1, 2, 3), *some(4, fail=True)]
+    with pytest.raises(RuntimeError, match="1 of 4 trials failed, first n4"):
+        run_trials(square, mixed, tmp_path)
+    assert sorted(calls(tmp_path)) == [1, 2, 3, 4]
+    assert [stored(trial, tmp_path)["threads"] for trial in some(1, 2, 3)] == [1, 1, 1]
+
+
+def test_a_killed_process_is_reported_and_what_was_done_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "default_workers", lambda: 2)
+    run_trials(square, some(1), tmp_path)
+    with pytest.raises(RuntimeError, match=r"first n2: its process died.*out of memory\?"):
+        run_trials(square, [*some(1), *some(2, die=True)], tmp_path)
+    assert stored(some(1)[0], tmp_path)["square"] == 1
