@@ -3,7 +3,9 @@
 import argparse
 import json
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -138,9 +140,9 @@ class _Ledger:
         self.root, self.path = root, path
         self.notebooks: dict[str, dict[str, Any]] = {}
         self.files: dict[str, list[Any]] = {}
-        with suppress(FileNotFoundError, json.JSONDecodeError):
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["format"] == _STATE_FORMAT:
+            if stored["format"] == _STATE_FORMAT and _is_ledger(stored["notebooks"], stored["files"]):
                 self.notebooks, self.files = stored["notebooks"], stored["files"]
 
     def save(self) -> None:
@@ -157,6 +159,14 @@ class _Ledger:
                 self.files[name] = [*stamp, file_hash(self.root / name)]
         hashes = {name: self.files[name][-1] for name in found}
         return (content_hash(hashes) if path.endswith("/") else hashes[path]) if hashes else None
+
+
+def _is_ledger(notebooks: Any, files: Any) -> bool:
+    """Whether these are what a ledger holds; what a damaged file holds counts as nothing, and its notebooks run."""
+    maps = [notebooks, files, *notebooks.values()]
+    for past in filter(None, notebooks.values()):
+        maps += [past["inputs"], past["record"], past["record"]["artifacts"]]
+    return all(isinstance(each, dict) for each in maps) and all(isinstance(seen, list) for seen in files.values())
 
 
 class _Job:
@@ -391,8 +401,18 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def _terminate(*_: Any) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0: all went well, 1: a notebook failed, 2: nothing was started, 130: interrupted."""
+    """Run from the command line and return the exit code.
+
+    0: all went well; 1: a notebook failed, or the runner could not write; 2: nothing was started; 130 or 143:
+    interrupted by SIGINT or SIGTERM.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     parser = argparse.ArgumentParser(prog="python -m apexlib.reproduce", description="Run the notebooks of a profile.")
     parser.add_argument("--profile", default="cpu", help="a name from notebooks/profiles, or a YAML file of your own")
     which = parser.add_mutually_exclusive_group()
@@ -426,9 +446,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stopped = [f"{step.notebook} ({step.status})" for step in error.steps if step.status in _STOPPED]
         print(f"error: {', '.join(stopped)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except OSError as error:
+        print(f"error: {error}; what is finished is kept, run again to go on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
-        return 130
+        return 143 if stopped.args else 130
     return 0
 
 

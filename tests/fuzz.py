@@ -27,6 +27,7 @@ from apexlib.claims import read_claims
 from apexlib.corpora import load_chat, load_corpus
 from apexlib.notebooks import read_notebook, read_profile
 from apexlib.records import write_json
+from apexlib.reproduce import _Ledger
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20  # a loader that takes longer hangs
@@ -76,6 +77,8 @@ def loaders(folder: Path) -> list[Loader]:
         pd.DataFrame({"stage": [0], "activation": [0.1]}).to_parquet(state / "assessed.parquet")
         write_json({"histories": []}, state / "progress.json")
     shutil.copytree(folder / "step-0-1", folder / "unsealed")
+    past = {"inputs": {"source": "0"}, "record": {"artifacts": {"a.csv": "0"}}}
+    write_json({"format": 1, "notebooks": {"00": past}, "files": {"a.csv": [1, 2, "0"]}}, folder / "ledger.json")
     write_json({"format": 1, "identity": {"steps": 3}, "provenance": {}}, folder / "run" / "run.json")
     with warnings.catch_warnings():
         save_fused(build("llama", num_hidden_layers=1), folder / "fused")
@@ -94,6 +97,7 @@ def loaders(folder: Path) -> list[Loader]:
         Loader("training file", folder / "train.yaml", _settings),
         Loader("state of a run", folder / "unsealed" / "state.json", lambda path: read_state(path.parent)),
         Loader("tensors of a run", folder / "unsealed" / "state.safetensors", lambda path: read_state(path.parent)),
+        Loader("memory of the runner", folder / "ledger.json", lambda path: _Ledger(folder, path)),
         Loader("identity of a run", folder / "run" / "run.json", _resume),
         *(
             Loader("checkpoint", path, lambda path: _refuse(fault(path.parent)), sealed=path.name != "manifest.json")

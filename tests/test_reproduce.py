@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -520,7 +521,8 @@ def kernels_of(root: Path) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks for processes in /proc")
-def test_an_interrupt_stops_the_kernel_too(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_stops_the_kernel_too(number, code, tmp_path):
     project = Project(tmp_path).make().notebook("00_long", "import time\nopen('begun', 'w').close()\ntime.sleep(60)")
     project.profile(notebooks={"00_long": {}})
     command = [sys.executable, "-m", "apexlib.reproduce"]
@@ -530,15 +532,46 @@ def test_an_interrupt_stops_the_kernel_too(tmp_path):
         while not (tmp_path / "notebooks" / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert kernels_of(tmp_path)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert error.splitlines() == [
         "00_long  start: never run",  # and no word of papermill's or the kernel's own
         "interrupted: the notebook under way starts again next time",
     ]
     assert not kernels_of(tmp_path)
     assert project.plan() == {"00": ("run", "the last run did not finish")}
+
+
+def test_a_full_disk_is_one_message_and_the_next_run_goes_on(tmp_path, monkeypatch, capsys):
+    """No file may grow beyond 1500 bytes: neither the executed copy nor what the runner remembers fits."""
+    project = Project(tmp_path).make().notebook("00_any", "1").profile(notebooks={"00_any": {}})
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+    command = [sys.executable, "-m", "apexlib.reproduce"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert found.returncode == 1
+    assert "File too large" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not list(tmp_path.rglob(".partial-*"))
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert project.plan() == {"00": ("skip", "up to date")}
+
+
+def test_what_a_killed_runner_left_is_cleared(project, no_kernel):
+    left = [project.runs / ".partial-state-x.json", project.table(".partial-a-x.csv")]
+    for path in left:
+        path.write_text("half")
+    assert project.run() == dict.fromkeys(("00", "01", "02", "03"), "up to date")
+    assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "notebooks": [], "files": 1}']
+)
+def test_a_damaged_memory_makes_notebooks_run_again(project, no_kernel, content):
+    (project.runs / "state.json").write_text(content)
+    assert set(project.plan().values()) == {("run", "never run")}
 
 
 def test_a_kernel_that_does_not_start_says_why(tmp_path):
