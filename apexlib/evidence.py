@@ -21,14 +21,13 @@ from typing import Any
 import pandas as pd
 from transformers.utils.logging import disable_progress_bar
 
-from apexlib.claims import summarise
+from apexlib.claims import paired_over_examples, summarise
 from apexlib.experiments import (
     Comparison,
     compare,
     continued_run,
     difference_run,
     instruction_run,
-    paired_over_examples,
     pretraining_run,
     rank_run,
     reference_run,
