@@ -1,12 +1,13 @@
 """Result files: never half written, always with provenance."""
 
+import errno
 import json
 import os
 
 import pandas as pd
 import pytest
 
-from apexlib import records
+from apexlib import ApexConfig, records
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -20,6 +21,52 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["table.csv"]
+
+
+def test_a_failed_folder_leaves_the_old_one_and_no_debris(tmp_path):
+    with records.atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("old")
+    with pytest.raises(UnicodeEncodeError), records.atomic_folder(tmp_path / "a", replace=True) as temporary:
+        (temporary / "x").write_text("half \udc80", encoding="utf-8")
+    with pytest.raises(OSError, match="not empty"), records.atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("new")
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+    with records.atomic_folder(tmp_path / "a", replace=True) as temporary:
+        (temporary / "y").write_text("new")
+    assert os.listdir(tmp_path / "a") == ["y"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_only_what_an_unfinished_write_left_is_cleared(tmp_path):
+    (tmp_path / ".partial-a-x").mkdir()
+    (tmp_path / ".partial-b").symlink_to(tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    assert len(records.clear_partial(tmp_path)) == 2
+    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path / "kept") == ["file"]
+
+
+@pytest.mark.parametrize("write", [ApexConfig().to_json, lambda path: records.write_json({"a": 1}, path)])
+def test_a_disk_that_fills_up_leaves_the_old_file(write, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_lock_is_let_go_at_the_end(tmp_path):
+    with records.exclusive(tmp_path / "lock"), pytest.raises(BlockingIOError), records.exclusive(tmp_path / "lock"):
+        pass
+    with records.exclusive(tmp_path / "lock"):
+        pass
 
 
 def test_a_saved_table_carries_its_provenance_and_hash(tmp_path):
