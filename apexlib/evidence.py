@@ -372,7 +372,7 @@ def instruction_tuning(work: Work, bases: Mapping[int, Path]) -> pd.DataFrame:
 
 
 def effective_ranks(work: Work, bases: Mapping[int, Path], table: pd.DataFrame) -> None:
-    """Tables of notebook 05 on weights: does effective rank rise, and does the rise go with the gain."""
+    """Tables and figures of notebook 05 on weights: does effective rank rise, and does the rise go with the gain."""
     tuned = table[table["chosen"] & (table["method"] != "base")]
     folders = [work.out / "instruction" / Path(path).name for path in tuned["path"]]
     trials = [
@@ -395,6 +395,7 @@ def effective_ranks(work: Work, bases: Mapping[int, Path], table: pd.DataFrame) 
     work.save(updates.drop(columns=["before", "after", "by_chance"]), "updates")
     last = ranks["stage"] == ranks.groupby(["method", "seed"])["stage"].transform("max")
     final = ranks[last & (ranks["layer"] >= 0)]  # layer −1: embeddings
+    _draw_ranks(work, final, updates)
     keys = ["method", "seed"]
     gain = final.groupby(keys, sort=False, as_index=False)[["change", "change_by_chance"]].mean()
     gain = gain.set_axis([*keys, "erank_change", "erank_change_by_chance"], axis=1)
@@ -402,13 +403,31 @@ def effective_ranks(work: Work, bases: Mapping[int, Path], table: pd.DataFrame) 
     gain = gain.merge(tuned[[*keys, "answer_loss"]], on=keys)
     before = table[table["method"] == "base"].set_index("seed")["answer_loss"]
     gain["answer_loss_gain"] = gain["seed"].map(before) - gain.pop("answer_loss")
-    work.save(gain, "rank_gain")
+    work.draw(work.save(gain, "rank_gain"), "rank_gain")
     rows = [
         {"seed": seed, "methods": len(part)}
         | {"correlation": part["erank_change"].corr(part["answer_loss_gain"], method="spearman")}
         for seed, part in gain.groupby("seed")
     ]
     work.save(pd.DataFrame(rows), "rank_correlation")
+
+
+def _draw_ranks(work: Work, final: pd.DataFrame, updates: pd.DataFrame) -> None:
+    """Draw effective rank before and after, and of the updates, each beside its null."""
+
+    def with_null(table: pd.DataFrame, value: str, null: str) -> pd.DataFrame:
+        per_run = table.groupby(["method", "seed"], sort=False, as_index=False)[[value, null]].mean()
+        nulls = per_run.groupby("method", sort=False, as_index=False)[null].mean().rename(columns={null: "null"})
+        return summarise(per_run, ["method"], value).merge(nulls)
+
+    start = final[final["method"] == final["method"].iloc[0]]
+    start = start.assign(share=start["before"] / start["random"], panel="before fine-tuning")
+    change = with_null(final, "change", "change_by_chance").assign(panel="by fine-tuning")
+    panels = [start[["layer", "role", "share", "panel"]], change]
+    work.draw(pd.concat(panels, ignore_index=True), "effective_rank")
+    inside = updates[(updates["layer"] >= 0) & (updates["frobenius"] > 0)]
+    inside = inside.assign(share=inside["effective_rank"] / inside["random"], one=1.0)
+    work.draw(with_null(inside, "share", "one"), "update_rank")
 
 
 def continued_pretraining(work: Work, bases: Mapping[int, Path]) -> None:
