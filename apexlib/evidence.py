@@ -38,7 +38,7 @@ from apexlib.experiments import (
 )
 from apexlib.prepared import MANIFEST, PREFIX, check, prepare
 from apexlib.pretraining import checkpoint_folder
-from apexlib.records import file_hash, save_table
+from apexlib.records import clear_partial, file_hash, save_table
 from apexlib.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
 
 UNFINISHED = 3  # exit code: pieces are left
@@ -585,6 +585,8 @@ def _do(given: argparse.Namespace, scale: Scale) -> int:
         print(pieces.to_string(index=False))
         print(f"{pieces['count'].sum()} pieces, {pieces['minutes'].sum():.1f} minutes")
         return 0
+    for folder in ("tables", "figures"):
+        clear_partial(given.out / folder)  # of a killed call
     try:
         gather(Work(scale, given.data, given.out, seconds=given.budget, workers=given.workers))
     except OutOfTimeError:

@@ -147,6 +147,7 @@ def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
     shape = copy.deepcopy(shape)
     text = shape.get_text_config()
     text.num_hidden_layers = layers
+    text.pad_token_id = None  # else GPT-2 looks for it in the tokens, which have no values here
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     return shape
