@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -137,11 +138,18 @@ def _outcome(future: Future) -> str:
 
 
 def _worker() -> None:
+    """Prepare a process: one thread, no bars, and an end with the parent, which a killed one cannot order."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of weights: a line for every file
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _finish(run: Run, trial: Trial, folder: Path) -> str:

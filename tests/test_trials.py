@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,3 +118,46 @@ def test_a_killed_process_is_reported_and_what_was_done_is_kept(tmp_path, monkey
     with pytest.raises(RuntimeError, match=r"first n2: its process died.*out of memory\?"):
         run_trials(square, [*some(1), *some(2, die=True)], tmp_path)
     assert stored(some(1)[0], tmp_path)["square"] == 1
+
+
+def linger(folder):
+    """Say which process this is, and stay."""
+    (folder.parent / f"{os.getpid()}.pid").touch()
+    time.sleep(120)
+    return {}
+
+
+def test_no_process_outlives_a_killed_parent(tmp_path):
+    code = (
+        "from pathlib import Path; from test_trials import linger; from apexlib.trials import Trial, run_trials\n"
+        "if __name__ == '__main__':\n"
+        f"    run_trials(linger, [Trial('a', {{}}), Trial('b', {{}})], Path({str(tmp_path)!r}), workers=2)\n"
+    )
+    (tmp_path / "set.py").write_text(code)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "set.py")], env=environment)
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(alive(worker) for worker in workers), seconds=20)
+
+
+def wait_until(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come about in time"
+        time.sleep(0.1)
+
+
+def alive(process):
+    """Whether a process runs; one that has ended but was not collected does not."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/status")
+    return not (status.exists() and "\nState:\tZ" in status.read_text())
