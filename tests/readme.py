@@ -28,8 +28,7 @@ def claims() -> str:
 
 
 def run() -> str:
-    """Where, with what and how long the default run was made."""
-    manifest = json.loads((RESULTS / "manifest.json").read_text(encoding="utf-8"))
+    """Where and with what the default run was made, and how good its base models are."""
     facts = json.loads((RESULTS / "models.json").read_text(encoding="utf-8"))
     models = pd.read_csv(RESULTS / "models.csv")
     final = models[models["step"] == models["step"].max()].groupby("model")
@@ -37,13 +36,11 @@ def run() -> str:
         f"{name} ({int(part['parameters'].iloc[0]):,} parameters) {part['loss'].mean():.2f}"
         for name, part in sorted(final, key=lambda item: item[1]["parameters"].iloc[0])
     )
-    minutes = sum(entry["seconds"] for entry in manifest["notebooks"].values()) / 60
     versions = facts["versions"]
     return (
         f"Run on {facts['device']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"Python {facts['python']}: {minutes:.1f} minutes for {len(manifest['notebooks'])} notebooks. Held-out loss in "
-        f"nats per token after {models['tokens'].max() / 1e6:.1f} million tokens: {losses}; token frequencies alone "
-        f"{facts['unigram_loss']:.2f}."
+        f"Python {facts['python']}. Held-out loss in nats per token after {models['tokens'].max() / 1e6:.1f} million "
+        f"tokens: {losses}; token frequencies alone {facts['unigram_loss']:.2f}."
     )
 
 
