@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from apexlib.records import atomic_write
 
@@ -407,6 +408,7 @@ def plot_scaling(table: pd.DataFrame, ax: Axes, quantity: str = "seconds") -> Ax
     ax.set(xscale="log", yscale="log", xlabel={"k": "share of units paired", "width": "d_model"}.get(axis, axis))
     ax.set_xticks(values, [f"{value:g}" for value in values], rotation=45)
     ax.xaxis.minorticks_off()
+    _plain_log_ticks(ax.yaxis)
     if ax.get_subplotspec().is_first_col():
         ax.set_ylabel({"seconds": "seconds per step", "peak_mib": "peak memory (MiB)"}[quantity])
     _legend_for_all(ax)
@@ -427,6 +429,8 @@ def plot_forecast(table: pd.DataFrame, ax: Axes) -> Axes:
             rows["measured_mib"], rows["forecast_mib"], marker, color=colour, mec="white", mew=0.4, ms=5, label=phase
         )
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    for axis in (ax.xaxis, ax.yaxis):
+        _plain_log_ticks(axis)
     ax.set(xlabel="measured peak memory (MiB)", ylabel="forecast (MiB)")
     ax.legend()
     return _remember(ax, table)
@@ -507,6 +511,13 @@ FIGURES = {  # in the order of the notebooks
         height=3.0,
     ),
 }
+
+
+def _plain_log_ticks(axis: Axis) -> None:
+    """Label 1, 2 and 5 of each decade, in plain digits."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend_for_all(ax: Axes, ncols: int = 4) -> None:

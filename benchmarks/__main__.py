@@ -1,10 +1,8 @@
 """Measure what a training step costs, by method: tables to data/results/bench, figures to figures/bench."""
 
 import argparse
-import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +10,7 @@ import torch
 
 from apexlib.plotting import new_figure, plot_forecast, plot_scaling, plot_step_costs, save_figure
 from apexlib.records import folders, save_table
+from benchmarks import effective_rank
 from benchmarks.cases import scaling_studies, step_studies
 from benchmarks.studies import forecasts, overheads, scaling, steps, targets
 
@@ -45,9 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, table in tables.items():
         print(save_table(table, name, place.results, **facts))
     draw(tables, place.figures)
-    if find_spec("benchmarks.effective_rank"):
-        command = [sys.executable, "-m", "benchmarks.effective_rank", *(["--quick"] if options.quick else [])]
-        return subprocess.run(command, check=False).returncode
+    small = ["--rows", "256", "--columns", "704"] if options.quick else []
+    effective_rank.main([*small, "--threads", str(options.threads), "--out", str(place.results)])
     return 0
 
 

@@ -83,7 +83,7 @@ def compare(name: str, dtype: str, matrix: torch.Tensor, repeats: int) -> dict[s
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run all comparisons, print the table, write it if a folder is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024)
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for effective_rank_speed.csv")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     found = matrices(options.rows, options.columns)
     effective_rank(next(iter(found.values())))  # imports and first calls are not timed

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from apexlib.expansion import Mixer, SplitProjection, expand
 from apexlib.selection import select
+from benchmarks import effective_rank
 from benchmarks.activation_space import ActivationMixer, ActivationProjection, expand_on_activations
 from benchmarks.cases import scaling_studies, step_studies
 from benchmarks.measure import MIB, peak_memory, peak_of, ratios, taking_turns
@@ -123,3 +124,10 @@ def test_the_cases_cover_what_they_should(device):
     assert len({study.case.name for study in studies}) == len(studies)
     assert all("full" in study.methods and study.case.device == device for study in studies)
     assert {axis for axis, _ in scaling_studies(device, quick=False)} == {"tokens", "width", "layers", "k"}
+
+
+def test_the_throughput_of_effective_rank_is_recorded_too(tmp_path, capsys):
+    effective_rank.main(["--rows", "32", "--columns", "48", "--repeats", "1", "--out", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "effective_rank_speed.csv")
+    assert (table["error"] <= 1e-6).all()
+    assert (table["ratio"] > 0).all()
