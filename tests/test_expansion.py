@@ -179,7 +179,8 @@ def test_expanding_keeps_every_bit_and_fusing_keeps_the_function(variant, batch)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_plan_keeps_the_function(variant, data, batch):
-    model = build(variant)
+    # in float32 rounding alone may pass the bound; norms and softmax still round to it inside transformers
+    model = build(variant, dtype=torch.float64)
     before = logits(model, batch)
     operator = data.draw(st.sampled_from(OPERATOR_KINDS))
     expand(model, data.draw(plans(model)), operator=operator, train_embeddings=data.draw(st.booleans()))
