@@ -117,7 +117,7 @@ def grid_trials(
         Trial(
             f"{variant}-lr{rate:g}-seed{seed}",
             {"variant": variant, "learning_rate": rate, "seed": seed, "base": str(bases[seed]), **settings},
-            reads=(Path(bases[seed]),),
+            reads=(Path(_local(str(bases[seed]))),),
         )
         for variant in variants
         for rate in learning_rates
