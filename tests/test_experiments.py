@@ -210,3 +210,12 @@ def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, mo
     assert (tmp_path / "calls").read_text()[len(before) :].split() == ["apex-lr0.1-seed1", "apex-lr0.1-seed0"]
     assert sorted(other.runs["seed"]) == [0, 1]
     assert other.runs["chosen"].all()
+
+
+def test_a_trial_reads_its_base_from_the_root_wherever_it_is_made(tmp_path, monkeypatch):
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(experiments, "_root", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    (trial,) = grid_trials(["full"], [1e-3], [0], {0: "models/base"})
+    assert [path.is_dir() for path in trial.reads] == [True]
