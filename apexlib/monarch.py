@@ -8,6 +8,7 @@ W Mᵀ = (M Wᵀ)ᵀ, that is `operator(weight.T).T`.
 
 from contextlib import AbstractContextManager, nullcontext
 from math import isqrt
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -70,11 +71,42 @@ class MonarchOperator(Operator):
         if padding := n * m - self.k:  # padding by zero rows would still copy
             rows = nn.functional.pad(rows, (0, 0, 0, padding))
         blocks = rearrange(rows, "(block column) d -> block column d", block=n)
-        if self.first is not None:
-            blocks = einsum(self.first, blocks, "block row column, block column d -> block row d")
-        # Π hands row r of every L₁ block to L₂ block r, Πᵀ hands it back
-        product = einsum(self.second, blocks, "row out block, block row d -> out row d")
+        one_factor = self.first is None
+        product = _second(self.second, blocks) if one_factor else _Product.apply(self.first, self.second, blocks)
         return rearrange(product, "out row d -> (out row) d")[: self.k]
+
+
+class _Product(torch.autograd.Function):
+    """Both factors at once: backward makes L₁ P anew, since keeping it takes as much memory as the rows themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(first: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
+        return _second(second, _first(first, blocks))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, second, blocks = ctx.saved_tensors
+        between = einsum(second, grad, "row out block, out row d -> block row d")
+        return (
+            einsum(between, blocks, "block row d, block column d -> block row column"),
+            einsum(grad, _first(first, blocks), "out row d, block row d -> row out block"),
+            einsum(first, between, "block row column, block row d -> block column d"),
+        )
+
+
+def _first(factor: Tensor, blocks: Tensor) -> Tensor:
+    return einsum(factor, blocks, "block row column, block column d -> block row d")
+
+
+def _second(factor: Tensor, blocks: Tensor) -> Tensor:
+    """Π hands row r of every L₁ block to L₂ block r, Πᵀ hands it back."""
+    return einsum(factor, blocks, "row out block, block row d -> out row d")
 
 
 class DiagonalOperator(Operator):

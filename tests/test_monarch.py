@@ -76,6 +76,29 @@ def test_gradients(kind, k):
     assert torch.autograd.gradgradcheck(product, inputs)
 
 
+@pytest.mark.parametrize("k", [6, 9, 13])
+def test_backward_keeps_nothing_between_the_factors(k):
+    operator = operator_away_from_zero("monarch", k)
+    rows, kept = torch.randn(k, 200, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        operator(rows)
+    padded = operator.second.shape[0] * operator.second.shape[1] > k  # then the rows have to be copied
+    large = [tensor for tensor in kept if tensor.numel() > 200]
+    own = [tensor for tensor in large if tensor.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()]
+    assert len(large) == 1
+    assert len(own) == (0 if padded else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_over_rows_is_a_product_for_each(kind):
+    operator = operator_away_from_zero(kind, 12)
+    many = torch.randn(3, 12, 5, dtype=torch.float64)
+    assert_close(torch.func.vmap(operator)(many), torch.stack([operator(rows) for rows in many]))
+    gradients = torch.func.vmap(torch.func.grad(lambda rows: operator(rows).square().sum()))(many)
+    expected = [torch.func.grad(lambda rows: operator(rows).square().sum())(rows) for rows in many]
+    assert_close(gradients, torch.stack(expected))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(k=SIZES)
 @settings(max_examples=20, deadline=None)

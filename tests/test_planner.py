@@ -69,7 +69,7 @@ def test_depth_is_extrapolated_without_error():
 
 
 def test_checkpointing_recomputing_and_grouped_queries_save_what_they_should():
-    how = {"batch": 1, "length": 512, "methods": ["apex"]}
+    how = {"batch": 4, "length": 512, "methods": ["apex"]}  # with few tokens gradients are the peak in every form
     plain = plan_budget(TINY_LLAMA, **how).iloc[0]
     recomputed = plan_budget(TINY_LLAMA, ApexConfig(ffn="recompute"), **how).iloc[0]
     again = plan_budget(TINY_LLAMA, gradient_checkpointing=True, **how).iloc[0]
