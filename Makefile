@@ -2,6 +2,7 @@
 #   make reproduce [PROFILE=smoke|cpu|gpu|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
+#   make test-evidence                             the evidence script at toy size, on corpora beside the project
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce bench test test-long lint format readme lab setup lock clean
+.PHONY: reproduce bench test test-long test-evidence lint format readme lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -25,6 +26,9 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)
+
+test-evidence: $(STAMP)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m evidence $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from apexlib.claims import paired_over_examples, summarise
 from apexlib.experiments import (
+    VARIANTS,
     Comparison,
     compare,
     continued_run,
@@ -38,6 +41,7 @@ from apexlib.experiments import (
 )
 from apexlib.prepared import MANIFEST, PREFIX, check, prepare
 from apexlib.pretraining import checkpoint_folder
+from apexlib.rank_change import beside_null, rank_changes, rank_correlation, rank_gain, rank_panels, update_ranks
 from apexlib.records import clear_partial, file_hash, save_table
 from apexlib.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
 
@@ -186,9 +190,12 @@ class Work:
 
     def draw(self, table: pd.DataFrame, name: str) -> None:
         """Draw a figure of the suite from its table."""
+        import matplotlib.pyplot as plt
+
         from apexlib.plotting import draw_figure
 
         draw_figure(table, name, self.out / "figures")
+        plt.close()
 
 
 def gather(work: Work) -> None:
@@ -350,6 +357,9 @@ def instruction_tuning(work: Work, bases: Mapping[int, Path]) -> pd.DataFrame:
     facts = {"setting": {**work.scale.instruction, **setting}}
     work.save(table, "instruction", **facts)
     work.draw(work.save(tuning.rates, "learning_rates"), "learning_rates")
+    grid = tuning.runs[tuning.runs["seed"].isin(work.scale.grid_seeds)]
+    by = ["method", "learning_rate", "chosen"]
+    work.draw(grid.groupby(by, sort=False, as_index=False)[["answer_loss", "retention_loss"]].mean(), "trade_off")
     chosen = table[table["chosen"]]
     families = [
         {"method": run.method, "seed": run.seed, "family": family, "examples": count, "exact_match": share}
@@ -387,47 +397,13 @@ def effective_ranks(work: Work, bases: Mapping[int, Path], table: pd.DataFrame) 
         ],
         ignore_index=True,
     )
-    keys = ["method", "seed", "stage", "layer", "role", "weight", "rows", "columns"]
-    ranks = updates[[*keys, "after", "before", "by_chance", "random"]].rename(columns={"after": "effective_rank"})
-    ranks["change"] = ranks["effective_rank"] / ranks["before"] - 1
-    ranks["change_by_chance"] = ranks["by_chance"] / ranks["before"] - 1
-    work.save(ranks, "effective_rank")
+    ranks = work.save(rank_changes(updates), "effective_rank")
     work.save(updates.drop(columns=["before", "after", "by_chance"]), "updates")
-    last = ranks["stage"] == ranks.groupby(["method", "seed"])["stage"].transform("max")
-    final = ranks[last & (ranks["layer"] >= 0)]  # layer −1: embeddings
-    _draw_ranks(work, final, updates)
-    keys = ["method", "seed"]
-    gain = final.groupby(keys, sort=False, as_index=False)[["change", "change_by_chance"]].mean()
-    gain = gain.set_axis([*keys, "erank_change", "erank_change_by_chance"], axis=1)
-    gain["erank_change_excess"] = gain["erank_change"] - gain["erank_change_by_chance"]
-    gain = gain.merge(tuned[[*keys, "answer_loss"]], on=keys)
-    before = table[table["method"] == "base"].set_index("seed")["answer_loss"]
-    gain["answer_loss_gain"] = gain["seed"].map(before) - gain.pop("answer_loss")
-    work.draw(work.save(gain, "rank_gain"), "rank_gain")
-    rows = [
-        {"seed": seed, "methods": len(part)}
-        | {"correlation": part["erank_change"].corr(part["answer_loss_gain"], method="spearman")}
-        for seed, part in gain.groupby("seed")
-    ]
-    work.save(pd.DataFrame(rows), "rank_correlation")
-
-
-def _draw_ranks(work: Work, final: pd.DataFrame, updates: pd.DataFrame) -> None:
-    """Draw effective rank before and after, and of the updates, each beside its null."""
-
-    def with_null(table: pd.DataFrame, value: str, null: str) -> pd.DataFrame:
-        per_run = table.groupby(["method", "seed"], sort=False, as_index=False)[[value, null]].mean()
-        nulls = per_run.groupby("method", sort=False, as_index=False)[null].mean().rename(columns={null: "null"})
-        return summarise(per_run, ["method"], value).merge(nulls)
-
-    start = final[final["method"] == final["method"].iloc[0]]
-    start = start.assign(share=start["before"] / start["random"], panel="before fine-tuning")
-    change = with_null(final, "change", "change_by_chance").assign(panel="by fine-tuning")
-    panels = [start[["layer", "role", "share", "panel"]], change]
-    work.draw(pd.concat(panels, ignore_index=True), "effective_rank")
-    inside = updates[(updates["layer"] >= 0) & (updates["frobenius"] > 0)]
-    inside = inside.assign(share=inside["effective_rank"] / inside["random"], one=1.0)
-    work.draw(with_null(inside, "share", "one"), "update_rank")
+    work.draw(rank_panels(ranks), "effective_rank")
+    work.draw(beside_null(update_ranks(updates), "rank_share", "null"), "update_rank")
+    gain = work.save(rank_gain(ranks, table[table["chosen"]]), "rank_gain")
+    work.draw(gain, "rank_gain")
+    work.save(rank_correlation(gain), "rank_correlation")
 
 
 def continued_pretraining(work: Work, bases: Mapping[int, Path]) -> None:
@@ -482,56 +458,76 @@ def turned_knobs(work: Work, bases: Mapping[int, Path], table: pd.DataFrame) -> 
     work.draw(pd.concat([*panels, match.assign(panel="right answers (share)")], ignore_index=True), "ablations")
 
 
-def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
-    """Say how many pieces there are and how long each takes: `piece`, `count`, `steps`, `tokens`, `seconds`, `minutes`.
+def pieces(scale: Scale, data: Path) -> pd.DataFrame:
+    """Count the pieces of work: `piece`, `count`, and what each is about.
 
-    `tflops` is what the machine reaches in training, in 10¹² FLOP/s.
+    `model` and `variant` name what is trained or measured, in `steps` of `batch` sequences of `length` tokens;
+    `evaluated` are tokens that only pass forward.
     """
     counts = json.loads((Path(data) / MANIFEST).read_text(encoding="utf-8"))["counts"]
-    sizes = {name: _parameters(shape, 8192) for name, shape in scale.models.items()}
-    size, seeds, context = list(sizes.values())[-1], len(scale.seeds), scale.pretraining["context"]
-
-    def runs(how: Mapping[str, Any]) -> int:
-        grid = len(how["learning_rates"]) * len(scale.grid_seeds)
-        return len(how["methods"]) * (grid + len(set(scale.seeds) - set(scale.grid_seeds)))
-
+    base, tuning, further, context = scale.pretraining, scale.instruction, scale.continued, scale.pretraining["context"]
+    seeds, last = len(scale.seeds), list(scale.models)[-1]
     held_out = min(scale.blocks * context, counts["general-test"]["tokens"])
     test = counts["chat-test"]["tokens"] * 4 if scale.conversations["test"] is None else 10000  # every choice once
-    average = counts["chat-train"]["tokens"] / counts["chat-train"]["kept"]
-    how, rows = scale.pretraining, []
-    for name, parameters in sizes.items():
-        steps, tokens = how["steps"] // how["parts"], how["batch_size"] * context
-        rows.append((f"base {name}, a part", seeds * how["parts"], parameters, steps, tokens, 0))
-        rows.append((f"difference {name}", seeds * len(how["kept"]), parameters, 0, 0, held_out * 10))
-    tuning, further = scale.instruction, scale.continued
-    for name, count, steps in (
-        ("instruction", runs(tuning), tuning["steps"]),
-        ("instruction, untuned", seeds, 0),
-        ("knobs", len(scale.knobs) * len(scale.knob_seeds), tuning["steps"]),
-    ):
-        rows.append((name, count, size, steps, tuning["batch_size"] * average, test + held_out))
-    tokens = further["batch_size"] * context
-    seen = held_out * (further["evaluations"] + 3)
-    rows.append(("continued", runs(further), size, further["steps"], tokens, seen))
-    rows.append(("effective rank", len(tuning["methods"]) * seeds, size, 0, 0, 0))
-    table = pd.DataFrame(rows, columns=["piece", "count", "parameters", "steps", "tokens_per_step", "evaluated"])
-    seconds = [piece_seconds(*row, tflops=tflops) for row in table.iloc[:, 2:].itertuples(index=False)]
-    table["tokens"] = (table["steps"] * table.pop("tokens_per_step")).round().astype(int)
-    return table.drop(columns="evaluated").assign(seconds=seconds, minutes=table["count"] * seconds / 60).round(2)
+    talk = math.ceil(counts["chat-train"]["tokens"] / counts["chat-train"]["kept"])  # tokens of a conversation
+    rows: list[dict[str, Any]] = []
+
+    def add(piece: str, count: int, **how: Any) -> None:
+        idle = {"model": last, "variant": "full", "steps": 0, "batch": 1, "length": context, "evaluated": 0}
+        rows.append({"piece": piece, "count": count, **idle, **how})
+
+    def runs(how: Mapping[str, Any]) -> int:
+        return len(how["learning_rates"]) * len(scale.grid_seeds) + len(set(scale.seeds) - set(scale.grid_seeds))
+
+    for name in scale.models:
+        part = {"steps": base["steps"] // base["parts"], "batch": base["batch_size"]}
+        add(f"base {name}, a part", seeds * base["parts"], model=name, **part)
+        add(f"difference {name}", seeds * len(base["kept"]), model=name, evaluated=held_out * 10)
+    steps = {"steps": tuning["steps"], "batch": tuning["batch_size"], "length": talk}
+    seen = test + held_out + tuning["assessment_samples"] * talk
+    for variant in tuning["methods"]:
+        add(f"instruction {variant}", runs(tuning), variant=variant, evaluated=seen, **steps)
+    add("instruction, untuned", seeds, length=talk, evaluated=test + held_out)
+    for variant in scale.knobs:
+        add(f"knob {variant}", len(scale.knob_seeds), variant=variant, evaluated=seen, **steps)
+    steps = {"steps": further["steps"], "batch": further["batch_size"]}
+    seen = held_out * (further["evaluations"] + 3) + further["assessment_samples"] * context
+    for variant in further["methods"]:
+        add(f"continued {variant}", runs(further), variant=variant, evaluated=seen, **steps)
+    add("effective rank", len(tuning["methods"]) * seeds)
+    return pd.DataFrame(rows)
 
 
-def piece_seconds(parameters: int, steps: int, tokens: float, evaluated: float, *, tflops: float) -> float:
-    """Seconds of a run: 6 FLOPs a parameter and token in training, 2 in evaluation, and what no product explains."""
-    step = max(6 * parameters * tokens / (tflops * 1e12), _LAUNCH)
-    return steps * step + 2 * parameters * evaluated / (tflops * 1e12) + (_AROUND if steps else _ALONE)
+def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
+    """Say what each of `pieces` takes: `tokens` trained on, `peak_gib` of memory, `seconds` of one, `minutes` of all.
 
+    FLOPs and memory are those of `plan_budget`, in float32; `tflops` is what the machine reaches in dense products, in
+    10¹² FLOP/s. What no product explains is assumed: a step takes at least 0.03 s, a piece 4 s around its steps.
+    """
+    from apexlib.planner import plan_budget
 
-def _parameters(shape: Mapping[str, Any], vocabulary: int) -> int:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    table = pieces(scale, data)
+    words = json.loads((Path(data) / MANIFEST).read_text(encoding="utf-8"))["vocabulary"]
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, vocab_size=vocabulary)).num_parameters()
+    @cache
+    def budget(model: str, variant: str, batch: int, length: int) -> pd.Series:
+        shape = AutoConfig.for_model(**scale.models[model], vocab_size=words, max_position_embeddings=length)
+        how = VARIANTS[variant]
+        config = how.config(stages=1, seed=0, samples=1)
+        return plan_budget(shape, config, batch=batch, length=length, methods=[how.method]).iloc[0]
+
+    rows = []
+    for piece in table.itertuples():
+        cost = budget(piece.model, piece.variant, piece.batch, piece.length)
+        forward = budget(piece.model, "full", 1, piece.length)["flops_per_step"] / 3 / piece.length
+        step = max(cost["flops_per_step"] / (tflops * 1e12), _LAUNCH)
+        seconds = (
+            piece.steps * step + piece.evaluated * forward / (tflops * 1e12) + (_AROUND if piece.steps else _ALONE)
+        )
+        peak = cost["train_mib"] / 1024 if piece.steps else math.nan
+        rows.append((piece.steps * piece.batch * piece.length, peak, seconds, piece.count * seconds / 60))
+    costs = pd.DataFrame(rows, columns=["tokens", "peak_gib", "seconds", "minutes"])
+    return pd.concat([table[["piece", "count", "steps"]], costs], axis=1)
 
 
 def seconds_in(text: str) -> float:
@@ -580,18 +576,19 @@ def _do(given: argparse.Namespace, scale: Scale) -> int:
         manifest = prepare(given.general, given.domain, given.chat, given.out, vocabulary=given.vocabulary)
         print(json.dumps(manifest["counts"], indent=1))
         return 0
-    pieces = plan(scale, given.data, tflops=given.tflops)
     if given.plan:
-        print(pieces.to_string(index=False))
-        print(f"{pieces['count'].sum()} pieces, {pieces['minutes'].sum():.1f} minutes")
+        table = plan(scale, given.data, tflops=given.tflops)
+        print(table.to_string(index=False, float_format="{:.2f}".format, na_rep=""))
+        print(f"{table['count'].sum()} pieces, {table['minutes'].sum():.1f} minutes at {given.tflops:g} TFLOP/s")
         return 0
+    total = pieces(scale, given.data)["count"].sum()
     for folder in ("tables", "figures"):
         clear_partial(given.out / folder)  # of a killed call
     try:
         gather(Work(scale, given.data, given.out, seconds=given.budget, workers=given.workers))
     except OutOfTimeError:
         done = len(list(given.out.glob(f"*/*/{RESULT}")))
-        print(f"about {max(1, pieces['count'].sum() - done)} of {pieces['count'].sum()} pieces are left: call again")
+        print(f"about {max(1, total - done)} of {total} pieces are left: call again")
         return UNFINISHED
     print(f"all done: {given.out / 'tables'}")
     return 0

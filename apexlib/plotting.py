@@ -236,6 +236,24 @@ def plot_rates(table: pd.DataFrame, ax: Axes) -> Axes:
     return _remember(ax, table)
 
 
+def plot_trade_off(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw what was learnt against what was forgotten, a line per method along its learning rates; chosen ones filled.
+
+    Columns: `method`, `learning_rate`, `answer_loss`, `retention_loss`, `chosen`. The lowest rate is marked by size.
+    """
+    for colour, marker, (method, rows) in zip(_cycle(PALETTE), _cycle(MARKERS), _groups(table, "method"), strict=False):
+        rows = rows.sort_values("learning_rate")
+        places = rows[["retention_loss", "answer_loss"]].to_numpy().T
+        ax.plot(*places, color=colour, linewidth=0.9, label=method, marker=marker, mfc="white")
+        ax.plot(*places[:, :1], color=colour, marker=marker, mfc="white", ms=7, linestyle="none")
+        chosen = rows["chosen"].to_numpy().astype(bool)
+        size = 7 if chosen[0] else None
+        ax.plot(*places[:, chosen], color=colour, marker=marker, ms=size, linestyle="none")
+    ax.set(xlabel="retention loss (nats per token): forgotten", ylabel="answer loss\n(nats per token)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _remember(ax, table)
+
+
 def plot_constructed_ranks(table: pd.DataFrame, ax: Axes) -> Axes:
     """Draw the relative change of effective rank against the strength of an expansion, one line per kind of matrix.
 
@@ -471,6 +489,11 @@ FIGURES = {  # in the order of the notebooks
     "instruction": Figure(
         plot_comparison,
         "Instruction tuning: what each method learnt and what it forgot; 95 % intervals over seeds, dotted: APEX.",
+    ),
+    "trade_off": Figure(
+        plot_trade_off,
+        "Learning against forgetting, from the lowest learning rate (large markers) up; filled: the rate chosen.",
+        width=4.4,
     ),
     "continued_rates": Figure(
         plot_rates, "Validation loss against the learning rate, continued pre-training; filled: the rate chosen."

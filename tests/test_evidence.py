@@ -9,13 +9,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from test_prepared import write_sources
+from transformers import AutoConfig
 
 from apexlib import evidence
 from apexlib.claims import claims_table
-from apexlib.evidence import SCALES, Work, gather, llama, main, plan, seconds_in
+from apexlib.evidence import SCALES, Work, gather, llama, main, pieces, plan, seconds_in
+from apexlib.planner import plan_budget
 from apexlib.prepared import prepare
 from apexlib.trials import RESULT, OutOfTimeError
 
@@ -81,8 +84,9 @@ def test_tables_are_those_of_the_notebooks(alone):
 
 
 def test_a_second_call_has_nothing_to_do(alone, data):
-    before = {path: path.stat().st_mtime_ns for path in alone.rglob(RESULT)}
+    before, figures = {path: path.stat().st_mtime_ns for path in alone.rglob(RESULT)}, plt.get_fignums()
     gather(Work(TINY, data, alone, seconds=-1, workers=1))  # no time: a piece would not be started
+    assert plt.get_fignums() == figures  # closed again
     assert {path: path.stat().st_mtime_ns for path in alone.rglob(RESULT)} == before
 
 
@@ -111,12 +115,28 @@ def test_a_base_model_that_learnt_nothing_is_refused(data, tmp_path):
 
 
 def test_the_plan_counts_the_pieces_that_there_are(alone, data):
-    table = plan(TINY, data, tflops=100)
-    assert table["count"].sum() == len(list(alone.rglob(RESULT))) - 1  # what n-grams give is no piece of time
-    assert (plan(SCALES["25m"], data, tflops=150)["seconds"] < 120).all()
-    assert (plan(SCALES["110m"], data, tflops=150)["seconds"] < 120).all()
-    slow, fast = (plan(SCALES["110m"], data, tflops=speed)["minutes"].sum() for speed in (1, 100))
-    assert slow > 10 * fast
+    assert pieces(TINY, data)["count"].sum() == len(list(alone.rglob(RESULT))) - 1  # n-grams are no piece of time
+
+
+@pytest.mark.parametrize("scale", ["25m", "110m"])
+def test_a_piece_fits_a_call_on_a_gpu(scale, data):
+    table = plan(SCALES[scale], data, tflops=150)
+    assert (table["seconds"] < 120).all()
+    assert (table["peak_gib"].dropna() < 78).all()
+    slow = plan(SCALES[scale], data, tflops=1)
+    assert slow["minutes"].sum() > 10 * table["minutes"].sum()
+
+
+def test_a_plan_takes_its_costs_from_the_planner(data):
+    table = plan(TINY, data, tflops=1e-9).set_index("piece")  # so slow that nothing but products counts
+    how, shape = TINY.continued, AutoConfig.for_model(**TINY.models["more"], vocab_size=300)
+    batch, length = how["batch_size"], TINY.pretraining["context"]
+    for method in ("full", "apex"):
+        budget = plan_budget(shape, batch=batch, length=length, methods=[method]).iloc[0]
+        piece = table.loc[f"continued {method}"]
+        assert piece["seconds"] > how["steps"] * budget["flops_per_step"] / 1e3
+        assert piece["tokens"] == how["steps"] * batch * length
+        assert piece["peak_gib"] == pytest.approx(budget["train_mib"] / 1024, rel=1e-3)
 
 
 def test_exit_codes_and_what_is_said(data, tmp_path, monkeypatch, capsys):
@@ -136,7 +156,7 @@ def test_importing_it_needs_no_more_than_a_gpu_machine_has():
     subprocess.run([sys.executable, "-c", f"{hidden} import apexlib.evidence"], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 def test_the_whole_toy_on_real_data_killed_and_resumed(tmp_path):
     if not REAL.is_dir():
         pytest.skip("no real data beside the project")

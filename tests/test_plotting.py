@@ -63,6 +63,10 @@ def rates():
     return pd.DataFrame(columns | {"loss": [1.0, 2.0, 1.5, 1.0], "chosen": [True, False, False, True]})
 
 
+def trade_off():
+    return rates().rename(columns={"loss": "answer_loss"}).assign(retention_loss=[3.0, 4.0, 5.0, 6.0])
+
+
 def constructed():
     rows = {"case": ["flat", "flat", "spread", "spread"], "strength": [0.0, 1.0] * 2, "mean": [0, 0.1, 0, -0.1]}
     return pd.DataFrame(rows).assign(low=-0.2, high=0.2, by_chance=0.05)
@@ -110,6 +114,7 @@ PLOTS = {
     plotting.plot_activation_distribution: activations,
     plotting.plot_token_curve: token_curve,
     plotting.plot_rates: rates,
+    plotting.plot_trade_off: trade_off,
 }
 TABLES = PLOTS | {plotting.plot_comparison: comparison}
 

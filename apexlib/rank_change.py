@@ -1,0 +1,167 @@
+"""How effective rank changes: by a small step in theory, in constructed matrices, and in runs beside its nulls.
+
+With sources P, targets N and other rows F, an operator M takes W = [P; N; F] to E W = [P; N + M P; F]. That adds no
+direction: rank(E W) = rank(W), so all it can do is to even out the singular values that are there.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from apexlib.claims import summarise
+from apexlib.spectrum import effective_rank
+
+SOURCES = TARGETS = 24
+OTHERS = DIM = 64
+_FEW = 4  # directions that crowded rows lie in
+
+
+def log_rank_change(weight: Float[Tensor, "rows columns"], step: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
+    """Compute d ln erank = −Σᵢ (ln pᵢ + H) uᵢᵀ dW wᵢ / Σσ for a small step dW, with H = −Σ pᵢ ln pᵢ and p = σ / Σσ.
+
+    The bracket is negative where σᵢ < Σσ / erank: the effective rank rises if what grows lies below that bound. Needs
+    distinct, positive singular values.
+
+    >>> weight = torch.diag(torch.tensor([2.0, 1.0]))
+    >>> log_rank_change(weight, torch.diag(torch.tensor([0.0, 0.1]))) > 0  # the smaller one grows
+    tensor(True)
+    """
+    u, sigma, w = torch.linalg.svd(weight, full_matrices=False)
+    p = sigma / sigma.sum()
+    entropy = -(p * p.log()).sum()
+    return -((p.log() + entropy) * (u.T @ step @ w.T).diagonal()).sum() / sigma.sum()
+
+
+def constructed_changes(strengths: Sequence[float], draws: int) -> pd.DataFrame:
+    """Expand constructed matrices: how the effective rank changes, `draws` times for each case and strength.
+
+    Columns: `case`; `sign` of the change that theory demands, 0 where it demands none; `strength`, ‖M P‖ in units of
+    ‖P‖ (Frobenius); `seed`; `change` of effective rank by N + M P, relative; `chance`, by random rows of that norm.
+    M is Gaussian. Crowded rows lie in 4 of 64 dimensions; long targets are 16 times, long sources 4 times as long as
+    other rows.
+    """
+    rows = [
+        _expanded(case, strength, seed) for case in _CASES for strength in (0.0, *strengths) for seed in range(draws)
+    ]
+    return pd.DataFrame(rows)
+
+
+def rank_changes(updates: pd.DataFrame) -> pd.DataFrame:
+    """From `update_table`s with `method`, `seed` and `stage`: the relative change of each matrix's effective rank.
+
+    Columns: those keys, `layer`, `role`, `weight`, `rows`, `columns`, `effective_rank`, `before`; `by_chance`, moved
+    as far by Gaussian noise; `random`, of a random matrix; `change` and `change_by_chance`, relative to `before`.
+    """
+    keys = ["method", "seed", "stage", "layer", "role", "weight", "rows", "columns"]
+    table = updates[[*keys, "after", "before", "by_chance", "random"]].rename(columns={"after": "effective_rank"})
+    table["change"] = table["effective_rank"] / table["before"] - 1
+    table["change_by_chance"] = table["by_chance"] / table["before"] - 1
+    return table
+
+
+def final_stage(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the matrices inside layers after the last stage of each run; `layer` is −1 of embeddings and LM head."""
+    inside = table[table["layer"] >= 0]
+    return inside[inside["stage"] == inside.groupby(["method", "seed"])["stage"].transform("max")]
+
+
+def beside_null(table: pd.DataFrame, value: str, null: str) -> pd.DataFrame:
+    """Summarise `value` by method, over seeds of means over matrices, with the mean of its `null`."""
+    runs = table.groupby(["method", "seed"], sort=False, as_index=False)[[value, null]].mean()
+    nulls = runs.groupby("method", sort=False, as_index=False)[null].mean().rename(columns={null: "null"})
+    return summarise(runs, ["method"], value).merge(nulls)
+
+
+def rank_panels(ranks: pd.DataFrame) -> pd.DataFrame:
+    """What the figure `effective_rank` shows: the base models by layer, and what fine-tuning changed."""
+    final = final_stage(ranks)
+    start = final[final["method"] == final["method"].iloc[0]]
+    start = start.assign(share=start["before"] / start["random"], panel="before fine-tuning")
+    change = beside_null(final, "change", "change_by_chance").assign(panel="by fine-tuning")
+    return pd.concat([start[["layer", "role", "share", "panel"]], change], ignore_index=True)
+
+
+def update_ranks(updates: pd.DataFrame) -> pd.DataFrame:
+    """Of the matrices that moved, after the last stage: `rank_share`, the update's effective rank to a random matrix's.
+
+    `noise_share` is what rounding alone may have moved, of the update; the share of a random matrix (`null`) is 1.
+    """
+    moved = final_stage(updates[updates["frobenius"] > 0])
+    shares = {
+        "rank_share": moved["effective_rank"] / moved["random"],
+        "noise_share": moved["noise_frobenius"] / moved["frobenius"],
+    }
+    return moved.assign(**shares, null=1.0)
+
+
+def rank_gain(ranks: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Set each run's mean change of effective rank beside its gain in answer loss over the base of its seed.
+
+    `runs` has `method`, `seed` and `answer_loss`, a row of method "base" per seed among them; where a seed has none,
+    the first is its base. `erank_change_excess` is the change less the change by chance.
+    """
+    keys = ["method", "seed"]
+    base = runs[runs["method"] == "base"].set_index("seed")["answer_loss"]
+    by_run = final_stage(ranks).groupby(keys, sort=False, as_index=False)[["change", "change_by_chance"]].mean()
+    table = runs[[*keys, "answer_loss"]].merge(by_run, on=keys)
+    start = table["seed"].map(base).fillna(base.iloc[0])
+    return pd.DataFrame(
+        {
+            **table[keys],
+            "erank_change": table["change"],
+            "erank_change_by_chance": table["change_by_chance"],
+            "erank_change_excess": table["change"] - table["change_by_chance"],
+            "answer_loss_gain": start - table["answer_loss"],
+        }
+    )
+
+
+def rank_correlation(gain: pd.DataFrame) -> pd.DataFrame:
+    """Correlate `erank_change` and `answer_loss_gain` over the methods of a seed (Spearman's; NaN of fewer than 3)."""
+    rows = []
+    for seed, part in gain.groupby("seed"):
+        r = part["erank_change"].rank().corr(part["answer_loss_gain"].rank()) if len(part) > 2 else math.nan
+        rows.append({"seed": seed, "methods": len(part), "correlation": r})
+    return pd.DataFrame(rows)
+
+
+def random_rows(rows: int, columns: int, generator: Generator) -> Float[Tensor, "rows columns"]:
+    """Draw Gaussian rows of expected length one."""
+    return torch.randn((rows, columns), generator=generator, dtype=torch.float64) / columns**0.5
+
+
+def _expanded(case: str, strength: float, seed: int) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(seed)
+    make, sign = _CASES[case]
+    before = make(random_rows(SOURCES + TARGETS + OTHERS, DIM, generator), generator)
+    source, target = before[:SOURCES], slice(SOURCES, SOURCES + TARGETS)
+    changes = []
+    for step in (random_rows(TARGETS, SOURCES, generator) @ source, random_rows(TARGETS, DIM, generator)):
+        after = before.clone()
+        after[target] += strength * step * source.norm() / step.norm()
+        changes.append(effective_rank(after) / effective_rank(before) - 1)
+    change, chance = changes
+    return {"case": case, "sign": sign, "strength": strength, "seed": seed, "change": change, "chance": chance}
+
+
+def _crowded(place: slice, length: float) -> Callable[[Tensor, Generator], Tensor]:
+    def make(matrix: Tensor, generator: Generator) -> Tensor:
+        count = len(matrix[place])
+        matrix[place] = length * random_rows(count, _FEW, generator) @ random_rows(_FEW, DIM, generator)
+        return matrix
+
+    return make
+
+
+_SOURCE, _TARGET = slice(SOURCES), slice(SOURCES, SOURCES + TARGETS)
+_CASES: dict[str, tuple[Callable[[Tensor, Generator], Tensor], int]] = {
+    "targets crowded and long": (_crowded(_TARGET, 16), 1),  # what is weak grows
+    "targets crowded": (_crowded(_TARGET, 1), 0),
+    "targets spread": (lambda matrix, _: matrix, -1),  # targets come to repeat the sources
+    "sources crowded and long": (_crowded(_SOURCE, 4), -1),  # what is strong grows
+    "flat spectrum": (lambda matrix, _: torch.linalg.qr(matrix).Q, -1),  # erank is at its bound, the rank
+}
