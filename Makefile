@@ -22,7 +22,7 @@ bench: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m benchmarks $(ARGS)
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope $(ARGS)
 
 test-long: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)

@@ -43,6 +43,7 @@ from apexlib.prepared import MANIFEST, PREFIX, check, prepare
 from apexlib.pretraining import checkpoint_folder
 from apexlib.rank_change import beside_null, rank_changes, rank_correlation, rank_gain, rank_panels, update_ranks
 from apexlib.records import clear_partial, file_hash, save_table
+from apexlib.selection import ApexConfig
 from apexlib.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
 
 UNFINISHED = 3  # exit code: pieces are left
@@ -204,6 +205,8 @@ def gather(work: Work) -> None:
     Raises OutOfTimeError when the time is over before all is done, ValueError where a base model is none.
     """
     check(work.data)
+    for folder in ("tables", "figures"):
+        clear_partial(work.out / folder)  # of a killed call
     models = base_models(work)
     unit_difference(work, models)
     last = models[(models["model"] == list(work.scale.models)[-1]) & models["is_final"]]
@@ -510,24 +513,29 @@ def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
     words = json.loads((Path(data) / MANIFEST).read_text(encoding="utf-8"))["vocabulary"]
 
     @cache
-    def budget(model: str, variant: str, batch: int, length: int) -> pd.Series:
+    def budget(model: str, method: str, config: ApexConfig, batch: int, length: int) -> pd.Series:
         shape = AutoConfig.for_model(**scale.models[model], vocab_size=words, max_position_embeddings=length)
-        how = VARIANTS[variant]
-        config = how.config(stages=1, seed=0, samples=1)
-        return plan_budget(shape, config, batch=batch, length=length, methods=[how.method]).iloc[0]
+        return plan_budget(shape, config, batch=batch, length=length, methods=[method]).iloc[0]
 
     rows = []
     for piece in table.itertuples():
-        cost = budget(piece.model, piece.variant, piece.batch, piece.length)
-        forward = budget(piece.model, "full", 1, piece.length)["flops_per_step"] / 3 / piece.length
+        how, size = VARIANTS[piece.variant], (piece.batch, piece.length)
+        cost = budget(piece.model, how.method, _sized(how.config(stages=1, seed=0, samples=1)), *size)
+        full = budget(piece.model, "full", ApexConfig(stages=1), *size)["flops_per_step"]
+        forward = full / 3 / (piece.batch * piece.length)
         step = max(cost["flops_per_step"] / (tflops * 1e12), _LAUNCH)
-        seconds = (
-            piece.steps * step + piece.evaluated * forward / (tflops * 1e12) + (_AROUND if piece.steps else _ALONE)
-        )
+        seconds = piece.steps * step + piece.evaluated * forward / (tflops * 1e12)
+        seconds += _AROUND if piece.steps else _ALONE
         peak = cost["train_mib"] / 1024 if piece.steps else math.nan
         rows.append((piece.steps * piece.batch * piece.length, peak, seconds, piece.count * seconds / 60))
     costs = pd.DataFrame(rows, columns=["tokens", "peak_gib", "seconds", "minutes"])
     return pd.concat([table[["piece", "count", "steps"]], costs], axis=1)
+
+
+def _sized(config: ApexConfig) -> ApexConfig:
+    """Settings of the same cost: which units are chosen, and how fast they learn, costs nothing."""
+    same = ("strategy", "statistic", "stages", "seed", "assessment_samples", "operator_lr_scale", "balance_weight")
+    return replace(config, **{name: getattr(ApexConfig(stages=1), name) for name in same})
 
 
 def seconds_in(text: str) -> float:
@@ -582,8 +590,6 @@ def _do(given: argparse.Namespace, scale: Scale) -> int:
         print(f"{table['count'].sum()} pieces, {table['minutes'].sum():.1f} minutes at {given.tflops:g} TFLOP/s")
         return 0
     total = pieces(scale, given.data)["count"].sum()
-    for folder in ("tables", "figures"):
-        clear_partial(given.out / folder)  # of a killed call
     try:
         gather(Work(scale, given.data, given.out, seconds=given.budget, workers=given.workers))
     except OutOfTimeError:

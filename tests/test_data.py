@@ -98,7 +98,7 @@ def test_undecodable_library_files_are_left_out_and_counted(tmp_path, monkeypatc
 def write_text(path, documents, newline="\n", bom=False):
     text = f"{newline}<|endoftext|>{newline}".join(document.replace("\n", newline) for document in documents)
     content = (b"\xef\xbb\xbf" if bom else b"") + text.encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 def write_rows(path, rows):
@@ -106,7 +106,7 @@ def write_rows(path, rows):
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 @pytest.mark.parametrize("bom", [False, True])
@@ -144,9 +144,9 @@ ROW = json.dumps({"text": "fine"}).encode() + b"\n"
         ("a.txt", b"", "a.txt is empty"),
         ("a.txt", b"\xef\xbb\xbf\n \n", "a.txt is empty"),
         ("a.txt.gz", b"", "a.txt.gz is empty"),
-        ("a.txt.gz", gzip.compress(b""), "a.txt.gz is empty"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz is empty"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: not readable as gzip"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], "a.txt.gz: not readable as gzip"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "a.txt.gz: not readable as gzip"),
         ("a.txt", b"<|endoftext|>\n\n<|endoftext|>", "a.txt: nothing in split 'all' of 0 rows"),
         ("a.txt", b"one\ntwo\nthr\xffee\n", "a.txt, line 3: byte 0xff is not UTF-8"),
         ("a.txt", "text".encode("utf-16"), "a.txt, line 1: byte 0xff is not UTF-8"),

@@ -103,6 +103,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_tables(alone, data, tmp_path
         process.wait()
     with pytest.raises(OutOfTimeError):
         gather(Work(TINY, data, tmp_path, seconds=-1, workers=1))
+    (tmp_path / "tables").mkdir(exist_ok=True)
+    (tmp_path / "tables" / ".partial-models-0.csv").write_text(
+        "model,se", encoding="utf-8"
+    )  # as a killed call leaves it
     gather(Work(TINY, data, tmp_path, workers=1))
     assert_same_tables(tmp_path, alone)
 
@@ -123,12 +127,11 @@ def test_a_piece_fits_a_call_on_a_gpu(scale, data):
     table = plan(SCALES[scale], data, tflops=150)
     assert (table["seconds"] < 120).all()
     assert (table["peak_gib"].dropna() < 78).all()
-    slow = plan(SCALES[scale], data, tflops=1)
-    assert slow["minutes"].sum() > 10 * table["minutes"].sum()
 
 
 def test_a_plan_takes_its_costs_from_the_planner(data):
     table = plan(TINY, data, tflops=1e-9).set_index("piece")  # so slow that nothing but products counts
+    assert table["minutes"].sum() > 1000 * plan(TINY, data, tflops=1)["minutes"].sum()
     how, shape = TINY.continued, AutoConfig.for_model(**TINY.models["more"], vocab_size=300)
     batch, length = how["batch_size"], TINY.pretraining["context"]
     for method in ("full", "apex"):

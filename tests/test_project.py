@@ -73,6 +73,7 @@ ARROWS = {
         "pretraining",
         "rank_change",
         "records",
+        "selection",
         "trials",
     },
     "rank_change": {"claims", "spectrum"},
