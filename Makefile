@@ -6,6 +6,7 @@
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
+WORKERS ?= -n auto --maxprocesses 4
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
@@ -22,10 +23,10 @@ bench: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m benchmarks $(ARGS)
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) --dist loadscope $(ARGS)
 
 test-long: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(WORKERS) --dist worksteal $(ARGS)
 
 test-evidence: $(STAMP)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m evidence $(ARGS)
