@@ -49,6 +49,7 @@ from apexlib.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
 UNFINISHED = 3  # exit code: pieces are left
 _LAUNCH = 0.03  # seconds that a step of a small model takes at least, whatever its products cost: an assumption
 _AROUND = 4.0  # seconds of a training around its steps: loading, assessment, checks, saving: an assumption
+_AT_ONCE = 64  # questions that are answered side by side
 _ALONE = 2.0  # seconds of a piece without training: an assumption
 
 
@@ -465,7 +466,7 @@ def pieces(scale: Scale, data: Path) -> pd.DataFrame:
     """Count the pieces of work: `piece`, `count`, and what each is about.
 
     `model` and `variant` name what is trained or measured, in `steps` of `batch` sequences of `length` tokens;
-    `evaluated` are tokens that only pass forward.
+    `evaluated` are tokens that only pass forward, `written` how often the model is asked for one more token.
     """
     counts = json.loads((Path(data) / MANIFEST).read_text(encoding="utf-8"))["counts"]
     base, tuning, further, context = scale.pretraining, scale.instruction, scale.continued, scale.pretraining["context"]
@@ -473,10 +474,16 @@ def pieces(scale: Scale, data: Path) -> pd.DataFrame:
     held_out = min(scale.blocks * context, counts["general-test"]["tokens"])
     test = counts["chat-test"]["tokens"] * 4 if scale.conversations["test"] is None else 10000  # every choice once
     talk = math.ceil(counts["chat-train"]["tokens"] / counts["chat-train"]["kept"])  # tokens of a conversation
+    asked = [json.loads(line) for line in (Path(data) / "chat-test.jsonl").read_text(encoding="utf-8").splitlines()]
+    opened = sum("answer" in each and "choices" not in each for each in asked)
+    chat = scale.conversations
+    opened = opened if chat["test"] is None else min(opened, chat["test"])
+    answering = {"evaluated": test + held_out, "written": math.ceil(opened / _AT_ONCE) * chat["max_new_tokens"]}
     rows: list[dict[str, Any]] = []
 
     def add(piece: str, count: int, **how: Any) -> None:
-        idle = {"model": last, "variant": "full", "steps": 0, "batch": 1, "length": context, "evaluated": 0}
+        idle = {"model": last, "variant": "full", "steps": 0, "batch": 1, "length": context}
+        idle |= {"evaluated": 0, "written": 0}
         rows.append({"piece": piece, "count": count, **idle, **how})
 
     def runs(how: Mapping[str, Any]) -> int:
@@ -486,13 +493,13 @@ def pieces(scale: Scale, data: Path) -> pd.DataFrame:
         part = {"steps": base["steps"] // base["parts"], "batch": base["batch_size"]}
         add(f"base {name}, a part", seeds * base["parts"], model=name, **part)
         add(f"difference {name}", seeds * len(base["kept"]), model=name, evaluated=held_out * 10)
-    steps = {"steps": tuning["steps"], "batch": tuning["batch_size"], "length": talk}
-    seen = test + held_out + tuning["assessment_samples"] * talk
+    tuned = {"steps": tuning["steps"], "batch": tuning["batch_size"], "length": talk, **answering}
+    tuned["evaluated"] += tuning["assessment_samples"] * talk
     for variant in tuning["methods"]:
-        add(f"instruction {variant}", runs(tuning), variant=variant, evaluated=seen, **steps)
-    add("instruction, untuned", seeds, length=talk, evaluated=test + held_out)
+        add(f"instruction {variant}", runs(tuning), variant=variant, **tuned)
+    add("instruction, untuned", seeds, length=talk, **answering)
     for variant in scale.knobs:
-        add(f"knob {variant}", len(scale.knob_seeds), variant=variant, evaluated=seen, **steps)
+        add(f"knob {variant}", len(scale.knob_seeds), variant=variant, **tuned)
     steps = {"steps": further["steps"], "batch": further["batch_size"]}
     seen = held_out * (further["evaluations"] + 3) + further["assessment_samples"] * context
     for variant in further["methods"]:
@@ -505,7 +512,8 @@ def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
     """Say what each of `pieces` takes: `tokens` trained on, `peak_gib` of memory, `seconds` of one, `minutes` of all.
 
     FLOPs and memory are those of `plan_budget`, in float32; `tflops` is what the machine reaches in dense products, in
-    10¹² FLOP/s. What no product explains is assumed: a step takes at least 0.03 s, a piece 4 s around its steps.
+    10¹² FLOP/s. What no product explains is assumed: a step takes at least 0.03 s, a third of that where the model only
+    writes a token, and a piece 4 s around its steps.
     """
     from apexlib.planner import plan_budget
 
@@ -524,7 +532,7 @@ def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
         full = budget(piece.model, "full", ApexConfig(stages=1), *size)["flops_per_step"]
         forward = full / 3 / (piece.batch * piece.length)
         step = max(cost["flops_per_step"] / (tflops * 1e12), _LAUNCH)
-        seconds = piece.steps * step + piece.evaluated * forward / (tflops * 1e12)
+        seconds = piece.steps * step + piece.evaluated * forward / (tflops * 1e12) + piece.written * _LAUNCH / 3
         seconds += _AROUND if piece.steps else _ALONE
         peak = cost["train_mib"] / 1024 if piece.steps else math.nan
         rows.append((piece.steps * piece.batch * piece.length, peak, seconds, piece.count * seconds / 60))
