@@ -218,10 +218,10 @@ def _commit() -> dict[str, Any]:
     """Commit of the source that is running, and whether library or notebooks differ from it."""
 
     def git(*arguments: str) -> str | None:
-        here = Path(__file__).resolve().parent
+        # without a lock on the index: killed in there, git would leave it, and the repository be locked to its owner
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments]
         with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20, check=True)
-            return done.stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
         return None
 
     commit = git("rev-parse", "HEAD")

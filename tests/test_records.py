@@ -3,11 +3,15 @@
 import errno
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from apexlib import ApexConfig, records
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
@@ -85,6 +89,17 @@ def test_an_empty_table_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="table 't' has no rows"):
         records.save_table(pd.DataFrame({"a": []}), "t", tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_provenance_only_reads_the_repository(tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    monkeypatch.setenv("GIT_INDEX_FILE", str(index))
+    listed = subprocess.run(["git", "read-tree", "HEAD"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("not in a git checkout")
+    before = index.read_bytes()  # knows no file's time, so that git would like to write it anew, under a lock
+    assert len(records.provenance()["commit"]) == 40
+    assert index.read_bytes() == before
 
 
 def test_provenance_holds_no_environment(monkeypatch):
