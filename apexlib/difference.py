@@ -41,7 +41,7 @@ def imbalance_table(statistics: pd.DataFrame) -> pd.DataFrame:
         n, total = len(values), values.sum()
         ranks = np.arange(1, n + 1)
         cv = values.std() / values.mean() if total else 0.0
-        gini = ((2 * ranks - n - 1) * values).sum() / (n * total) if total else 0.0
+        gini = max(0.0, ((2 * ranks - n - 1) * values).sum() / (n * total)) if total else 0.0  # rounds below 0
         row = {"layer": layer, "component": component, "units": n}
         rows.append(row | {"cv": cv, "gini": gini, "above_mean": float((values > values.mean()).mean())})
     return pd.DataFrame(rows)
