@@ -472,18 +472,17 @@ def pieces(scale: Scale, data: Path) -> pd.DataFrame:
     base, tuning, further, context = scale.pretraining, scale.instruction, scale.continued, scale.pretraining["context"]
     seeds, last = len(scale.seeds), list(scale.models)[-1]
     held_out = min(scale.blocks * context, counts["general-test"]["tokens"])
-    test = counts["chat-test"]["tokens"] * 4 if scale.conversations["test"] is None else 10000  # every choice once
+    chat = scale.conversations
+    test = counts["chat-test"]["tokens"] * 4 if chat["test"] is None else 10000  # every choice once
     talk = math.ceil(counts["chat-train"]["tokens"] / counts["chat-train"]["kept"])  # tokens of a conversation
     asked = [json.loads(line) for line in (Path(data) / "chat-test.jsonl").read_text(encoding="utf-8").splitlines()]
     opened = sum("answer" in each and "choices" not in each for each in asked)
-    chat = scale.conversations
     opened = opened if chat["test"] is None else min(opened, chat["test"])
     answering = {"evaluated": test + held_out, "written": math.ceil(opened / _AT_ONCE) * chat["max_new_tokens"]}
+    idle = {"model": last, "variant": "full", "steps": 0, "batch": 1, "length": context, "evaluated": 0, "written": 0}
     rows: list[dict[str, Any]] = []
 
     def add(piece: str, count: int, **how: Any) -> None:
-        idle = {"model": last, "variant": "full", "steps": 0, "batch": 1, "length": context}
-        idle |= {"evaluated": 0, "written": 0}
         rows.append({"piece": piece, "count": count, **idle, **how})
 
     def runs(how: Mapping[str, Any]) -> int:
@@ -597,11 +596,10 @@ def _do(given: argparse.Namespace, scale: Scale) -> int:
         print(table.to_string(index=False, float_format="{:.2f}".format, na_rep=""))
         print(f"{table['count'].sum()} pieces, {table['minutes'].sum():.1f} minutes at {given.tflops:g} TFLOP/s")
         return 0
-    total = pieces(scale, given.data)["count"].sum()
     try:
         gather(Work(scale, given.data, given.out, seconds=given.budget, workers=given.workers))
     except OutOfTimeError:
-        done = len(list(given.out.glob(f"*/*/{RESULT}")))
+        total, done = pieces(scale, given.data)["count"].sum(), len(list(given.out.glob(f"*/*/{RESULT}")))
         print(f"about {max(1, total - done)} of {total} pieces are left: call again")
         return UNFINISHED
     print(f"all done: {given.out / 'tables'}")

@@ -15,9 +15,10 @@ from torch import Generator, Tensor
 from apexlib.claims import summarise
 from apexlib.spectrum import effective_rank
 
-SOURCES = TARGETS = 24
-OTHERS = DIM = 64
+_K = 24  # sources, and as many targets
+_OTHERS = _DIM = 64
 _FEW = 4  # directions that crowded rows lie in
+_SOURCE, _TARGET = slice(_K), slice(_K, 2 * _K)
 
 
 def log_rank_change(weight: Float[Tensor, "rows columns"], step: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
@@ -137,27 +138,25 @@ def random_rows(rows: int, columns: int, generator: Generator) -> Float[Tensor, 
 def _expanded(case: str, strength: float, seed: int) -> dict[str, object]:
     generator = torch.Generator().manual_seed(seed)
     make, sign = _CASES[case]
-    before = make(random_rows(SOURCES + TARGETS + OTHERS, DIM, generator), generator)
-    source, target = before[:SOURCES], slice(SOURCES, SOURCES + TARGETS)
+    before = make(random_rows(2 * _K + _OTHERS, _DIM, generator), generator)
+    source, start = before[_SOURCE], effective_rank(before)
     changes = []
-    for step in (random_rows(TARGETS, SOURCES, generator) @ source, random_rows(TARGETS, DIM, generator)):
+    for step in (random_rows(_K, _K, generator) @ source, random_rows(_K, _DIM, generator)):  # M P, and rows at random
         after = before.clone()
-        after[target] += strength * step * source.norm() / step.norm()
-        changes.append(effective_rank(after) / effective_rank(before) - 1)
+        after[_TARGET] += strength * step * source.norm() / step.norm()
+        changes.append(effective_rank(after) / start - 1)
     change, chance = changes
     return {"case": case, "sign": sign, "strength": strength, "seed": seed, "change": change, "chance": chance}
 
 
 def _crowded(place: slice, length: float) -> Callable[[Tensor, Generator], Tensor]:
     def make(matrix: Tensor, generator: Generator) -> Tensor:
-        count = len(matrix[place])
-        matrix[place] = length * random_rows(count, _FEW, generator) @ random_rows(_FEW, DIM, generator)
+        matrix[place] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
         return matrix
 
     return make
 
 
-_SOURCE, _TARGET = slice(SOURCES), slice(SOURCES, SOURCES + TARGETS)
 _CASES: dict[str, tuple[Callable[[Tensor, Generator], Tensor], int]] = {
     "targets crowded and long": (_crowded(_TARGET, 16), 1),  # what is weak grows
     "targets crowded": (_crowded(_TARGET, 1), 0),
