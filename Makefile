@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
-	$(RUN) -m apexlib.reproduce --profile "$(PROFILE)" $(addprefix --claim ,$(CLAIM)) $(ARGS)
+	$(RUN) -m apexlib reproduce --profile "$(PROFILE)" $(addprefix --claim ,$(CLAIM)) $(ARGS)
 
 bench: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m benchmarks $(ARGS)

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["reproduce"]:
-        from apexlib.reproduce import main as reproduce
+        from apexlib.suite.runner import main as reproduce
 
         return reproduce(given[1:])
     parser = argparse.ArgumentParser(prog="python -m apexlib", description=__doc__)
@@ -79,10 +79,11 @@ def _difference(options: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from apexlib.activations import activation_statistics, check_top
-    from apexlib.corpora import corpus_hash, load_corpus
-    from apexlib.data import batches, pack
-    from apexlib.difference import imbalance_table
-    from apexlib.records import hide_progress, save_table
+    from apexlib.analysis.difference import imbalance_table
+    from apexlib.progress import hide_progress
+    from apexlib.provenance import save_table
+    from apexlib.text.corpora import corpus_hash, load_corpus
+    from apexlib.text.datasets import batches, pack
 
     check_top(options.top)
     if hide_progress():
@@ -100,8 +101,8 @@ def _difference(options: argparse.Namespace) -> int:
 
 
 def _spectrum(options: argparse.Namespace) -> int:
-    from apexlib.records import save_table
-    from apexlib.spectrum import spectrum_table, update_table
+    from apexlib.analysis.spectrum import spectrum_table, update_table
+    from apexlib.provenance import save_table
 
     model = _weights(options.model, options.revision)
     facts = {"model": options.model, "revision": options.revision}
@@ -130,12 +131,14 @@ def _weights(model: str, revision: str | None) -> Any:
 def _train(options: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-    from apexlib.corpora import load_chat, load_corpus
-    from apexlib.data import collate, encode_chat, pack
     from apexlib.evaluation import pad_token
-    from apexlib.records import atomic_folder, hide_progress, save_table
+    from apexlib.files import atomic_folder
+    from apexlib.progress import hide_progress
+    from apexlib.provenance import save_table
     from apexlib.selection import ApexConfig
-    from apexlib.training import train_in_stages
+    from apexlib.text.corpora import load_chat, load_corpus
+    from apexlib.text.datasets import collate, encode_chat, pack
+    from apexlib.training.stages import train_in_stages
 
     given = _settings(options.settings)
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
@@ -191,7 +194,7 @@ def _settings(path: Path) -> dict:
 def _plan(options: argparse.Namespace) -> int:
     import torch
 
-    from apexlib.planner import METHODS, calibrate, plan_budget
+    from apexlib.analysis.budget import METHODS, calibrate, plan_budget
     from apexlib.selection import ApexConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, Kind, model_components, unit_weight_norms
-from apexlib.records import progress
+from apexlib.progress import progress
 
 EMA_DECAY = 0.9  # the moving averages that the paper compares with the plain rank score
 

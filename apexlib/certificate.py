@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.expansion import SplitProjection, composed_weights, fuse, is_expanded
-from apexlib.records import atomic_folder, file_hash, provenance, write_json
+from apexlib.files import atomic_folder, file_hash, write_json
+from apexlib.provenance import provenance
 
 CERTIFICATE = "certificate.json"
 _FORMAT = 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apexlib.records import progress
+from apexlib.progress import progress
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, quiet: bool = False) -> pd.Series:

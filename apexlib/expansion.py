@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from apexlib.architectures import Component, Slot, family_of, model_components
 from apexlib.fused_ffn import MODES, FusedFFN, leave_form, take_form
-from apexlib.monarch import OPERATORS, Operator, make_operator
+from apexlib.operators import OPERATORS, Operator, make_operator
 from apexlib.selection import ExpansionPlan, LayerPlan
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import pandas as pd
 
-from apexlib.records import atomic_write
+from apexlib.files import atomic_write
 
 Component = Literal["head", "channel"]
 

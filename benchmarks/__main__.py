@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from apexlib.plotting import new_figure, plot_forecast, plot_scaling, plot_step_costs, save_figure
-from apexlib.records import folders, save_table
+from apexlib.provenance import save_table
+from apexlib.suite.figures import new_figure, plot_forecast, plot_scaling, plot_step_costs, save_figure
+from apexlib.suite.folders import folders
 from benchmarks import effective_rank
 from benchmarks.cases import scaling_studies, step_studies
 from benchmarks.studies import forecasts, overheads, scaling, steps, targets

@@ -12,7 +12,7 @@ from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
 from apexlib.architectures import model_components
-from apexlib.monarch import monarch_blocks
+from apexlib.operators import monarch_blocks
 from apexlib.selection import ExpansionPlan
 
 

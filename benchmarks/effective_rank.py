@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from apexlib.records import save_table
-from apexlib.spectrum import effective_rank, measures
+from apexlib.analysis.spectrum import effective_rank, measures
+from apexlib.provenance import save_table
 
 T = TypeVar("T")
 

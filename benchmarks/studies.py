@@ -6,10 +6,10 @@ import pandas as pd
 import torch
 
 from apexlib.activations import ActivationRecorder
+from apexlib.analysis.budget import METHODS as PLANNED
+from apexlib.analysis.budget import plan_budget
 from apexlib.expansion import expand, fuse
-from apexlib.planner import METHODS as PLANNED
-from apexlib.planner import plan_budget
-from apexlib.records import progress
+from apexlib.progress import progress
 from apexlib.selection import select
 from benchmarks.cases import Study
 from benchmarks.measure import MIB, peak_memory, peak_of, peak_resident, ratios, seconds, taking_turns

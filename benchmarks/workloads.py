@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from apexlib.architectures import model_components
-from apexlib.baselines import keep_largest, method_of
 from apexlib.expansion import expand, parameter_groups
 from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, select
+from apexlib.training.methods import keep_largest, method_of
 from benchmarks.activation_space import expand_on_activations
 
 APEX = ApexConfig(align=16, strategy="random")  # scattered units, as a selection by activation has them

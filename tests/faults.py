@@ -18,7 +18,7 @@ from conftest import build
 from test_training import Blocks, arguments
 
 from apexlib.selection import ApexConfig
-from apexlib.training import TrainingRecord, train_in_stages
+from apexlib.training.stages import TrainingRecord, train_in_stages
 
 CONFIG = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6, assessment_samples=8, stages=3)
 _WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")

@@ -22,12 +22,12 @@ from conftest import build
 
 from apexlib import ApexConfig, ExpansionPlan, LayerPlan, save_fused, verify_folder
 from apexlib.__main__ import _settings
-from apexlib.checkpoints import RunFolder, complete_folder, fault, read_state, write_state
-from apexlib.claims import read_claims
-from apexlib.corpora import load_chat, load_corpus
-from apexlib.notebooks import read_notebook, read_profile
-from apexlib.records import write_json
-from apexlib.reproduce import _Ledger
+from apexlib.files import write_json
+from apexlib.suite.ledger import read_claims
+from apexlib.suite.notebooks import read_notebook, read_profile
+from apexlib.suite.runner import _Ledger
+from apexlib.text.corpora import load_chat, load_corpus
+from apexlib.training.checkpoints import RunFolder, complete_folder, fault, read_state, write_state
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20  # a loader that takes longer hangs

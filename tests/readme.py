@@ -11,7 +11,7 @@ from conftest import VARIANTS, build
 from transformers import PreTrainedModel
 
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
-from apexlib.claims import claims_table, measured
+from apexlib.suite.ledger import claims_table, measured
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"

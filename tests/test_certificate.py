@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from apexlib.certificate import save_fused, verify_folder
 from apexlib.expansion import SplitProjection, fuse, is_expanded
-from apexlib.records import file_hash
+from apexlib.files import file_hash
 
 
 @pytest.fixture

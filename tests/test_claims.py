@@ -10,17 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apexlib.claims import (
-    MEASURES,
-    choose,
-    claims_table,
-    decide,
-    example_noise,
-    interval,
-    measured,
-    read_claims,
-    summarise,
-)
+from apexlib.analysis.intervals import interval, summarise
+from apexlib.suite.ledger import MEASURES, choose, claims_table, decide, example_noise, measured, read_claims
 
 values_of_seeds = st.lists(st.floats(-1e3, 1e3).map(lambda value: round(value, 3)), min_size=3, max_size=6)
 OPPOSITE = {"reproduced": "not reproduced", "not reproduced": "reproduced"}

@@ -16,7 +16,7 @@ from transformers import Trainer
 import apexlib
 from apexlib import ExpansionPlan
 from apexlib.__main__ import main
-from apexlib.tokenizer import train_tokenizer
+from apexlib.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from apexlib.corpora import cached, corpus_hash, load_chat, load_corpus
-from apexlib.data import IGNORED, PackedTokens, batches, collate, encode_chat, pack
-from apexlib.skills import SPLITS, skills, skills_text, split_of
-from apexlib.tokenizer import train_tokenizer
+from apexlib.text.corpora import cached, corpus_hash, load_chat, load_corpus
+from apexlib.text.datasets import IGNORED, PackedTokens, batches, collate, encode_chat, pack
+from apexlib.text.skills import SPLITS, skills, skills_text, split_of
+from apexlib.text.tokenizer import train_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOCUMENTS = ["To be, or not to be: that is the question.\n", "naïve 北京 😀 x = 42\n\tif x:", "a" * 50, "The end."]
@@ -333,7 +333,7 @@ def test_text_that_looks_like_a_special_token(tokenizer):
 
 def test_corpus_and_tokenizer_are_the_same_in_another_process(tokenizer):
     program = (
-        "from apexlib.corpora import *; from apexlib.tokenizer import *; from apexlib.skills import *;"
+        "from apexlib.text.corpora import *; from apexlib.text.tokenizer import *; from apexlib.text.skills import *;"
         "import json, sys; print(corpus_hash(load_corpus('stdlib-code', split='test')));"
         "documents = json.loads(sys.argv[1]) * 3 + skills_text(60);"
         "print(train_tokenizer(documents, 400).backend_tokenizer.to_str())"

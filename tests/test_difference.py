@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from apexlib.activations import activation_statistics
+from apexlib.analysis.difference import biography, imbalance_table, masking_curve, weight_difference
 from apexlib.architectures import model_components
-from apexlib.difference import biography, imbalance_table, masking_curve, weight_difference
 from apexlib.evaluation import perplexity
 from apexlib.selection import ExpansionPlan, LayerPlan
 

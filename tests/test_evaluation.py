@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apexlib.data import batches, collate, encode_chat
 from apexlib.evaluation import exact_match, multiple_choice, ngram_loss, perplexity, unigram_loss
-from apexlib.tokenizer import train_tokenizer
+from apexlib.text.datasets import batches, collate, encode_chat
+from apexlib.text.tokenizer import train_tokenizer
 
 
 def test_perplexity_weighs_every_labelled_token_the_same(tiny_model, batch):

@@ -15,12 +15,12 @@ import pytest
 from test_prepared import write_sources
 from transformers import AutoConfig
 
-from apexlib import evidence
-from apexlib.claims import claims_table
-from apexlib.evidence import SCALES, Work, gather, llama, main, pieces, plan, seconds_in
-from apexlib.planner import plan_budget
-from apexlib.prepared import prepare
-from apexlib.trials import RESULT, OutOfTimeError
+from apexlib.analysis.budget import plan_budget
+from apexlib.suite import evidence
+from apexlib.suite.evidence import SCALES, Work, gather, llama, main, pieces, plan, seconds_in
+from apexlib.suite.ledger import claims_table
+from apexlib.suite.prepared import prepare
+from apexlib.suite.trials import RESULT, OutOfTimeError
 
 MEASURED = {"seconds_per_step", "peak_memory_mb", "path"}  # what no two runs share
 TABLES = {
@@ -156,14 +156,14 @@ def test_exit_codes_and_what_is_said(data, tmp_path, monkeypatch, capsys):
 
 def test_importing_it_needs_no_more_than_a_gpu_machine_has():
     hidden = "import sys; sys.modules.update(dict.fromkeys(('datasets', 'papermill', 'pyarrow', 'IPython')));"
-    subprocess.run([sys.executable, "-c", f"{hidden} import apexlib.evidence"], check=True)
+    subprocess.run([sys.executable, "-c", f"{hidden} import apexlib.suite.evidence"], check=True)
 
 
 @pytest.mark.evidence
 def test_the_whole_toy_on_real_data_killed_and_resumed(tmp_path):
     if not REAL.is_dir():
         pytest.skip("no real data beside the project")
-    run = [sys.executable, "-m", "apexlib.evidence"]
+    run = [sys.executable, "-m", "apexlib.suite.evidence"]
     names = {"general": "corpus/general-*.gz", "domain": "corpus/domain-*.gz", "chat": "instruct/*.jsonl"}
     files = [word for name, many in names.items() for word in (f"--{name}", *map(str, sorted(REAL.glob(many))))]
     data = tmp_path / "data"

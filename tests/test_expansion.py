@@ -29,7 +29,7 @@ from apexlib.expansion import (
     parameter_groups,
     trainable_table,
 )
-from apexlib.monarch import OPERATORS, make_operator
+from apexlib.operators import OPERATORS, make_operator
 from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, unit_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units", "ignore:.*is deprecated")

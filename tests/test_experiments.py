@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from apexlib import experiments, trials
-from apexlib.baselines import method_of
-from apexlib.claims import interval, paired_over_examples
-from apexlib.data import batches, collate, encode_chat, pack
+from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
-from apexlib.experiments import (
+from apexlib.selection import ApexConfig
+from apexlib.suite import experiments, trials
+from apexlib.suite.experiments import (
     VARIANTS,
     choose_rates,
     compare,
@@ -26,9 +25,10 @@ from apexlib.experiments import (
     tokens_to_reach,
     untouched_run,
 )
-from apexlib.selection import ApexConfig
-from apexlib.skills import skills, skills_text
-from apexlib.tokenizer import train_tokenizer
+from apexlib.text.datasets import batches, collate, encode_chat, pack
+from apexlib.text.skills import skills, skills_text
+from apexlib.text.tokenizer import train_tokenizer
+from apexlib.training.methods import method_of
 
 CHAT = {"source": "skills", "train": 40, "valid": 14, "test": 28, "difficulties": [1]}
 CHAT |= {"max_length": 64, "max_new_tokens": 3}
@@ -149,7 +149,7 @@ def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_pa
     result = continued_run(folder=tmp_path, variant="apex", evaluations=2, text=text, **settings)
     assert [point["tokens"] for point in result["curve"]] == [0, 2 * 4 * 16, 4 * 4 * 16]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    from apexlib.corpora import load_corpus
+    from apexlib.text.corpora import load_corpus
 
     held_out = pack(load_corpus(base / "text.txt", split="test"), tokenizer, 16)
     for folder, point in ((base, result["curve"][0]), (tmp_path / "stage-1", result["curve"][-1])):

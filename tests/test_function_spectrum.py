@@ -6,8 +6,8 @@ import torch
 from conftest import VARIANTS
 from torch.nn.functional import linear
 
-from apexlib.function_spectrum import head_table, hidden_table
-from apexlib.spectrum import MEASURES, spectrum
+from apexlib.analysis.function_spectrum import head_table, hidden_table
+from apexlib.analysis.spectrum import MEASURES, spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels")
 SEPARATE = [name for name in VARIANTS if name not in ("phi3", "gpt2") and not name.startswith("gpt_neox")]

@@ -16,7 +16,7 @@ from apexlib.activations import ActivationRecorder
 from apexlib.architectures import model_components
 from apexlib.expansion import expand, fuse
 from apexlib.fused_ffn import _ACTIVATIONS, FusedFFN, GatedFFN, _parts, literal_ffn
-from apexlib.monarch import OPERATORS
+from apexlib.operators import OPERATORS
 from apexlib.selection import ExpansionPlan
 
 GATED = ["llama", "llama-mha-bias", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2"]

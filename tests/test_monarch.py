@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from apexlib.monarch import OPERATORS, MonarchOperator, make_operator, monarch_blocks, parameter_count
+from apexlib.operators import OPERATORS, MonarchOperator, make_operator, monarch_blocks, parameter_count
 
 KINDS = sorted(OPERATORS)
 SIZES = st.one_of(st.integers(1, 60), st.sampled_from([64, 97, 128, 2 * 61, 144, 211]))

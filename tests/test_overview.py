@@ -15,9 +15,17 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from apexlib.claims import claims_table
-from apexlib.overview import VERDICTS, figure_pages, inline_svg, ledger_pages, overview_html, run_facts, write_overview
-from apexlib.plotting import draw_figure
+from apexlib.suite.figures import draw_figure
+from apexlib.suite.ledger import claims_table
+from apexlib.suite.overview import (
+    VERDICTS,
+    figure_pages,
+    inline_svg,
+    ledger_pages,
+    overview_html,
+    run_facts,
+    write_overview,
+)
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -77,7 +85,7 @@ def test_equal_inputs_give_equal_bytes_in_any_process(figures, ledger, tmp_path)
 import sys
 from pathlib import Path
 import pandas as pd
-from apexlib.overview import write_overview
+from apexlib.suite.overview import write_overview
 write_overview(pd.read_pickle(sys.argv[1]), *map(Path, sys.argv[2:]))
 print("torch" in sys.modules)
 """

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from apexlib import ApexConfig, plan_budget
-from apexlib.planner import METHODS, calibrate
+from apexlib.analysis.budget import METHODS, calibrate
 from benchmarks.measure import MIB, peak_memory
 from benchmarks.workloads import APEX, Case, llama_config, workload
 

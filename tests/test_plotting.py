@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from apexlib import plotting
+from apexlib.suite import figures as plotting
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from apexlib import prepared
-from apexlib.corpora import load_chat, load_corpus
-from apexlib.data import encode_chat, pack
-from apexlib.experiments import text_loss
-from apexlib.prepared import check, conversations, examples, prepare, scored, stream
-from apexlib.skills import skills_text, split_of
-from apexlib.tokenizer import train_tokenizer
+from apexlib.suite import prepared
+from apexlib.suite.experiments import text_loss
+from apexlib.suite.prepared import check, conversations, examples, prepare, scored, stream
+from apexlib.text.corpora import load_chat, load_corpus
+from apexlib.text.datasets import encode_chat, pack
+from apexlib.text.skills import skills_text, split_of
+from apexlib.text.tokenizer import train_tokenizer
 
 
 def write_sources(folder):
@@ -128,8 +128,8 @@ def test_a_prepared_text_is_a_corpus_to_every_run(data, tiny_model):
     documents = tokenizer.decode(stream(f"prepared:{data}/general", "valid")).split("<|endoftext|>")
     (data / "valid.txt").write_text("\n<|endoftext|>\n".join(filter(None, documents)), encoding="utf-8")
     blocks = pack(load_corpus(data / "valid.txt", split="all"), tokenizer, 16)
-    from apexlib.data import batches
     from apexlib.evaluation import perplexity
+    from apexlib.text.datasets import batches
 
     assert loss == pytest.approx(perplexity(model, batches(blocks, 4, limit=4))["loss"], rel=1e-5)
     assert prepared.is_prepared("prepared:x")

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from apexlib.pretraining import checkpoint_folder, pretrain
+from apexlib.suite.pretraining import checkpoint_folder, pretrain
 
 
 class Blocks(torch.utils.data.Dataset):

@@ -14,104 +14,84 @@ import yaml
 from packaging.requirements import Requirement
 from readme import rendered
 
-from apexlib.claims import read_claims
-from apexlib.notebooks import read_notebook, read_profile
-from apexlib.plotting import FIGURES
+from apexlib.suite.figures import FIGURES
+from apexlib.suite.ledger import read_claims
+from apexlib.suite.notebooks import read_notebook, read_profile
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-# who may import whom from apexlib; records holds what every file needs and imports nothing
+# rooms, from the top to the bottom: a room imports from itself and from those below it
+ROOMS = ("suite", "explore", "analysis", "training", "text", "")
+# the one exception: what a run will cost is asked of the registry of methods
+NOT_OF = {"analysis": {"training"}}
+EXCEPTIONS = {("analysis/budget.py", "training.methods")}
+# in the method's room, who may import whom
 ARROWS = {
-    "records": set(),
+    "files": set(),
+    "progress": set(),
+    "provenance": {"files"},
     "architectures": set(),
-    "activations": {"architectures", "records"},
-    "monarch": set(),
-    "selection": {"records"},
+    "activations": {"architectures", "progress"},
+    "operators": set(),
+    "selection": {"files"},
     "fused_ffn": set(),
-    "expansion": {"architectures", "fused_ffn", "monarch", "selection"},
-    "planner": {"architectures", "baselines", "selection"},
-    "certificate": {"expansion", "records"},
-    "evaluation": {"records"},
-    "difference": {"architectures", "activations", "evaluation", "records", "selection"},
-    "spectrum": {"expansion", "records"},
-    "function_spectrum": {"architectures", "records", "spectrum"},
-    "skills": {"records"},
-    "rows": set(),
-    "corpora": {"records", "rows", "skills"},
-    "tokenizer": {"corpora", "records", "rows"},
-    "data": {"corpora", "records", "tokenizer"},
-    "pretraining": {"records"},
-    "baselines": {"architectures", "selection", "expansion"},
-    "checkpoints": {"records"},
-    "interruption": set(),
-    "training": {"activations", "baselines", "checkpoints", "interruption", "records", "selection"},
-    "trials": {"records"},
-    "prepared": {"corpora", "data", "records", "skills", "tokenizer"},
-    "experiments": {
-        "activations",
-        "baselines",
-        "corpora",
-        "data",
-        "difference",
-        "evaluation",
-        "prepared",
-        "pretraining",
-        "records",
-        "selection",
-        "skills",
-        "spectrum",
-        "training",
-        "trials",
-    },
-    "evidence": {
-        "claims",
-        "experiments",
-        "planner",
-        "plotting",
-        "prepared",
-        "pretraining",
-        "rank_change",
-        "records",
-        "selection",
-        "trials",
-    },
-    "rank_change": {"claims", "spectrum"},
-    "claims": set(),
-    "plotting": {"records"},
-    "overview": {"claims", "plotting", "records"},
-    "notebooks": {"records"},
-    "execution": {"notebooks", "records"},
-    "reproduce": {"claims", "notebooks", "execution", "records"},
-}  # the command line is free to import anything, once a command runs
+    "expansion": {"architectures", "fused_ffn", "operators", "selection"},
+    "certificate": {"expansion", "files", "provenance"},
+    "evaluation": {"progress"},
+}
+SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
+LIMIT = 400
+
+
+def room_of(module):
+    """The room of a module by its name below apexlib: "suite" of "suite.ledger", "" of "expansion"."""
+    return module.split(".")[0] if "." in module or module in ROOMS else ""
 
 
 def imports(path):
-    """Names of the modules of apexlib that a file imports, at any depth."""
+    """Names of the modules of apexlib that a file imports, at any depth, without the leading "apexlib."."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "apexlib":
-            found |= {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+            inner = node.module.removeprefix("apexlib").lstrip(".")
+            names = {alias.name for alias in node.names}
+            found |= {inner} if inner and inner not in ROOMS else {f"{inner}.{name}".lstrip(".") for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("apexlib.") for alias in node.names if alias.name.startswith("apexlib.")}
     return found
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT / "apexlib").as_posix())
+def test_arrows_between_rooms_go_down_only(path):
+    name = path.relative_to(ROOT / "apexlib").as_posix()
+    own = name.split("/")[0] if "/" in name else ""
+    if name in ("__init__.py", "__main__.py"):  # the names of the library, and its command line
+        return
+    for module in imports(path) - {inner for where, inner in EXCEPTIONS if where == name}:
+        room = room_of(module)
+        assert ROOMS.index(room) >= ROOMS.index(own), module
+        assert room not in NOT_OF.get(own, ()), module
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "apexlib").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_modules_import_only_what_the_design_allows(path):
+def test_the_modules_of_the_method_import_only_what_the_design_allows(path):
     assert imports(path) <= ARROWS[path.stem]
 
 
 def test_importing_the_library_stays_light():
     heavy = {"datasets", "peft", "papermill", "matplotlib", "seaborn", "accelerate", "pyarrow", "yaml", "IPython"}
-    runner = {"plotting", "overview", "notebooks", "execution", "reproduce"}
-    for name in ARROWS.keys() - runner:
-        top_level = ast.parse((ROOT / "apexlib" / f"{name}.py").read_text(encoding="utf-8")).body
+    for path in SOURCES:
+        if path.parent.name == "suite":
+            continue
+        top_level = ast.parse(path.read_text(encoding="utf-8")).body
         found = {alias.name for node in top_level if isinstance(node, ast.Import) for alias in node.names}
         found |= {node.module for node in top_level if isinstance(node, ast.ImportFrom)}
-        assert not {module.split(".")[0] for module in found} & heavy, name
+        assert not {module.split(".")[0] for module in found} & heavy, path
 
 
-def test_plotting_claims_and_the_runner_need_no_torch():
-    modules = "apexlib.overview, apexlib.plotting, apexlib.claims, apexlib.reproduce"
+def test_figures_ledger_and_runner_need_no_torch():
+    modules = "apexlib.suite.overview, apexlib.suite.figures, apexlib.suite.ledger, apexlib.suite.runner"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -182,7 +162,7 @@ def test_the_last_notebook_draws_every_figure_and_reads_every_table_that_decides
     written = [Path(path) for notebook in others for path in notebook.writes if path.endswith(".csv")]
     drawn = [path for path in written if path.parts[0] == "figures"]
     assert {path.stem for path in drawn} == set(FIGURES)
-    source = (ROOT / "apexlib" / "claims.py").read_text(encoding="utf-8")
+    source = (ROOT / "apexlib" / "suite" / "ledger.py").read_text(encoding="utf-8")
     read = set(re.findall(r"_(?:read|per_seed)\(\w+, \"(\w+)\"", source))
     read |= {claim.arguments["table"] for claim in read_claims() if "table" in claim.arguments}
     assert {"masking", "instruction", "rank_gain"} <= read

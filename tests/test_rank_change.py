@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apexlib.rank_change import (
+from apexlib.analysis.rank_change import (
     beside_null,
     constructed_changes,
     final_stage,
@@ -21,7 +21,7 @@ from apexlib.rank_change import (
     rank_panels,
     update_ranks,
 )
-from apexlib.spectrum import effective_rank
+from apexlib.analysis.spectrum import effective_rank
 
 
 @given(rows=st.integers(2, 12), columns=st.integers(2, 12), seed=st.integers(0, 999))

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from apexlib import ApexConfig, records
+from apexlib import ApexConfig, files, provenance
+from apexlib.suite import folders
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,26 +18,26 @@ ROOT = Path(__file__).parents[1]
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), records.atomic_write(path) as temporary:
+    with pytest.raises(UnicodeEncodeError), files.atomic_write(path) as temporary:
         temporary.write_text("half \udc80", encoding="utf-8")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["table.csv"]
-    with records.atomic_write(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["table.csv"]
 
 
 def test_a_failed_folder_leaves_the_old_one_and_no_debris(tmp_path):
-    with records.atomic_folder(tmp_path / "a") as temporary:
+    with files.atomic_folder(tmp_path / "a") as temporary:
         (temporary / "x").write_text("old")
-    with pytest.raises(UnicodeEncodeError), records.atomic_folder(tmp_path / "a", replace=True) as temporary:
+    with pytest.raises(UnicodeEncodeError), files.atomic_folder(tmp_path / "a", replace=True) as temporary:
         (temporary / "x").write_text("half \udc80", encoding="utf-8")
-    with pytest.raises(OSError, match="not empty"), records.atomic_folder(tmp_path / "a") as temporary:
+    with pytest.raises(OSError, match="not empty"), files.atomic_folder(tmp_path / "a") as temporary:
         (temporary / "x").write_text("new")
     assert (tmp_path / "a" / "x").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
-    with records.atomic_folder(tmp_path / "a", replace=True) as temporary:
+    with files.atomic_folder(tmp_path / "a", replace=True) as temporary:
         (temporary / "y").write_text("new")
     assert os.listdir(tmp_path / "a") == ["y"]
     assert os.listdir(tmp_path) == ["a"]
@@ -47,12 +48,12 @@ def test_only_what_an_unfinished_write_left_is_cleared(tmp_path):
     (tmp_path / ".partial-b").symlink_to(tmp_path / "kept")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
-    assert len(records.clear_partial(tmp_path)) == 2
+    assert len(files.clear_partial(tmp_path)) == 2
     assert os.listdir(tmp_path) == ["kept"]
     assert os.listdir(tmp_path / "kept") == ["file"]
 
 
-@pytest.mark.parametrize("write", [ApexConfig().to_json, lambda path: records.write_json({"a": 1}, path)])
+@pytest.mark.parametrize("write", [ApexConfig().to_json, lambda path: files.write_json({"a": 1}, path)])
 def test_a_disk_that_fills_up_leaves_the_old_file(write, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -67,19 +68,19 @@ def test_a_disk_that_fills_up_leaves_the_old_file(write, tmp_path, monkeypatch):
 
 
 def test_a_lock_is_let_go_at_the_end(tmp_path):
-    with records.exclusive(tmp_path / "lock"), pytest.raises(BlockingIOError), records.exclusive(tmp_path / "lock"):
+    with files.exclusive(tmp_path / "lock"), pytest.raises(BlockingIOError), files.exclusive(tmp_path / "lock"):
         pass
-    with records.exclusive(tmp_path / "lock"):
+    with files.exclusive(tmp_path / "lock"):
         pass
 
 
 def test_a_saved_table_carries_its_provenance_and_hash(tmp_path):
-    path = records.save_table(
+    path = provenance.save_table(
         pd.DataFrame({"a": [1, 2], "b": [0.1, float("nan")]}), "t", tmp_path, data={"x": "1"}, seed=3
     )
     pd.testing.assert_frame_equal(pd.read_csv(path), pd.DataFrame({"a": [1, 2], "b": [0.1, float("nan")]}))
     facts = json.loads((tmp_path / "t.json").read_text())
-    assert facts["sha256"] == records.file_hash(path)
+    assert facts["sha256"] == files.file_hash(path)
     assert (facts["rows"], facts["seed"], facts["data"]) == (2, 3, {"x": "1"})
     assert {"commit", "created", "device", "python", "versions"} <= set(facts)
     assert facts["versions"]["pandas"] == pd.__version__
@@ -87,7 +88,7 @@ def test_a_saved_table_carries_its_provenance_and_hash(tmp_path):
 
 def test_an_empty_table_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="table 't' has no rows"):
-        records.save_table(pd.DataFrame({"a": []}), "t", tmp_path)
+        provenance.save_table(pd.DataFrame({"a": []}), "t", tmp_path)
     assert not os.listdir(tmp_path)
 
 
@@ -98,24 +99,24 @@ def test_provenance_only_reads_the_repository(tmp_path, monkeypatch):
     if listed.returncode:
         pytest.skip("not in a git checkout")
     before = index.read_bytes()  # knows no file's time, so that git would like to write it anew, under a lock
-    assert len(records.provenance()["commit"]) == 40
+    assert len(provenance.provenance()["commit"]) == 40
     assert index.read_bytes() == before
 
 
 def test_provenance_holds_no_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-secret-token")
-    assert "a-secret-token" not in json.dumps(records.provenance())
+    assert "a-secret-token" not in json.dumps(provenance.provenance())
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a b"])
 def test_a_profile_name_cannot_leave_its_folder(name, tmp_path):
     with pytest.raises(ValueError, match="names a folder"):
-        records.folders(name, tmp_path)
+        folders.folders(name, tmp_path)
 
 
 def test_the_root_is_found_from_below_and_its_absence_named(tmp_path):
     (tmp_path / "notebooks" / "deep").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="not inside the project"):
-        records.project_root(tmp_path / "notebooks")
+        folders.project_root(tmp_path / "notebooks")
     (tmp_path / "pyproject.toml").touch()
-    assert records.project_root(tmp_path / "notebooks" / "deep") == tmp_path.resolve()
+    assert folders.project_root(tmp_path / "notebooks" / "deep") == tmp_path.resolve()

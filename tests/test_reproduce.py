@@ -21,10 +21,11 @@ import nbformat
 import pytest
 import yaml
 
-from apexlib import execution, reproduce
-from apexlib.notebooks import ReproduceError, read_notebook
-from apexlib.records import file_hash
-from apexlib.reproduce import RunError, main, plan_profile, run_profile
+from apexlib.files import file_hash
+from apexlib.suite import execution
+from apexlib.suite import runner as reproduce
+from apexlib.suite.notebooks import ReproduceError, read_notebook
+from apexlib.suite.runner import RunError, main, plan_profile, run_profile
 
 PROFILE = 'profile: str = "cpu"  # whose folders'
 
@@ -525,7 +526,7 @@ def kernels_of(root: Path) -> list[str]:
 def test_an_interrupt_stops_the_kernel_too(number, code, tmp_path):
     project = Project(tmp_path).make().notebook("00_long", "import time\nopen('begun', 'w').close()\ntime.sleep(60)")
     project.profile(notebooks={"00_long": {}})
-    command = [sys.executable, "-m", "apexlib.reproduce"]
+    command = [sys.executable, "-m", "apexlib.suite.runner"]
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it from birth
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         deadline = time.monotonic() + 60
@@ -547,7 +548,7 @@ def test_a_full_disk_is_one_message_and_the_next_run_goes_on(tmp_path, monkeypat
     """No file may grow beyond 1500 bytes: neither the executed copy nor what the runner remembers fits."""
     project = Project(tmp_path).make().notebook("00_any", "1").profile(notebooks={"00_any": {}})
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
-    command = [sys.executable, "-m", "apexlib.reproduce"]
+    command = [sys.executable, "-m", "apexlib.suite.runner"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert found.returncode == 1
     assert "File too large" in found.stderr

@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from test_training import Blocks
 from transformers import Trainer
 
-from apexlib import checkpoints, expansion, training
+from apexlib import expansion
 from apexlib.activations import ActivationRecorder
-from apexlib.checkpoints import fault, place
-from apexlib.interruption import Interrupted
-from apexlib.monarch import OPERATORS, MonarchOperator
-from apexlib.records import exclusive
+from apexlib.files import exclusive
+from apexlib.operators import OPERATORS, MonarchOperator
 from apexlib.selection import ApexConfig
+from apexlib.training import checkpoints
+from apexlib.training import stages as training
+from apexlib.training.checkpoints import fault, place
+from apexlib.training.interruption import Interrupted
 
 METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
 
@@ -163,7 +165,7 @@ def test_the_newest_whole_state_is_taken_and_torn_ones_are_named(whole, tmp_path
     damage(tmp_path / "step-1-2" / "state.safetensors")
     (tmp_path / "step-1-1" / "progress.json").unlink()
     assert digest(run(tmp_path, trainer_class=Fragile, resume=True)) == whole
-    said = [record.getMessage() for record in caplog.records if record.name == "apexlib.checkpoints"]
+    said = [record.getMessage() for record in caplog.records if record.name == "apexlib.training.checkpoints"]
     assert said == [
         f"{tmp_path / 'step-1-2'}: passed over, state.safetensors was changed",
         f"{tmp_path / 'step-1-1'}: passed over, progress.json is missing",
@@ -273,7 +275,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(whole, tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import apexlib.training as training
+import apexlib.training.stages as training
 from test_resume import Fragile, run
 keep = training._Watch.keep
 def full(self, **named):

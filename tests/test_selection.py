@@ -16,7 +16,7 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from apexlib.monarch import OPERATORS, parameter_count
+from apexlib.operators import OPERATORS, parameter_count
 from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, select, selection_stability, unit_counts
 
 laws = settings(max_examples=25, deadline=None)

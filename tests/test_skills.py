@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apexlib.records import content_hash
-from apexlib.skills import SPLITS, families, skills, skills_text, split_of
+from apexlib.files import content_hash
+from apexlib.text.skills import SPLITS, families, skills, skills_text, split_of
 
 MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
 MONTHS += ["August", "September", "October", "November", "December"]

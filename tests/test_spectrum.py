@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-import apexlib.spectrum as module
+import apexlib.analysis.spectrum as module
 from apexlib import ExpansionPlan, LayerPlan, expand
-from apexlib.spectrum import (
+from apexlib.analysis.spectrum import (
     MEASURES,
     effective_rank,
     marchenko_pastur_rank,

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
-from apexlib.baselines import keep_largest, method_of
 from apexlib.expansion import expand, fuse, is_expanded, parameter_groups
 from apexlib.selection import ApexConfig, ExpansionPlan, select
-from apexlib.tokenizer import train_tokenizer
-from apexlib.training import data_order, train_in_stages
+from apexlib.text.tokenizer import train_tokenizer
+from apexlib.training.methods import keep_largest, method_of
+from apexlib.training.stages import data_order, train_in_stages
 
 METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
 SMALL = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6, assessment_samples=8)
@@ -167,7 +167,7 @@ def test_accumulating_four_equals_a_batch_of_four(method, balance, tiny_model, t
     config = ApexConfig(**(vars(SMALL) | {"balance_weight": balance, "stages": 1, "statistic": "mean"}))
     same = {"dataset": data, "config": config, "learning_rate": 1e-3, "max_steps": 3, "optim": "sgd"}
     if balance:
-        monkeypatch.setattr("apexlib.training.data_order", lambda size, count, seed: list(range(count)))
+        monkeypatch.setattr("apexlib.training.stages.data_order", lambda size, count, seed: list(range(count)))
     one = run(tiny_model, tmp_path / "1", method, **same)
     apart = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     four = run(tiny_model, tmp_path / "4", method, **apart, **same)
@@ -362,7 +362,7 @@ def test_what_cannot_be_done_is_refused_before_training(changes, message, tiny_m
 
 def test_time_per_step_leaves_out_what_is_no_step(tiny_model, tmp_path, monkeypatch):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("apexlib.training.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("apexlib.training.stages.time.perf_counter", lambda: next(clock))
     record = run(tiny_model, tmp_path, eval_dataset=Blocks(size=8, start=7), eval_strategy="steps", eval_steps=1)
     assert record.seconds_per_step == 10  # the clock is read twice a step
 

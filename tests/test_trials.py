@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apexlib import trials
-from apexlib.trials import OutOfTimeError, Trial, run_trials, stored
+from apexlib.suite import trials
+from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, stored
 
 
 def square(folder, number, fail=False, die=False):
@@ -129,7 +129,7 @@ def linger(folder):
 
 def test_no_process_outlives_a_killed_parent(tmp_path):
     code = (
-        "from pathlib import Path; from test_trials import linger; from apexlib.trials import Trial, run_trials\n"
+        "from pathlib import Path; from test_trials import linger; from apexlib.suite.trials import Trial, run_trials\n"
         "if __name__ == '__main__':\n"
         f"    run_trials(linger, [Trial('a', {{}}), Trial('b', {{}})], Path({str(tmp_path)!r}), workers=2)\n"
     )

@@ -1,9 +1,8 @@
-"""The suite's experiments on real text at the scale of one GPU: `python -m apexlib.evidence`.
+"""The suite's experiments on real text at the scale of one GPU: `python -m apexlib.suite.evidence`.
 
-First `--prepare` turns text and conversations into arrays (`apexlib.prepared`). Then one call after another works for a
-`--budget` of time: base models from random weights, the difference between their units, instruction tuning, effective
+First `--prepare` turns text and conversations into arrays. Then one call after another works for a `--budget` of time: base models from random weights, the difference between their units, instruction tuning, effective
 rank, continued pre-training, and the knobs that could change the outcome. All of it is cut into pieces that are kept
-once finished (`apexlib.trials`), so a call that is stopped or killed loses the piece it was at. Tables have the names
+once finished, so a call that is stopped or killed loses the piece it was at. Tables have the names
 and columns of the notebooks' and go to OUT/tables, figures to OUT/figures.
 """
 
@@ -23,8 +22,19 @@ import pandas as pd
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
-from apexlib.claims import paired_over_examples, summarise
-from apexlib.experiments import (
+from apexlib.analysis.intervals import paired_over_examples, summarise
+from apexlib.analysis.rank_change import (
+    beside_null,
+    rank_changes,
+    rank_correlation,
+    rank_gain,
+    rank_panels,
+    update_ranks,
+)
+from apexlib.files import clear_partial, file_hash
+from apexlib.provenance import save_table
+from apexlib.selection import ApexConfig
+from apexlib.suite.experiments import (
     VARIANTS,
     Comparison,
     compare,
@@ -39,12 +49,9 @@ from apexlib.experiments import (
     tokens_to_reach,
     untouched_run,
 )
-from apexlib.prepared import MANIFEST, PREFIX, check, prepare
-from apexlib.pretraining import checkpoint_folder
-from apexlib.rank_change import beside_null, rank_changes, rank_correlation, rank_gain, rank_panels, update_ranks
-from apexlib.records import clear_partial, file_hash, save_table
-from apexlib.selection import ApexConfig
-from apexlib.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
+from apexlib.suite.prepared import MANIFEST, PREFIX, check, prepare
+from apexlib.suite.pretraining import checkpoint_folder
+from apexlib.suite.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
 
 UNFINISHED = 3  # exit code: pieces are left
 _LAUNCH = 0.03  # seconds that a step of a small model takes at least, whatever its products cost: an assumption
@@ -194,7 +201,7 @@ class Work:
         """Draw a figure of the suite from its table."""
         import matplotlib.pyplot as plt
 
-        from apexlib.plotting import draw_figure
+        from apexlib.suite.figures import draw_figure
 
         draw_figure(table, name, self.out / "figures")
         plt.close()
@@ -514,7 +521,7 @@ def plan(scale: Scale, data: Path, *, tflops: float) -> pd.DataFrame:
     10¹² FLOP/s. What no product explains is assumed: a step takes at least 0.03 s, a third of that where the model only
     writes a token, and a piece 4 s around its steps.
     """
-    from apexlib.planner import plan_budget
+    from apexlib.analysis.budget import plan_budget
 
     table = pieces(scale, data)
     words = json.loads((Path(data) / MANIFEST).read_text(encoding="utf-8"))["vocabulary"]
@@ -560,7 +567,7 @@ def seconds_in(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit code: 0 all done, 3 pieces are left, 1 an error."""
-    parser = argparse.ArgumentParser(prog="python -m apexlib.evidence", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m apexlib.suite.evidence", description=__doc__.split("\n\n")[0])
     parser.add_argument("--prepare", action="store_true", help="encode the data of --general, --domain and --chat")
     for name in ("general", "domain", "chat"):
         parser.add_argument(f"--{name}", type=Path, nargs="+", help="files; held out where named valid or test")

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from apexlib.records import atomic_write, content_hash
-from apexlib.rows import hub_rows, object_rows, text_field, text_rows
-from apexlib.skills import SPLITS, skills, split_of
+from apexlib.files import atomic_write, content_hash
+from apexlib.text.rows import hub_rows, object_rows, text_field, text_rows
+from apexlib.text.skills import SPLITS, skills, split_of
 
 EMBEDDED = ("stdlib", "stdlib-code", "stdlib-prose")
 

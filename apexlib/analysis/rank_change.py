@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from apexlib.claims import summarise
-from apexlib.spectrum import effective_rank
+from apexlib.analysis.intervals import summarise
+from apexlib.analysis.spectrum import effective_rank
 
 _K = 24  # sources, and as many targets
 _OTHERS = _DIM = 64

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from apexlib.records import content_hash, folders
+from apexlib.files import content_hash
+from apexlib.suite.folders import folders
 
 _KINDS = ("int", "float", "str", "bool", "list[int]", "list[float]", "list[str]")
 _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}, or one of them `| None`"
@@ -38,7 +39,7 @@ class Parameter:
         1.0
         >>> Parameter("tied", "bool", True).convert("false")
         Traceback (most recent call last):
-        apexlib.notebooks.ReproduceError: parameter tied: need bool, got 'false' (str)
+        apexlib.suite.notebooks.ReproduceError: parameter tied: need bool, got 'false' (str)
         """
         try:
             return _as_kind(value, self.kind)

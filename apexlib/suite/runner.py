@@ -1,4 +1,4 @@
-"""Run the notebooks of a profile in order, each only if what it depends on changed: `python -m apexlib.reproduce`."""
+"""Run the notebooks of a profile in order, each only if what it depends on changed."""
 
 import argparse
 import json
@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 import yaml
 
-from apexlib.claims import choose, claims_table, measured, read_claims
-from apexlib.execution import duration, execute, say, stamps
-from apexlib.notebooks import (
+from apexlib.files import clear_partial, content_hash, exclusive, file_hash, write_json
+from apexlib.provenance import provenance
+from apexlib.suite.execution import duration, execute, say, stamps
+from apexlib.suite.folders import folders, project_root
+from apexlib.suite.ledger import choose, claims_table, measured, read_claims
+from apexlib.suite.notebooks import (
     Notebook,
     Profile,
     ReproduceError,
@@ -26,16 +29,6 @@ from apexlib.notebooks import (
     resolve,
     unknown,
     writer_of,
-)
-from apexlib.records import (
-    clear_partial,
-    content_hash,
-    exclusive,
-    file_hash,
-    folders,
-    project_root,
-    provenance,
-    write_json,
 )
 
 # these decide when a notebook runs, never what it finds: a change in them makes no result stale
@@ -413,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
-    parser = argparse.ArgumentParser(prog="python -m apexlib.reproduce", description="Run the notebooks of a profile.")
+    parser = argparse.ArgumentParser(prog="python -m apexlib reproduce", description="Run the notebooks of a profile.")
     parser.add_argument("--profile", default="cpu", help="a name from notebooks/profiles, or a YAML file of your own")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", action="append", default=[], metavar="01", help="just this notebook (repeatable)")

@@ -23,8 +23,9 @@ from torch.utils.data import Dataset, Subset, default_collate
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, get_scheduler, set_seed
 
 from apexlib.activations import ActivationRecorder, NotFiniteError, activation_statistics, weight_norms
-from apexlib.baselines import Method, Name, method_of
-from apexlib.checkpoints import (
+from apexlib.files import content_hash, exclusive
+from apexlib.selection import ApexConfig, ExpansionPlan
+from apexlib.training.checkpoints import (
     RunFolder,
     complete_folder,
     copy_parameters,
@@ -35,9 +36,8 @@ from apexlib.checkpoints import (
     write_state,
     write_tables,
 )
-from apexlib.interruption import Interrupted, Stop
-from apexlib.records import content_hash, exclusive
-from apexlib.selection import ApexConfig, ExpansionPlan
+from apexlib.training.interruption import Interrupted, Stop
+from apexlib.training.methods import Method, Name, method_of
 
 _BY_STEP = (
     "constant",

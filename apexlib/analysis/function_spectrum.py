@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from apexlib.analysis.spectrum import measures, singular_values
 from apexlib.architectures import Slot, family_of, model_components
-from apexlib.records import progress
-from apexlib.spectrum import measures, singular_values
+from apexlib.progress import progress
 
 
 def head_table(model: PreTrainedModel) -> pd.DataFrame:

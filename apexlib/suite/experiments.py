@@ -28,12 +28,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from apexlib import prepared
 from apexlib.activations import activation_statistics
-from apexlib.baselines import Name
-from apexlib.corpora import load_chat, load_corpus
-from apexlib.data import ChatTokens, PackedTokens, batches, collate, encode_chat, pack
-from apexlib.difference import imbalance_table, masking_curve
+from apexlib.analysis.difference import imbalance_table, masking_curve
+from apexlib.analysis.spectrum import update_table
 from apexlib.evaluation import (
     exact_match,
     final_answer,
@@ -43,14 +40,18 @@ from apexlib.evaluation import (
     perplexity,
     unigram_loss,
 )
-from apexlib.prepared import PREFIX, is_prepared
-from apexlib.pretraining import pretrain
-from apexlib.records import project_root, save_table
+from apexlib.provenance import save_table
 from apexlib.selection import ApexConfig
-from apexlib.skills import skills, skills_text
-from apexlib.spectrum import update_table
-from apexlib.training import train_in_stages
-from apexlib.trials import RESULT, Trial, run_trials
+from apexlib.suite import prepared
+from apexlib.suite.folders import project_root
+from apexlib.suite.prepared import PREFIX, is_prepared
+from apexlib.suite.pretraining import pretrain
+from apexlib.suite.trials import RESULT, Trial, run_trials
+from apexlib.text.corpora import load_chat, load_corpus
+from apexlib.text.datasets import ChatTokens, PackedTokens, batches, collate, encode_chat, pack
+from apexlib.text.skills import skills, skills_text
+from apexlib.training.methods import Name
+from apexlib.training.stages import train_in_stages
 
 _SMALL = ApexConfig.preset("2.4%")
 

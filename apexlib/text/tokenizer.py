@@ -7,9 +7,9 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from apexlib.corpora import cached, corpus_hash
-from apexlib.records import content_hash
-from apexlib.rows import SEPARATOR
+from apexlib.files import content_hash
+from apexlib.text.corpora import cached, corpus_hash
+from apexlib.text.rows import SEPARATOR
 
 PAD = "<|pad|>"  # another token than EOS: else padding would hide the real ends of documents and answers
 TURNS = ("<|system|>", "<|user|>", "<|assistant|>")

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from apexlib.corpora import load_chat, load_corpus
-from apexlib.data import IGNORED, ChatTokens, encode_chat, pack
-from apexlib.records import atomic_write, file_hash, write_json
-from apexlib.skills import SPLITS, split_of
-from apexlib.tokenizer import train_tokenizer
+from apexlib.files import atomic_write, file_hash, write_json
+from apexlib.text.corpora import load_chat, load_corpus
+from apexlib.text.datasets import IGNORED, ChatTokens, encode_chat, pack
+from apexlib.text.skills import SPLITS, split_of
+from apexlib.text.tokenizer import train_tokenizer
 
 PREFIX = "prepared:"
 MANIFEST = "manifest.json"
@@ -135,7 +135,9 @@ def check(folder: Path) -> dict[str, Any]:
     """Read the manifest of a prepared folder and compare every file with its hash."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder / MANIFEST}: need a folder made by `python -m apexlib.evidence --prepare`")
+        raise FileNotFoundError(
+            f"{folder / MANIFEST}: need a folder made by `python -m apexlib.suite.evidence --prepare`"
+        )
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     for name, known in manifest["sha256"].items():
         if not (folder / name).is_file() or file_hash(folder / name) != known:

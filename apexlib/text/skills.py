@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
 from typing import Any
 
-from apexlib.records import content_hash
+from apexlib.files import content_hash
 
 SPLITS = ("train", "valid", "test")
 DIFFICULTIES = (1, 2, 3)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.records import atomic_folder, clear_partial, file_hash, provenance, remove_folder, write_json
+from apexlib.files import atomic_folder, clear_partial, file_hash, remove_folder, write_json
+from apexlib.provenance import provenance
 
 MANIFEST, RUN = "manifest.json", "run.json"
 _FORMAT = 1

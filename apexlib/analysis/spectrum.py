@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from apexlib.expansion import is_expanded
-from apexlib.records import progress
+from apexlib.progress import progress
 
 MEASURES = (
     "effective_rank",

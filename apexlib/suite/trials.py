@@ -17,7 +17,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from apexlib.records import content_hash, file_hash, hide_progress, provenance, source_files, write_json
+from apexlib.files import content_hash, file_hash, write_json
+from apexlib.progress import hide_progress
+from apexlib.provenance import provenance
+from apexlib.suite.folders import source_files
 
 RESULT = "trial.json"
 
@@ -183,4 +186,4 @@ def _hash(file: Path, size: int, changed: int) -> str:
 def _software() -> list[str]:
     """Hashes of the library's source, and the versions of what computes."""
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
-    return [*(file_hash(path) for path in source_files("experiments")), *versions]
+    return [*(file_hash(path) for path in source_files()), *versions]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 
-from apexlib.records import hide_progress
+from apexlib.progress import hide_progress
 
 
 def pretrain(

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerFast
 
-from apexlib.corpora import cached, corpus_hash
-from apexlib.records import content_hash
+from apexlib.files import content_hash
+from apexlib.text.corpora import cached, corpus_hash
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 
@@ -70,7 +70,7 @@ def pack(
     Text that looks like a special token is encoded as text. The short rest at the end is left out and counted
     (`left_over`). `cache` is a folder that keeps the stream by a hash of documents and tokenizer, for every length.
 
-    >>> from apexlib.tokenizer import train_tokenizer
+    >>> from apexlib.text.tokenizer import train_tokenizer
     >>> documents = ["to be or not to be"] * 2
     >>> blocks = pack(documents, train_tokenizer(documents, 261), length=8)  # 261 tokens: a token a byte
     >>> len(blocks), blocks[0]["input_ids"].shape, blocks.left_over
@@ -111,8 +111,8 @@ def encode_chat(
     The report has one row: examples, kept, dropped_prompt, dropped_answer, dropped_special, eos_added, tokens,
     trained_tokens, trained_share (of the kept tokens).
 
-    >>> from apexlib.corpora import load_chat
-    >>> from apexlib.tokenizer import train_tokenizer
+    >>> from apexlib.text.corpora import load_chat
+    >>> from apexlib.text.tokenizer import train_tokenizer
     >>> examples = load_chat("skills", limit=20)
     >>> tokenizer = train_tokenizer([message["content"] for e in examples for message in e["messages"]], 300)
     >>> dataset, report = encode_chat(examples, tokenizer, max_length=128)

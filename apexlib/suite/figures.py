@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from apexlib.records import atomic_write
+from apexlib.files import atomic_write
 
 Plot = Callable[[pd.DataFrame, Axes], Axes]
 

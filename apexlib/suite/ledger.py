@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-LEVEL = 0.95
-LEDGER = Path(__file__).parents[1] / "data" / "claims.yaml"
+from apexlib.analysis.intervals import interval
+
+LEDGER = Path(__file__).parents[2] / "data" / "claims.yaml"
 MEASURES: dict[str, Callable[..., pd.Series]] = {}  # by the name that a claim gives
 
 
@@ -134,55 +135,6 @@ def measured(row: Any) -> str:
     mean, *around = (f"{end:+.{digits}f}" for end in ends)
     unit = "" if row.unit == "none" else f" {row.unit}"
     return f"{mean} [{', '.join(around)}]{unit}" if around else f"{mean}{unit}, one seed"
-
-
-def interval(values: Sequence[float], *, level: float = LEVEL) -> tuple[float, float]:
-    """Student's t interval of the mean of independent values; a single value gives (−∞, ∞): it says nothing of spread.
-
-    >>> low, high = interval([1.0, 2.0, 3.0])
-    >>> round(low, 3), round(high, 3)
-    (-0.484, 4.484)
-    """
-    from scipy.stats import t
-
-    values = np.asarray(values, dtype=float)
-    if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"values {values.tolist()}: need at least one, all finite")
-    if len(values) == 1:
-        return -np.inf, np.inf
-    half = t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
-    """Mean and 95 % interval of `value` over the rows of each group: columns `by`, `mean`, `low`, `high`, `n`.
-
-    Rows of a group must be independent: average over what is not (layers, random draws) first. A single row has no
-    interval: low = high = mean, n = 1.
-    """
-    rows = []
-    for key, group in table.groupby(by, sort=False):
-        key = key if isinstance(key, tuple) else (key,)
-        low, high = interval(group[value]) if len(group) > 1 else (group[value].mean(),) * 2
-        rows.append(dict(zip(by, key, strict=True), mean=group[value].mean(), low=low, high=high, n=len(group)))
-    return pd.DataFrame(rows)
-
-
-def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
-    """Compare the share of right answers of one method with every other's, example by example.
-
-    `correct` has a row per `method`, `seed` and `example`, with `correct` 0 or 1. The interval is Student's t over
-    examples of the difference (mean over seeds): it says what another draw of test examples could change, where that
-    over seeds says what other models and orders could. Columns: `method`, `difference`, `low`, `high`, `examples`.
-    """
-    share = correct.pivot_table(index="example", columns="method", values="correct")
-    rows = []
-    for method in share.columns.drop(of):
-        difference = (share[of] - share[method]).dropna()
-        low, high = interval(difference)
-        row = {"method": method, "difference": difference.mean(), "low": low, "high": high}
-        rows.append(row | {"examples": len(difference)})
-    return pd.DataFrame(rows)
 
 
 def example_noise(results: Path, claim: Claim) -> str:

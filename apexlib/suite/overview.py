@@ -14,9 +14,9 @@ import pandas as pd
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
-from apexlib.claims import measured
-from apexlib.plotting import FIGURES
-from apexlib.records import atomic_write
+from apexlib.files import atomic_write
+from apexlib.suite.figures import FIGURES
+from apexlib.suite.ledger import measured
 
 TITLE = "APEX: what is claimed, what was measured"
 VERDICTS = {  # colour of each, dark enough for text; the word stands beside it

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib.architectures import Component, Kind, model_components
 from apexlib.evaluation import perplexity
-from apexlib.records import progress
+from apexlib.progress import progress
 from apexlib.selection import ExpansionPlan
 
 Order = Literal["advantageous", "disadvantageous", "random"]

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from apexlib.notebooks import Notebook
+from apexlib.suite.notebooks import Notebook
 
 Stamps = dict[str, list[int]]  # path below the root → size, time of change in ns
 

@@ -1,0 +1,115 @@
+"""Files and folders that are whole or not there, hashes, and locks."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it and put it in place of `path`, else remove it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        _flush(path.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; on success flush it and put it in place of `folder`, else remove it.
+
+    A `folder` that is there must be empty, unless `replace`.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        temporary.chmod(0o755)
+        if folder.exists():
+            remove_folder(folder) if replace else folder.rmdir()
+        temporary.rename(folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that, whenever this is interrupted, it is there whole or not at all."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=folder.parent))
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside)
+
+
+def clear_partial(folder: Path) -> list[Path]:
+    """Remove what killed writers left in `folder`; nobody may be writing there."""
+    left = sorted(Path(folder).glob(f"{_PARTIAL}*"))
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return left
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` inside the block; BlockingIOError if another process holds it.
+
+    The system lets go of it when its holder ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, blocking=False):
+            yield
+    except Timeout:
+        raise BlockingIOError(f"{path}: held by another process") from None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(value: Any, path: Path) -> Path:
+    """Write `value` as JSON with sorted keys, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(*parts: Any) -> str:
+    """SHA-256, in hex, of values that JSON can hold; equal values give equal hashes, whatever the order of keys.
+
+    >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

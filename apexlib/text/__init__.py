@@ -1,0 +1,1 @@
+"""What models read: corpora, conversations, generated tasks, tokens."""

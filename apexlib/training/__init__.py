@@ -1,0 +1,1 @@
+"""Training in stages around a stock Trainer, and the methods it knows."""
