@@ -817,5 +817,5 @@ def test_notebooks_that_cannot_be_ordered_are_refused(small):
 
 
 def test_the_runner_starts_light():
-    code = "import sys, apexlib.reproduce; sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    code = "import sys, apexlib.suite.runner; sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,12 +1,5 @@
-"""The suite's experiments on real text at the scale of one GPU: `python -m apexlib.suite.evidence`.
+"""The experiments on real text at the scale of one GPU."""
 
-First `--prepare` turns text and conversations into arrays. Then one call after another works for a `--budget` of time: base models from random weights, the difference between their units, instruction tuning, effective
-rank, continued pre-training, and the knobs that could change the outcome. All of it is cut into pieces that are kept
-once finished, so a call that is stopped or killed loses the piece it was at. Tables have the names
-and columns of the notebooks' and go to OUT/tables, figures to OUT/figures.
-"""
-
-import argparse
 import json
 import math
 import re
