@@ -1,5 +1,6 @@
 """The experiments on real text at the scale of one GPU."""
 
+import argparse
 import json
 import math
 import re
@@ -560,7 +561,7 @@ def seconds_in(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return the exit code: 0 all done, 3 pieces are left, 1 an error."""
-    parser = argparse.ArgumentParser(prog="python -m apexlib.suite.evidence", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m apexlib.suite.evidence", description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="encode the data of --general, --domain and --chat")
     for name in ("general", "domain", "chat"):
         parser.add_argument(f"--{name}", type=Path, nargs="+", help="files; held out where named valid or test")
