@@ -132,16 +132,9 @@ def encode_chat(
             f"tokenizer {_name(tokenizer)!r} has no chat template: set its chat_template, or use train_tokenizer"
         )
     conversations = [example["messages"] for example in examples]
-
-    def encode() -> bytes:
-        kept, counts = _encoded(conversations, tokenizer, max_length)
-        tokens, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-        lengths = [len(tokens) for tokens, _ in kept]
-        np.savez(file := BytesIO(), tokens=tokens, labels=labels, lengths=lengths, counts=list(counts.values()))
-        return file.getvalue()
-
     words, settings = tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
     key = content_hash("chat", 1, conversations, words, settings, tokenizer.get_chat_template(), max_length)
+    encode = partial(_encoded, conversations, tokenizer, max_length)
     stored = np.load(BytesIO(cached(cache, "chat", key, encode)))
     tokens, labels = stored["tokens"], stored["labels"]
     ends = stored["lengths"].cumsum()[:-1]
@@ -224,10 +217,8 @@ def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of
     return batch
 
 
-def _encoded(
-    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict[str, int]]:
-    """Tokens and labels of the conversations that are kept, and how many of the others there are and why."""
+def _encoded(conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerFast, max_length: int) -> bytes:
+    """Tokens and labels of the conversations that are kept, their lengths, and the `_COUNTS`, as a file of numpy."""
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
     encode = _by_generation_mark if marked else _by_rendered_prefixes
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -258,7 +249,10 @@ def _encoded(
             f"{counts['dropped_answer']} answers pass max_length={max_length} (the shortest example needs {shortest}), "
             f"{counts['dropped_special']} contain a special token"
         )
-    return kept, counts
+    tokens, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    lengths = [len(tokens) for tokens, _ in kept]
+    np.savez(file := BytesIO(), tokens=tokens, labels=labels, lengths=lengths, counts=list(counts.values()))
+    return file.getvalue()
 
 
 def _by_generation_mark(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], np.ndarray]:
