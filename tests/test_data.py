@@ -765,6 +765,9 @@ def test_a_batch_without_a_label_is_refused():
     assert join([blind, seeing])["labels"].tolist() == [[IGNORED, IGNORED], [1, IGNORED]]
     with pytest.raises(ValueError, match="2 items has no label to learn from"):
         join([blind, blind])
+    for labels in (torch.tensor([1, 2, 3]), torch.tensor([1])):
+        with pytest.raises(ValueError, match="an item has more or fewer labels than tokens"):
+            join([seeing, blind | {"labels": labels}])
     with pytest.raises(ValueError, match="pad_token_id=None"):
         collate(None)
     with pytest.raises(ValueError, match="side 'middle'"):
