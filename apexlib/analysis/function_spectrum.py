@@ -23,7 +23,7 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
 
     Of rank head_dim at most, so its singular values are those of R_V R_Oᵀ, with W_V = Q_V R_V and W_O = R_Oᵀ Q_Oᵀ: no
     d_model × d_model matrix is formed. Biases and norms are left out. Columns: `layer`, `unit` (a head, or the
-    key/value group that serves it), `copy` (query head of the group), and the measures of `spectrum`.
+    key/value group that serves it), `copy` (query head of the group), and the `SPECTRAL_MEASURES`.
     """
     parts = [part for part in model_components(model) if part.component == "head"]
     rows = []
@@ -31,17 +31,16 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
         value, output = (_slices(model, part.slots[role]) for role in ("value", "output"))
         for unit in range(part.units):
             for copy in range(output.shape[1]):
-                factors = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
-                first, second = factors
-                where = {"layer": part.layer, "unit": unit, "copy": copy}
-                rows.append(where | measures(singular_values(first @ second.T)))
+                first, second = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
+                row = {"layer": part.layer, "unit": unit, "copy": copy}
+                rows.append(row | measures(singular_values(first @ second.T)))
     return pd.DataFrame(rows)
 
 
 def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
     """Measure the hidden states that enter the first layer and leave each one, over all tokens that are no padding.
 
-    Columns: `layer` (0: the embeddings; l: behind the l-th layer), `tokens`, and the measures of `spectrum` of the
+    Columns: `layer` (0: the embeddings; l: behind the l-th layer), `tokens`, and the `SPECTRAL_MEASURES` of the
     matrix tokens × d_model, not centred. Only its float64 Gram matrix is kept, d_model × d_model, so singular values
     below 1.5e-8 of the largest are lost. The model comes back in the mode it was in, without hooks.
     """
@@ -49,19 +48,16 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
     tokens, was_training, mask = 0, model.training, None
 
-    def add(place: int, states: Tensor) -> None:
+    def add(number: int, states: Tensor) -> None:
         flat = states.detach().flatten(0, -2)
         flat = (flat if mask is None else flat[mask.to(flat.device)]).double()
-        grams[place] = grams[place] + (flat.T @ flat).cpu()
+        grams[number] = grams[number] + (flat.T @ flat).cpu()
 
-    def enters(_: torch.nn.Module, args: tuple) -> None:
-        add(0, args[0])
+    def leaves(number: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
+        add(number, output[0] if isinstance(output, tuple) else output)
 
-    def leaves(place: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
-        add(place, output[0] if isinstance(output, tuple) else output)
-
-    handles = [layers[0].register_forward_pre_hook(enters)]
-    handles += [layer.register_forward_hook(partial(leaves, place)) for place, layer in enumerate(layers, start=1)]
+    handles = [layers[0].register_forward_pre_hook(lambda _, args: add(0, args[0]))]
+    handles += [layer.register_forward_hook(partial(leaves, number)) for number, layer in enumerate(layers, start=1)]
     model.eval()
     try:
         with torch.no_grad():

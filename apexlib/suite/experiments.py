@@ -35,10 +35,8 @@ from apexlib.evaluation import (
     exact_match,
     final_answer,
     multiple_choice,
-    ngram_loss,
     pad_token,
     perplexity,
-    unigram_loss,
 )
 from apexlib.provenance import save_table
 from apexlib.selection import ApexConfig
@@ -49,6 +47,7 @@ from apexlib.suite.pretraining import pretrain
 from apexlib.suite.trials import RESULT, Trial, run_trials
 from apexlib.text.corpora import load_chat, load_corpus
 from apexlib.text.datasets import ChatTokens, PackedTokens, batches, collate, encode_chat, pack
+from apexlib.text.references import ngram_loss, unigram_loss
 from apexlib.text.skills import skills, skills_text
 from apexlib.training.methods import Name
 from apexlib.training.stages import train_in_stages

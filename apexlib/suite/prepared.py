@@ -9,7 +9,7 @@ conversation begins), `chat-test.jsonl` (what to ask and how it is scored) and `
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ import numpy as np
 from apexlib.files import atomic_write, file_hash, write_json
 from apexlib.text.corpora import load_chat, load_corpus
 from apexlib.text.datasets import IGNORED, ChatTokens, encode_chat, pack
+from apexlib.text.questions import scored
 from apexlib.text.skills import SPLITS, split_of
 from apexlib.text.tokenizer import train_tokenizer
 
 PREFIX = "prepared:"
 MANIFEST = "manifest.json"
-ARITHMETIC = ("addsub", "multiarith", "singleeq", "svamp", "mawps")  # each too small to be read alone
-LOSS_ONLY = ("gsm8k",)  # solutions that a small model takes 150 tokens to write and does not get right
 _HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|valid)(?:[-_.]|$)")
 
 
@@ -68,30 +67,6 @@ def prepare(
     manifest = {"vocabulary": len(tokenizer), "max_length": max_length, "counts": counts, "sha256": hashes}
     write_json(manifest, out / MANIFEST)
     return manifest
-
-
-def scored(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Say how a conversation of a test file is scored: bring it to `messages`, `answer`, `family` and `choices`.
-
-    Lettered choices become the texts a model is trained to answer with ("B. gravity"), which are compared by their
-    likelihood, as "true" and "false" are. What has no choices is to be written, and right where the part after the
-    last `####` is; the small arithmetic sets count as one family. Of what has no `answer`, and of `LOSS_ONLY`, only the
-    loss is measured.
-
-    >>> question = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "#### 2"}]
-    >>> scored({"task": "svamp", "messages": question, "answer": "2"})["family"]
-    'arithmetic'
-    """
-    task = str(example.get("task", "other"))
-    row = {"messages": example["messages"], "family": "arithmetic" if task in ARITHMETIC else task}
-    answer, choices = None if task in LOSS_ONLY else example.get("answer"), list(example.get("choices", ()))
-    if answer is not None and choices and answer not in choices:
-        letters = [chr(ord("A") + place) for place in range(len(choices))]
-        if answer not in letters:
-            raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
-        lettered = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
-        answer, choices = lettered[letters.index(answer)], lettered
-    return row | ({} if answer is None else {"answer": answer}) | ({"choices": choices} if choices else {})
 
 
 def is_prepared(source: str) -> bool:

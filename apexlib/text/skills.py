@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
+from itertools import zip_longest
 from typing import Any
 
 from apexlib.files import content_hash
@@ -57,8 +58,7 @@ def skills(
     >>> task["messages"][0]["content"], task["answer"]
     ('Reverse: wind girl.', 'girl wind')
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: need one of {', '.join(SPLITS)}")
+    check_split(split)
     if n < 1:
         raise ValueError(f"n={n}: need at least one task")
     cells = [
@@ -67,16 +67,11 @@ def skills(
         for family in _known(families, tuple(_FAMILIES), "family")
     ]
     tasks: list[dict[str, Any]] = []
-    while len(tasks) < n:
-        going = []
-        for cell in cells:
-            if (task := next(cell, None)) is not None:
-                tasks.append(task)
-                going.append(cell)
-        if not going:
-            raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
-        cells = going
-    return tasks[:n]
+    for in_turn in zip_longest(*cells):
+        tasks += [task for task in in_turn if task is not None]
+        if len(tasks) >= n:
+            return tasks[:n]
+    raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
 
 
 def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
@@ -95,6 +90,12 @@ def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
         raise ValueError(f"n={n}, per_document={per_document}: need at least one document with one task")
     pairs = [f"{t['messages'][0]['content']}\n{t['answer']}" for t in skills("train", n * per_document, seed=seed)]
     return ["\n\n".join(pairs[i * per_document : (i + 1) * per_document]) for i in range(n)]
+
+
+def check_split(split: str, allowed: tuple[str, ...] = SPLITS) -> None:
+    """Raise ValueError for what is not among the splits."""
+    if split not in allowed:
+        raise ValueError(f"split {split!r}: need one of {', '.join(allowed)}")
 
 
 def split_of(text: str, *, held_out: float = 0.05) -> str:
@@ -123,7 +124,7 @@ def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[d
     misses = 0
     while misses < 2000:
         fields, answer = generate(rng, difficulty)
-        key = content_hash(family, fields)  # of what is asked, not of how: a rephrased test question is a test question
+        key = content_hash(family, fields)  # not of the phrasing: a rephrased test question is a test question
         if key in seen or split_of(key, held_out=0.1) != split:
             misses += 1
             continue
@@ -141,7 +142,8 @@ def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[d
 def _family(*phrasings: str) -> Callable[[Generator], Generator]:
     """Register a generator of (fields, answer), which for one difficulty gives nothing that it gives for another.
 
-    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another.
+    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another. The names and
+    values of the fields are what a task's split is hashed from: a field that is renamed moves tasks between splits.
     """
 
     def register(generate: Generator) -> Generator:
