@@ -1,6 +1,7 @@
 """Losses against slow literal formulas."""
 
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apexlib.evaluation import exact_match, multiple_choice, ngram_loss, perplexity, unigram_loss
+from apexlib.evaluation import exact_match, in_evaluation, multiple_choice, ngram_loss, perplexity, unigram_loss
 from apexlib.text.datasets import batches, collate, encode_chat
 from apexlib.text.tokenizer import train_tokenizer
 
@@ -42,10 +43,18 @@ def test_labels_decide_what_counts(tiny_model, batch):
         perplexity(model, [batch | {"labels": torch.full_like(labels, -100)}])
 
 
-def test_evaluation_restores_the_mode(tiny_model, batch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluation_restores_the_mode_of_each_module(fails, tiny_model, batch):
     model = tiny_model("llama").train()
-    perplexity(model, [batch])
-    assert model.training
+    model.model.layers[0].mlp.eval()  # somebody's frozen block
+    modes = {name: module.training for name, module in model.named_modules()}
+    with suppress(IndexError):
+        perplexity(model, [{"input_ids": torch.tensor([[10**6]])} if fails else batch])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.is_grad_enabled()
+    with in_evaluation(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from apexlib.architectures import Component, Kind, model_components
+from apexlib.architectures import Component, model_components
 from apexlib.evaluation import perplexity
+from apexlib.plan import ComponentName, ExpansionPlan
 from apexlib.progress import progress
-from apexlib.selection import ExpansionPlan
+from apexlib.selection import units_in_order
 
 Order = Literal["advantageous", "disadvantageous", "random"]
 
@@ -54,13 +55,13 @@ def masking_curve(
     *,
     fractions: Iterable[float],
     order: Order,
-    component: Kind = "channel",
+    component: ComponentName = "channel",
     seeds: Iterable[int] = (0,),
 ) -> pd.DataFrame:
     """Measure the loss of `model` on `batches` while a fraction of its units is silenced in every layer at once.
 
-    Units go in the order of `statistics` (rank score, then mean activation, then unit number): "advantageous" silences
-    the highest first, "disadvantageous" the lowest, "random" draws them anew for each of `seeds` (larger fractions
+    Units go in the order in which `select` ranks them (`units_in_order` of the rank score): "advantageous" silences the
+    highest first, "disadvantageous" the lowest, "random" draws them anew for each of `seeds` (larger fractions
     contain smaller ones). A silenced unit is set to zero where its output projection reads it, so the rest of the
     model, and all weights, stay as they are. A fraction above 0 silences at least one unit.
 
@@ -80,7 +81,7 @@ def masking_curve(
     rows = []
     for seed, fraction in progress(runs, f"masking {order} {component}s"):
         count = max(1, math.floor(fraction * parts[0].units + 1e-9)) if fraction else 0
-        chosen = {part.layer: _in_order(statistics, part, order, seed)[:count] for part in parts}
+        chosen = {part.layer: _masked_first(statistics, part, order, seed)[:count] for part in parts}
         with silenced(model, parts, chosen):
             loss = perplexity(model, batches, quiet=True)["loss"] if count else base
         row = {"component": component, "order": order, "seed": seed, "fraction": fraction, "units": count}
@@ -115,7 +116,7 @@ def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel
     """
     before, after = (_loaded(source) for source in (base, tuned))
     parts, others = model_components(before), model_components(after)
-    if [_place(part) for part in parts] != [_place(part) for part in others]:
+    if [_layout(part) for part in parts] != [_layout(part) for part in others]:
         raise ValueError("base and tuned have different layers or units: need two versions of one model")
     return pd.concat([_moved(before, after, part) for part in parts], ignore_index=True)
 
@@ -126,7 +127,7 @@ def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
     Columns: `layer`, `component`, `unit`, `stage`, `role`; every layer and component that any of the plans names, its
     units numbered as in the model.
 
-    >>> from apexlib.selection import LayerPlan
+    >>> from apexlib.plan import LayerPlan
     >>> layers = [LayerPlan(0, "head", source=(1 - stage,), target=(stage,), direct=(), units=3) for stage in (0, 1)]
     >>> plans = [ExpansionPlan((layer,), stage=stage) for stage, layer in enumerate(layers)]
     >>> biography(plans).pivot(index="unit", columns="stage", values="role").values.tolist()
@@ -160,7 +161,7 @@ def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
 
 
-def _place(part: Component) -> tuple[object, ...]:
+def _layout(part: Component) -> tuple[object, ...]:
     return part.layer, part.component, part.units, [(slot.module, slot.index.shape) for slot in part.slots.values()]
 
 
@@ -178,7 +179,7 @@ def _moved(before: PreTrainedModel, after: PreTrainedModel, part: Component) -> 
     return pd.DataFrame(where | {"relative": change / old_norm, "cosine": product / (old_norm * new_norm)})
 
 
-def _in_order(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
+def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
     rows = statistics[(statistics["layer"] == part.layer) & (statistics["component"] == part.component)]
     if sorted(rows["unit"]) != list(range(part.units)):
         raise ValueError(
@@ -186,6 +187,5 @@ def _in_order(statistics: pd.DataFrame, part: Component, order: Order, seed: int
         )
     if order == "random":
         return np.random.default_rng([seed, part.layer]).permutation(part.units).tolist()
-    ascending = order == "disadvantageous"
-    ranked = rows.sort_values(["rank_score", "activation", "unit"], ascending=[ascending, ascending, True])
-    return ranked["unit"].tolist()
+    ascending = units_in_order(rows, "rank_score")
+    return ascending if order == "disadvantageous" else ascending[::-1]

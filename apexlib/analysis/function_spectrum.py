@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from apexlib.analysis.spectrum import measures, singular_values
 from apexlib.architectures import Slot, family_of, model_components
+from apexlib.evaluation import in_evaluation
 from apexlib.progress import progress
 
 
@@ -47,24 +48,23 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     """
     layers = model.get_submodule(family_of(model).layers)
     grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
-    tokens, was_training, mask = 0, model.training, None
+    tokens, mask = 0, None
 
-    def add(place: int, states: Tensor) -> None:
+    def add(layer: int, states: Tensor) -> None:
         flat = states.detach().flatten(0, -2)
         flat = (flat if mask is None else flat[mask.to(flat.device)]).double()
-        grams[place] = grams[place] + (flat.T @ flat).cpu()
+        grams[layer] = grams[layer] + (flat.T @ flat).cpu()
 
     def enters(_: torch.nn.Module, args: tuple) -> None:
         add(0, args[0])
 
-    def leaves(place: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
-        add(place, output[0] if isinstance(output, tuple) else output)
+    def leaves(layer: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
+        add(layer, output[0] if isinstance(output, tuple) else output)
 
     handles = [layers[0].register_forward_pre_hook(enters)]
-    handles += [layer.register_forward_hook(partial(leaves, place)) for place, layer in enumerate(layers, start=1)]
-    model.eval()
+    handles += [module.register_forward_hook(partial(leaves, number)) for number, module in enumerate(layers, start=1)]
     try:
-        with torch.no_grad():
+        with in_evaluation(model):
             for batch in progress(batches, "hidden states"):
                 inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
                 mask = inputs.get("attention_mask")
@@ -72,7 +72,6 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
                 tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
                 model.base_model(**inputs, use_cache=False)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if not tokens:

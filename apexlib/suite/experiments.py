@@ -40,8 +40,8 @@ from apexlib.evaluation import (
     perplexity,
     unigram_loss,
 )
+from apexlib.plan import ApexConfig
 from apexlib.provenance import save_table
-from apexlib.selection import ApexConfig
 from apexlib.suite import prepared
 from apexlib.suite.folders import project_root
 from apexlib.suite.prepared import PREFIX, is_prepared
