@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, Self
 
 import pandas as pd
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, model_components, unit_weight_norms
 from apexlib.evaluation import in_evaluation
-from apexlib.fused_ffn import ChannelObserver, FusedFFN
+from apexlib.fused_ffn import FusedFFN
 from apexlib.plan import ComponentName
 from apexlib.progress import progress
 
@@ -91,8 +92,7 @@ class ActivationRecorder:
         self.tokens = 0
         self.batches = 0
         self._sums = {name: _UnitSums(parts, top) for name, parts in _by_name(self.components).items()}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._observing: list[tuple[list[ChannelObserver], _Observer]] = []
+        self._attached = ExitStack()
         self._pass: torch.nn.Module | None = None  # the module whose forward opened the running pass
         self._rows: Tensor | None = None  # which tokens of the running pass are no padding; None: all
         self._tokens = 0
@@ -101,30 +101,28 @@ class ActivationRecorder:
     def __enter__(self) -> Self:
         # the outermost forward marks a pass: what backward recomputes runs outside it
         for module in (self.model, self.model.base_model):
-            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+            self._attach(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._attach(module.register_forward_hook(self._end, always_call=True))
         for part in self.components:
             reader = self.model.get_submodule(part.reader.module)
             if part.component == "channel" and self.statistic == "gate":
-                module = self.model.get_submodule(part.activation)
                 observer = _Observer(self, part, reader, of_product=False)
-                self._handles.append(module.register_forward_hook(observer))
+                self._attach(self.model.get_submodule(part.activation).register_forward_hook(observer))
             else:
                 observer = _Observer(self, part, reader, of_product=True)
-                self._handles.append(reader.register_forward_pre_hook(observer))
+                self._attach(reader.register_forward_pre_hook(observer))
             block = self.model.get_submodule(part.reader.module.rpartition(".")[0])
             if isinstance(block, FusedFFN) and not self.differentiable:  # a loss term needs the activations themselves
                 block.observers.append(observer)
-                self._observing.append((block.observers, observer))
+                self._attached.callback(block.observers.remove, observer)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for observers, observer in self._observing:
-            observers.remove(observer)
-        self._handles, self._observing = [], []
+        self._attached.close()
         self._pass = None
+
+    def _attach(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._attached.callback(handle.remove)
 
     def gather(self) -> None:
         """Add up what the processes of a distributed run have seen, so that all of them hold the same statistics."""
@@ -158,25 +156,14 @@ class ActivationRecorder:
         """
         if not self.batches:
             raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
-        tables = [self._part_table(part) for part in self.components]
-        return pd.concat(tables, ignore_index=True)
-
-    def _part_table(self, part: Component) -> pd.DataFrame:
-        sums = self._sums[part.component]
-        row = sums.parts.index(part)
-        return pd.DataFrame(
-            {
-                "layer": part.layer,
-                "component": part.component,
-                "unit": range(part.units),
-                "activation": sums.total[row] / self.tokens,
-                "rank_score": sums.rank_score[row],
-                "ema": sums.ema[row],
-                "ema_rank": sums.ema_rank[row],
-                "tokens": self.tokens,
-                "batches": self.batches,
-            }
-        )
+        tables = []
+        for part in self.components:
+            sums = self._sums[part.component]
+            row = sums.parts.index(part)
+            averages = {"ema": sums.ema[row], "ema_rank": sums.ema_rank[row]}
+            mean, rank = sums.total[row] / self.tokens, sums.rank_score[row]
+            tables.append(unit_table(part, activation=mean, rank_score=rank, **averages))
+        return pd.concat(tables, ignore_index=True).assign(tokens=self.tokens, batches=self.batches)
 
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if self._pass not in (None, module) or (self.training_only and not module.training):
@@ -317,18 +304,15 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
-    tables = [
-        pd.DataFrame(
-            {
-                "layer": part.layer,
-                "component": part.component,
-                "unit": range(part.units),
-                "weight_norm": unit_weight_norms(model, part),
-            }
-        )
-        for part in model_components(model)
-    ]
-    return pd.concat(tables, ignore_index=True)
+    parts = model_components(model)
+    return pd.concat(
+        [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in parts], ignore_index=True
+    )
+
+
+def unit_table(part: Component, **columns: Any) -> pd.DataFrame:
+    """One row per unit of a component, numbered as in the model: `layer`, `component`, `unit` and the columns given."""
+    return pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units), **columns})
 
 
 def _variation(values: Float[Tensor, " units"]) -> Tensor:

@@ -47,6 +47,10 @@ class Family:
                 raise ValueError(f"{field.name}: need the name of a module, got {type(value).__name__}")
 
 
+def _fused(name: str) -> dict[str, str]:
+    return {"query": name, "key": name, "value": name}
+
+
 _LLAMA = Family()
 _EXPERTS = replace(_LLAMA, gate="", up="", down="", activation="")
 
@@ -65,18 +69,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": replace(
         _LLAMA,
-        query="self_attn.qkv_proj",
-        key="self_attn.qkv_proj",
-        value="self_attn.qkv_proj",
+        **_fused("self_attn.qkv_proj"),
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
         activation="mlp.activation_fn",
     ),
     "gpt2": Family(
         layers="transformer.h",
-        query="attn.c_attn",
-        key="attn.c_attn",
-        value="attn.c_attn",
+        **_fused("attn.c_attn"),
         output="attn.c_proj",
         gate="mlp.c_fc",
         up="",
@@ -85,9 +85,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         layers="gpt_neox.layers",
-        query="attention.query_key_value",
-        key="attention.query_key_value",
-        value="attention.query_key_value",
+        **_fused("attention.query_key_value"),
         output="attention.dense",
         gate="mlp.dense_h_to_4h",
         up="",

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, Slot, family_of, model_components
 from apexlib.fused_ffn import take_form
-from apexlib.inspection import weights_trained_whole
+from apexlib.inspection import composed_weights
 from apexlib.operators import OPERATORS, Operator, make_operator
 from apexlib.plan import FFN_FORMS, ExpansionPlan, LayerPlan
 from apexlib.projections import (
@@ -145,7 +145,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             composed[path] = module.composed()
             for leaf, rows in composed[path].items():
                 check_finite(f"{path}.{leaf}", rows, of=len(module.order) * rows.shape[1])
-    for name, weight, dtype in weights_trained_whole(model):
+    for name, weight, dtype in composed_weights(model, split=False):
         check_finite(name, weight.to(dtype))
     return _undo(model, composed)
 

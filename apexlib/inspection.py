@@ -65,29 +65,25 @@ def parameter_groups(
 
 
 @torch.no_grad()
-def composed_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """Yield each plain weight that trains: its key, its value before the cast in `fuse`, its dtype after it."""
+def composed_weights(model: PreTrainedModel, *, split: bool = True) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """Yield each plain weight that trains: its key, its value before the cast in `fuse`, its dtype after it.
+
+    Tied weights come once. Without `split`, only what is in no projection in split form.
+    """
+    seen = set(_added(model))
     for path, module in model.named_modules():
-        if isinstance(module, SplitProjection):
+        if not isinstance(module, SplitProjection):
+            half = isinstance(module, Float32)
+            for leaf, parameter in (module.plain if half else module).named_parameters(recurse=False):
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{leaf}".lstrip("."), parameter.detach(), module.dtype if half else parameter.dtype
+        elif split:
             dtype, wide = module.frozen.dtype, module.rows.dtype
             yield f"{path}.weight", module.whole(module.compose(module.rows), module.frozen.to(wide)), dtype
             if module.bias_rows is not None:
                 bias = module.whole(module.composed_bias()[:, None], module.bias_frozen[:, None].to(wide))
                 yield f"{path}.bias", bias.flatten(), dtype
-    yield from weights_trained_whole(model)
-
-
-def weights_trained_whole(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, torch.dtype]]:
-    """Yield the weights that train and are in no projection, tied ones once, as `composed_weights` does."""
-    seen = set(_added(model))
-    for path, module in model.named_modules():
-        half = isinstance(module, Float32)
-        if isinstance(module, SplitProjection):
-            continue
-        for leaf, parameter in (module.plain if half else module).named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{leaf}".lstrip("."), parameter.detach(), module.dtype if half else parameter.dtype
 
 
 def _added(model: nn.Module) -> dict[int, Literal["operators", "scales"]]:
@@ -96,7 +92,7 @@ def _added(model: nn.Module) -> dict[int, Literal["operators", "scales"]]:
     for module in model.modules():
         if isinstance(module, SplitProjection) and module.mixer is not None:
             kinds |= {id(parameter): "operators" for parameter in module.mixer.operator.parameters()}
-            kinds |= {id(module.mixer.v): "scales", id(module.s): "scales"}
+            kinds |= {id(scale): "scales" for scale in (module.mixer.v, module.s) if scale is not None}
     return kinds
 
 

@@ -5,7 +5,6 @@ Frozen dataclasses without tensors, JSON both ways. `selection` makes a plan, `e
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import combinations, pairwise
 from operator import index
@@ -26,8 +25,40 @@ _CHOICES = {
 }
 
 
+class _Json:
+    """A dataclass that is JSON in a file; whatever is wrong with one, the error names the file."""
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all fields to a file."""
+        write_json(asdict(self), Path(path))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read and validate; absent fields take their default, where they have one, unknown ones are refused."""
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if len(value := dict(pairs)) != len(pairs):
+                raise ValueError("a key is given twice")
+            return value
+
+        try:
+            return cls._built_of(json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once))
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _built_of(cls, value: Any) -> Self:
+        if not isinstance(value, dict):
+            raise ValueError(f"need an object with the fields of {cls.__name__}, got {type(value).__name__}")
+        if unknown := sorted(set(value) - {field.name for field in fields(cls)}):
+            raise ValueError(f"unknown field {unknown[0]!r} in {cls.__name__}")
+        if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in value]:
+            raise ValueError(f"no field {missing[0]!r} in {cls.__name__}")
+        return cls(**value)
+
+
 @dataclass(frozen=True)
-class ApexConfig:
+class ApexConfig(_Json):
     """Settings of a run; the defaults are the paper's for instruction tuning, and its "52 %" (see `preset`).
 
     >>> ApexConfig(operator="butterfly")
@@ -90,18 +121,9 @@ class ApexConfig:
             return cls(fraction=0.0032, direct_heads=0.0625, direct_channels=0.0064, train_embeddings=False)
         raise ValueError(f"unknown preset {name!r}; known: 52%, 2.4%")
 
-    def to_json(self, path: str | Path) -> None:
-        """Write the settings to a file."""
-        write_json(asdict(self), Path(path))
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read settings; absent ones take their default, unknown ones and wrong types are refused."""
-        return _read_json(path, lambda value: _build(cls, value))
-
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(_Json):
     """Units of one layer to read from (`source`), to overwrite (`target`) and to tune directly (`direct`).
 
     Each is in ascending order, the model's own; the i-th lowest source is paired with the i-th lowest target. `units`
@@ -138,8 +160,11 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class ExpansionPlan:
-    """A `LayerPlan` for every layer and component that expands, in ascending order, and what it was made with."""
+class ExpansionPlan(_Json):
+    """A `LayerPlan` for every layer and component that expands, in ascending order, and what it was made with.
+
+    Whether it fits a model is for `expand` to check.
+    """
 
     layers: tuple[LayerPlan, ...]
     config: ApexConfig | None = None
@@ -160,23 +185,15 @@ class ExpansionPlan:
             if (first.layer, first.component) == (second.layer, second.component):
                 raise ValueError(f"layer {first.layer}, {first.component}: planned twice")
 
-    def to_json(self, path: str | Path) -> None:
-        """Write the plan to a file."""
-        write_json(asdict(self), Path(path))
-
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read and validate a plan; whether it fits a model is for `expand` to check."""
-
-        def build(value: Any) -> Self:
-            value = dict(_object(cls, value))
+    def _built_of(cls, value: Any) -> Self:
+        if isinstance(value, dict):
+            value = dict(value)
             if isinstance(value.get("layers"), list):
-                value["layers"] = tuple(_build(LayerPlan, layer) for layer in value["layers"])
+                value["layers"] = tuple(LayerPlan._built_of(layer) for layer in value["layers"])
             if value.get("config") is not None:
-                value["config"] = _build(ApexConfig, value["config"])
-            return _build(cls, value)
-
-        return _read_json(path, build)
+                value["config"] = ApexConfig._built_of(value["config"])
+        return super()._built_of(value)
 
 
 def _operators(asked: str) -> tuple[str, ...]:
@@ -218,32 +235,3 @@ def _indices(values: Any, units: int, name: str) -> tuple[int, ...]:
     if indices and indices[-1] >= units:
         raise ValueError(f"{name}: unit {indices[-1]} is out of range, there are {units}")
     return indices
-
-
-def _read_json(path: str | Path, build: Callable[[Any], Any]) -> Any:
-    """Read a file and build from it; whatever is wrong with either, the error names the file."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(value := dict(pairs)) != len(pairs):
-            raise ValueError("a key is given twice")
-        return value
-
-    try:
-        return build(json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once))
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _object(cls: type, value: Any) -> dict[str, Any]:
-    """Refuse JSON that is not an object with the fields of `cls`."""
-    if not isinstance(value, dict):
-        raise ValueError(f"need an object with the fields of {cls.__name__}, got {type(value).__name__}")
-    if unknown := sorted(set(value) - {field.name for field in fields(cls)}):
-        raise ValueError(f"unknown field {unknown[0]!r} in {cls.__name__}")
-    if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in value]:
-        raise ValueError(f"no field {missing[0]!r} in {cls.__name__}")
-    return value
-
-
-def _build(cls: type, value: Any) -> Any:
-    return cls(**_object(cls, value))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from apexlib.activations import unit_table
 from apexlib.architectures import Component, model_components
 from apexlib.evaluation import perplexity
 from apexlib.plan import ComponentName, ExpansionPlan
@@ -175,8 +176,7 @@ def _moved(before: PreTrainedModel, after: PreTrainedModel, part: Component) -> 
         products = ((new - old).square(), old.square(), new.square(), old * new)
         sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
     change, old_norm, new_norm, product = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3]
-    where = {"layer": part.layer, "component": part.component, "unit": range(part.units), "change": change}
-    return pd.DataFrame(where | {"relative": change / old_norm, "cosine": product / (old_norm * new_norm)})
+    return unit_table(part, change=change, relative=change / old_norm, cosine=product / (old_norm * new_norm))
 
 
 def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
