@@ -5,9 +5,9 @@ as two tensors. In training it runs as two dense products, the trainable one com
 `expansion`; the units of a layer then run in the order [N | P | D | F], which neither attention nor the FFN notices. In
 evaluation it composes its whole weight in the model's order and runs as the plain module would.
 
-A module takes and leaves this form by a change of its class. It stays the same object, so that what others know of it
-holds: references, hooks, its mode, its name. A wrapper in its place would break all four, and a model without them is
-no plain one after fusing.
+A module takes and leaves this form by a change of its class. So it stays the same object, and what others hold of it
+goes on working: references, hooks, names of modules. A wrapper in its place would break them, when it comes and again
+when it goes.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ _FLOATING = (*_HALF, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class _Layout:
-    """How units lie in a projection, role by role (a fused projection has several)."""
+    """Which rows of a projection belong to a unit, role by role (a fused projection has several)."""
 
     axis: int  # along which units lie in the plain weight
     is_input: bool
@@ -125,7 +125,7 @@ class SplitProjection(nn.Module):
         return matrix
 
     def _sizes(self, rows: int) -> list[int]:
-        """Of so many trainable or frozen rows, how many belong to each role."""
+        """Count the rows of each role among so many trainable or frozen ones."""
         units = rows // sum(self.layout.widths)
         return [units * width for width in self.layout.widths]
 
@@ -138,7 +138,7 @@ class _SplitConv1D(SplitProjection, Conv1D):
     plain_class = Conv1D
 
 
-SPLIT: dict[type, type[SplitProjection]] = {split.plain_class: split for split in (_SplitLinear, _SplitConv1D)}
+_SPLIT: dict[type, type[SplitProjection]] = {split.plain_class: split for split in (_SplitLinear, _SplitConv1D)}
 
 
 def split(
@@ -183,7 +183,7 @@ def split(
         "bias_frozen": None if own_bias is None else own_bias[frozen],
     }
     module._parameters.clear()
-    module.__class__ = SPLIT[type(module)]
+    module.__class__ = _SPLIT[type(module)]
     module.__dict__.update(layout=layout, mixer=mixer)  # by setattr, nn.Module would register the mixer once more
     for name, tensor in tensors.items():
         trains = name not in ("frozen", "bias_frozen")
@@ -235,6 +235,7 @@ def trained_whole(model: nn.Module, embeddings: bool, norms: bool) -> dict[str, 
 
 
 def train_whole(model: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Let all parameters of a module train, in float32 where the model is in half precision."""
     module = model.get_submodule(name)
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(True)
@@ -264,7 +265,7 @@ def check_weights(model: nn.Module, projections: Iterable[str], others: Iterable
         owners.setdefault(id(parameter), []).append(name)
     for path in projections:
         module = model.get_submodule(path)
-        if type(module) not in SPLIT or "forward" in module.__dict__ or "weight" not in module._parameters:
+        if type(module) not in _SPLIT or "forward" in module.__dict__ or "weight" not in module._parameters:
             raise ValueError(
                 f"{path}: is {type(module).__name__}, wrapped, patched or reparametrised; need a plain Linear or Conv1D"
             )
