@@ -91,7 +91,8 @@ class ActivationRecorder:
         self.components = model_components(model)
         self.tokens = 0
         self.batches = 0
-        self._sums = {name: _UnitSums(parts, top) for name, parts in _by_name(self.components).items()}
+        names = dict.fromkeys(part.component for part in self.components)
+        self._sums = {name: _UnitSums([p for p in self.components if p.component == name], top) for name in names}
         self._attached = ExitStack()
         self._pass: torch.nn.Module | None = None  # the module whose forward opened the running pass
         self._rows: Tensor | None = None  # which tokens of the running pass are no padding; None: all
@@ -318,10 +319,3 @@ def unit_table(part: Component, **columns: Any) -> pd.DataFrame:
 def _variation(values: Float[Tensor, " units"]) -> Tensor:
     """Coefficient of variation, with a gradient of zero, not NaN, where all values are equal."""
     return values.var(unbiased=False).clamp_min(torch.finfo(values.dtype).tiny).sqrt() / values.mean().clamp_min(1e-30)
-
-
-def _by_name(components: Iterable[Component]) -> dict[ComponentName, list[Component]]:
-    parts: dict[ComponentName, list[Component]] = {}
-    for part in components:
-        parts.setdefault(part.component, []).append(part)
-    return parts

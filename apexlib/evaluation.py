@@ -185,25 +185,22 @@ def multiple_choice(
     choices are not at a disadvantage. `batch_size` choices are read at a time. Columns: `example`, `family` where the
     examples have one, `answer`, `chosen`, `score`, `correct`.
     """
-    asked, prompts = [], []
+    pairs = []
     for row, example in enumerate(examples):
         if example.get("answer") not in (choices := list(example.get("choices", ()))):
             raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
-        prompts.append(_prompt(tokenizer, example["messages"][:-1]))
-        asked += [(row, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
-    pairs = [(prompts[row], answer) for row, answer in asked]
+        prompt = _prompt(tokenizer, example["messages"][:-1])
+        pairs += [(prompt, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
     scores: dict[int, float] = {}
     with in_evaluation(model):
         lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
         for part in _by_length(lengths, batch_size, "" if quiet else "choosing"):
             found = _mean_log_probabilities(model, [pairs[i] for i in part], pad_token(tokenizer))
             scores |= dict(zip(part, found, strict=True))
-    given: dict[int, list[float]] = {}
-    for i, (row, _) in enumerate(asked):
-        given.setdefault(row, []).append(scores[i])
-    table = []
+    table, in_order = [], (scores[i] for i in range(len(pairs)))
     for row, example in enumerate(examples):
-        score, chosen = max(zip(given[row], example["choices"], strict=True), key=itemgetter(0))  # the first of equals
+        scored = [(next(in_order), choice) for choice in example["choices"]]
+        score, chosen = max(scored, key=itemgetter(0))  # the first of equals
         found = {"answer": example["answer"], "chosen": chosen, "score": score}
         family = {"family": example["family"]} if "family" in example else {}
         table.append({"example": row} | family | found | {"correct": chosen == example["answer"]})
