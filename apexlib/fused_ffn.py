@@ -18,9 +18,9 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 
 class ChannelObserver(Protocol):
-    """Who needs no more of the channels of a gated FFN than sums of squares over tokens; see `FusedFFN.observers`.
+    """An observer of channels to whom their sums of squares over tokens are enough, so that the FFN may stay fused.
 
-    While the FFN runs in its split form, an observer sees nothing here: it then is called as a hook on a module inside.
+    It enters itself in `FusedFFN.observers`, and as a hook on a module inside, by which the split form tells it.
     """
 
     of_product: bool  # squares of f(gate) ⊙ up, else of f(gate)
@@ -72,7 +72,7 @@ def literal_ffn(x: Tensor, activation: _Activation, bias: Tensor | None, parts: 
 class GatedFFN(torch.autograd.Function):
     """`literal_ffn` of x (tokens, d_in) with a backward of its own; `keep` says whether it finds the pre-activations.
 
-    The forward adds the squares of f(gate) and of f(gate) ⊙ up to those of `sums` that are of the one or the other.
+    Each of `sums` is told the values of f(gate) or of f(gate) ⊙ up, chunk by chunk.
     """
 
     @staticmethod
@@ -131,8 +131,8 @@ class FusedFFN(nn.Module):
     """A gated FFN whose projections are split; it runs as one function where nothing has to see inside.
 
     A plain module takes this form by a change of class, `take_form`, as projections do. It falls back to the split form
-    in evaluation, under `torch.compile` and `torch.func`, and where a module inside has a hook of someone who is not
-    among the `observers`: who enters there is content with sums of squares.
+    in evaluation, under `torch.compile` and `torch.func`, and where a module inside has a hook that is not one of the
+    `observers`: it may need the tensors themselves.
     """
 
     plain_class: type[nn.Module]
@@ -181,7 +181,7 @@ def leave_form(module: FusedFFN) -> None:
 
 
 class _SquareSums:
-    """What one observer is told of one pass: sums of squares over the tokens that it counts, part by part."""
+    """Sums of squares for one observer in one pass, over the tokens that it counts, part by part."""
 
     def __init__(self, parts: list[Part], observer: ChannelObserver, device: torch.device) -> None:
         self.observer, self.tokens = observer, observer.tokens()
@@ -198,7 +198,7 @@ class _SquareSums:
 
 
 def _has_other_hooks(module: nn.Module, observers: list[ChannelObserver]) -> bool:
-    """Whether someone hooks into the module who has to see the tensors themselves; torch has no public question."""
+    """Whether the module has hooks that are not observers; torch has no public way to ask."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     if module._backward_hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook():
         return True
