@@ -2,7 +2,7 @@
 
 Look:     activation_statistics, imbalance_table, masking_curve, silenced, perplexity, exact_match, multiple_choice
 Expand:   select, ApexConfig, ExpansionPlan, LayerPlan, expand, trainable_table, parameter_groups, fuse, save_fused,
-          verify_folder, plan_budget
+          verify_folder, plan_budget, register_family
 Train:    train_in_stages, TrainingRecord, pretrain
 Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table
 Read:     load_corpus, load_chat, train_tokenizer, pack, encode_chat, collate, batches
@@ -32,6 +32,7 @@ if _typing.TYPE_CHECKING:
     from apexlib.analysis.spectrum import spectrum_table as spectrum_table
     from apexlib.analysis.spectrum import update_table as update_table
     from apexlib.architectures import model_components as model_components
+    from apexlib.architectures import register_family as register_family
     from apexlib.certificate import save_fused as save_fused
     from apexlib.certificate import verify_folder as verify_folder
     from apexlib.evaluation import exact_match as exact_match
@@ -40,12 +41,12 @@ if _typing.TYPE_CHECKING:
     from apexlib.expansion import expand as expand
     from apexlib.expansion import fuse as fuse
     from apexlib.expansion import is_expanded as is_expanded
-    from apexlib.expansion import parameter_groups as parameter_groups
-    from apexlib.expansion import trainable_table as trainable_table
+    from apexlib.inspection import parameter_groups as parameter_groups
+    from apexlib.inspection import trainable_table as trainable_table
+    from apexlib.plan import ApexConfig as ApexConfig
+    from apexlib.plan import ExpansionPlan as ExpansionPlan
+    from apexlib.plan import LayerPlan as LayerPlan
     from apexlib.provenance import save_table as save_table
-    from apexlib.selection import ApexConfig as ApexConfig
-    from apexlib.selection import ExpansionPlan as ExpansionPlan
-    from apexlib.selection import LayerPlan as LayerPlan
     from apexlib.selection import select as select
     from apexlib.selection import selection_stability as selection_stability
     from apexlib.suite.figures import draw_figure as draw_figure

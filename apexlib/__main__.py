@@ -133,9 +133,9 @@ def _train(options: argparse.Namespace) -> int:
 
     from apexlib.evaluation import pad_token
     from apexlib.files import atomic_folder
+    from apexlib.plan import ApexConfig
     from apexlib.progress import hide_progress
     from apexlib.provenance import save_table
-    from apexlib.selection import ApexConfig
     from apexlib.text.corpora import load_chat, load_corpus
     from apexlib.text.datasets import collate, encode_chat, pack
     from apexlib.training.stages import train_in_stages
@@ -195,7 +195,7 @@ def _plan(options: argparse.Namespace) -> int:
     import torch
 
     from apexlib.analysis.budget import METHODS, calibrate, plan_budget
-    from apexlib.selection import ApexConfig
+    from apexlib.plan import ApexConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = plan_budget(

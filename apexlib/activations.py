@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, Literal, Self
 
 import pandas as pd
@@ -11,7 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.architectures import Component, Kind, model_components, unit_weight_norms
+from apexlib.architectures import Component, model_components, unit_weight_norms
+from apexlib.evaluation import in_evaluation
+from apexlib.fused_ffn import FusedFFN
+from apexlib.plan import ComponentName
 from apexlib.progress import progress
 
 EMA_DECAY = 0.9  # the moving averages that the paper compares with the plain rank score
@@ -37,15 +41,10 @@ def activation_statistics(
     >>> table.groupby("component", sort=False).size().to_dict()
     {'head': 8, 'channel': 48}
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with ActivationRecorder(model, top=top, statistic=statistic) as recorder, torch.no_grad():
-            for batch in progress(batches, "assessing"):
-                inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-                model.base_model(**inputs, use_cache=False)
-    finally:
-        model.train(was_training)
+    with in_evaluation(model), ActivationRecorder(model, top=top, statistic=statistic) as recorder:
+        for batch in progress(batches, "assessing"):
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            model.base_model(**inputs, use_cache=False)
     return recorder.table()
 
 
@@ -92,32 +91,39 @@ class ActivationRecorder:
         self.components = model_components(model)
         self.tokens = 0
         self.batches = 0
-        self._sums = {kind: _UnitSums(parts, top) for kind, parts in _by_kind(self.components).items()}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        names = dict.fromkeys(part.component for part in self.components)
+        self._sums = {name: _UnitSums([p for p in self.components if p.component == name], top) for name in names}
+        self._attached = ExitStack()
         self._pass: torch.nn.Module | None = None  # the module whose forward opened the running pass
         self._rows: Tensor | None = None  # which tokens of the running pass are no padding; None: all
         self._tokens = 0
-        self._squares: dict[tuple[Kind, int], Tensor] = {}
+        self._squares: dict[tuple[ComponentName, int], Tensor] = {}
 
     def __enter__(self) -> Self:
         # the outermost forward marks a pass: what backward recomputes runs outside it
         for module in (self.model, self.model.base_model):
-            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+            self._attach(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._attach(module.register_forward_hook(self._end, always_call=True))
         for part in self.components:
             reader = self.model.get_submodule(part.reader.module)
             if part.component == "channel" and self.statistic == "gate":
-                module = self.model.get_submodule(part.activation)
-                self._handles.append(module.register_forward_hook(_Eye(self, part, reader, of_product=False)))
+                observer = _Observer(self, part, reader, of_product=False)
+                self._attach(self.model.get_submodule(part.activation).register_forward_hook(observer))
             else:
-                self._handles.append(reader.register_forward_pre_hook(_Eye(self, part, reader, of_product=True)))
+                observer = _Observer(self, part, reader, of_product=True)
+                self._attach(reader.register_forward_pre_hook(observer))
+            block = self.model.get_submodule(part.reader.module.rpartition(".")[0])
+            if isinstance(block, FusedFFN) and not self.differentiable:  # a loss term needs the activations themselves
+                block.observers.append(observer)
+                self._attached.callback(block.observers.remove, observer)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._attached.close()
         self._pass = None
+
+    def _attach(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._attached.callback(handle.remove)
 
     def gather(self) -> None:
         """Add up what the processes of a distributed run have seen, so that all of them hold the same statistics."""
@@ -127,20 +133,19 @@ class ActivationRecorder:
         torch.distributed.all_gather_object(states, (self.tokens, self.batches, self._sums))
         self.tokens = sum(tokens for tokens, _, _ in states)
         self.batches = sum(batches for _, batches, _ in states)
-        for kind, sums in self._sums.items():
-            sums.combine([others[kind] for _, _, others in states])
+        for component, sums in self._sums.items():
+            sums.combine([others[component] for _, _, others in states])
 
     def state(self) -> dict[str, Any]:
         """What was gathered so far, as tensors and numbers."""
-        sums = {kind: {name: getattr(s, name) for name in _UnitSums.gathered} for kind, s in self._sums.items()}
+        sums = {component: sums.state() for component, sums in self._sums.items()}
         return {"tokens": self.tokens, "batches": self.batches, "sums": sums}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.tokens, self.batches = state["tokens"], state["batches"]
-        for kind, sums in self._sums.items():
-            for name in _UnitSums.gathered:
-                setattr(sums, name, state["sums"][kind][name])
+        for component, sums in self._sums.items():
+            sums.load_state(state["sums"][component])
 
     def table(self) -> pd.DataFrame:
         """One row per layer, component and unit, in that order, units numbered as in the model.
@@ -152,25 +157,14 @@ class ActivationRecorder:
         """
         if not self.batches:
             raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
-        tables = [self._part_table(part) for part in self.components]
-        return pd.concat(tables, ignore_index=True)
-
-    def _part_table(self, part: Component) -> pd.DataFrame:
-        sums = self._sums[part.component]
-        row = sums.parts.index(part)
-        return pd.DataFrame(
-            {
-                "layer": part.layer,
-                "component": part.component,
-                "unit": range(part.units),
-                "activation": sums.total[row] / self.tokens,
-                "rank_score": sums.rank_score[row],
-                "ema": sums.ema[row],
-                "ema_rank": sums.ema_rank[row],
-                "tokens": self.tokens,
-                "batches": self.batches,
-            }
-        )
+        tables = []
+        for part in self.components:
+            sums = self._sums[part.component]
+            row = sums.parts.index(part)
+            averages = {"ema": sums.ema[row], "ema_rank": sums.ema_rank[row]}
+            mean, rank = sums.total[row] / self.tokens, sums.rank_score[row]
+            tables.append(unit_table(part, activation=mean, rank_score=rank, **averages))
+        return pd.concat(tables, ignore_index=True).assign(tokens=self.tokens, batches=self.batches)
 
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if self._pass not in (None, module) or (self.training_only and not module.training):
@@ -196,13 +190,13 @@ class ActivationRecorder:
             return
         if self.differentiable:
             self.imbalance = torch.stack([_variation(values) for values in squares.values() if len(values) > 1]).mean()
-        for kind, sums in self._sums.items():
-            device = squares[kind, sums.parts[0].layer].device
-            batch = torch.stack([squares[kind, part.layer].detach().to(device) for part in sums.parts]).double().cpu()
+        for component, sums in self._sums.items():
+            seen = [squares[component, part.layer].detach() for part in sums.parts]
+            batch = torch.stack([each.to(seen[0].device) for each in seen]).double().cpu()
             if not batch.isfinite().all():
                 row, unit = (~batch.isfinite()).nonzero()[0].tolist()
                 raise NotFiniteError(
-                    f"batch {self.batches}: {kind} {unit} of layer {sums.parts[row].layer} has a NaN or infinite "
+                    f"batch {self.batches}: {component} {unit} of layer {sums.parts[row].layer} has a NaN or infinite "
                     "activation; nothing can be ranked"
                 )
             sums.add(batch, self._tokens)
@@ -210,17 +204,16 @@ class ActivationRecorder:
         self.batches += 1
 
 
-class _Eye:
-    """A hook that sees one component's activations, or is handed their sums of squares by a layer that has no others.
+class _Observer:
+    """A hook that sees one component's activations; a `ChannelObserver` of a fused FFN, which tells it their squares.
 
-    `order` numbers the channels of an expanded layer, which runs them in another order than the model's.
+    The inputs of an expanded projection are numbered by its `input_order`, where they run in another order.
     """
 
     def __init__(
-        self, recorder: ActivationRecorder, part: Component, reader: torch.nn.Module, of_product: bool
+        self, recorder: ActivationRecorder, part: Component, reader: torch.nn.Module, *, of_product: bool
     ) -> None:
         self.recorder, self.part, self.reader, self.of_product = recorder, part, reader, of_product
-        self.sums_suffice = not recorder.differentiable
         self._units: tuple[tuple, Tensor] | None = None
 
     def __call__(self, _: torch.nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
@@ -264,12 +257,14 @@ def _sum_of_squares(activation: Float[Tensor, "*batch n"], tokens: Tensor | None
 class _UnitSums:
     """Running sums over batches for all layers of one component, arrays of shape (layers, units)."""
 
-    gathered = ("total", "rank_score", "ema", "ema_rank")
+    _gathered = ("total", "rank_score", "ema", "ema_rank")
 
     def __init__(self, parts: list[Component], top: float) -> None:
         self.parts = parts
         shape = (len(parts), parts[0].units)
-        self.count = min(max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2)  # a single unit ranks nowhere
+        self.count = min(
+            max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2
+        )  # one unit alone is neither top nor bottom
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.rank_score = torch.zeros(shape, dtype=torch.int64)
         self.ema: Tensor | None = None
@@ -282,6 +277,15 @@ class _UnitSums:
         mean, rank = squares / tokens, rank.double()
         self.ema = mean if self.ema is None else EMA_DECAY * self.ema + (1 - EMA_DECAY) * mean
         self.ema_rank = rank if self.ema_rank is None else EMA_DECAY * self.ema_rank + (1 - EMA_DECAY) * rank
+
+    def state(self) -> dict[str, Tensor | None]:
+        """What was summed up so far."""
+        return {name: getattr(self, name) for name in self._gathered}
+
+    def load_state(self, state: Mapping[str, Tensor | None]) -> None:
+        """Continue from what `state` returned."""
+        for name in self._gathered:
+            setattr(self, name, state[name])
 
     def combine(self, others: list["_UnitSums"]) -> None:
         """Become the sum of `others`; moving averages become their mean, since no order joins parallel batches."""
@@ -301,27 +305,17 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
-    tables = [
-        pd.DataFrame(
-            {
-                "layer": part.layer,
-                "component": part.component,
-                "unit": range(part.units),
-                "weight_norm": unit_weight_norms(model, part),
-            }
-        )
-        for part in model_components(model)
-    ]
-    return pd.concat(tables, ignore_index=True)
+    parts = model_components(model)
+    return pd.concat(
+        [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in parts], ignore_index=True
+    )
+
+
+def unit_table(part: Component, **columns: Any) -> pd.DataFrame:
+    """One row per unit of a component, numbered as in the model: `layer`, `component`, `unit` and the columns given."""
+    return pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units), **columns})
 
 
 def _variation(values: Float[Tensor, " units"]) -> Tensor:
     """Coefficient of variation, with a gradient of zero, not NaN, where all values are equal."""
     return values.var(unbiased=False).clamp_min(torch.finfo(values.dtype).tiny).sqrt() / values.mean().clamp_min(1e-30)
-
-
-def _by_kind(components: Iterable[Component]) -> dict[Kind, list[Component]]:
-    kinds: dict[Kind, list[Component]] = {}
-    for part in components:
-        kinds.setdefault(part.component, []).append(part)
-    return kinds

@@ -1,22 +1,23 @@
 """The units of a decoder as data: which rows and columns of which weights belong to one head or FFN channel.
 
-The only file that knows module names. A unit is an attention head (under grouped-query attention one key/value group:
-a value head and the query heads it serves) or an FFN channel. Its parameters are slices of a few weights, each
-described by a `Slot`: module, axis, index table. That absorbs fused, interleaved and transposed projections.
+The only file that knows module names; a family is one row of `FAMILIES`, also from outside (`register_family`).
+
+A unit is an attention head (under grouped-query attention one key/value group: a value head and the query heads it
+serves) or an FFN channel. Its parameters are slices of a few weights, each described by a `Slot`: module, axis, index
+table. That absorbs fused, interleaved and transposed projections.
 """
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-Kind = Literal["head", "channel"]
+from apexlib.plan import ComponentName
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Family:
     interleaved: bool = False
     coupled: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type is str and not isinstance(value := getattr(self, field.name), str):
+                raise ValueError(f"{field.name}: need the name of a module, got {type(value).__name__}")
+
+
+def _fused(name: str) -> dict[str, str]:
+    return {"query": name, "key": name, "value": name}
+
 
 _LLAMA = Family()
 _EXPERTS = replace(_LLAMA, gate="", up="", down="", activation="")
@@ -59,18 +69,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": replace(
         _LLAMA,
-        query="self_attn.qkv_proj",
-        key="self_attn.qkv_proj",
-        value="self_attn.qkv_proj",
+        **_fused("self_attn.qkv_proj"),
         gate="mlp.gate_up_proj",
         up="mlp.gate_up_proj",
         activation="mlp.activation_fn",
     ),
     "gpt2": Family(
         layers="transformer.h",
-        query="attn.c_attn",
-        key="attn.c_attn",
-        value="attn.c_attn",
+        **_fused("attn.c_attn"),
         output="attn.c_proj",
         gate="mlp.c_fc",
         up="",
@@ -79,9 +85,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         layers="gpt_neox.layers",
-        query="attention.query_key_value",
-        key="attention.query_key_value",
-        value="attention.query_key_value",
+        **_fused("attention.query_key_value"),
         output="attention.dense",
         gate="mlp.dense_h_to_4h",
         up="",
@@ -123,7 +127,7 @@ class Component:
     """All units of one kind in one layer: their slots, and the modules at which their activations can be seen."""
 
     layer: int
-    component: Kind
+    component: ComponentName
     units: int
     slots: dict[str, Slot]
     activation: str  # the module whose output is f(x W_gate); empty for heads
@@ -171,6 +175,21 @@ def family_of(model: PreTrainedModel) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(f"model type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Make models known whose config has that `model_type`; a family that is known already is never replaced.
+
+    >>> register_family("llama", Family(gate="mlp.first", up="mlp.second", down="mlp.third"))
+    Traceback (most recent call last):
+    ValueError: model type 'llama': is known already, as another family; need one of its own
+    """
+    if not isinstance(model_type, str) or not model_type or not isinstance(family, Family):
+        kinds = f"{type(model_type).__name__} and {type(family).__name__}"
+        raise ValueError(f"need a model_type, a string that is not empty, and a Family, got {kinds}")
+    if model_type in FAMILIES and FAMILIES[model_type] != family:
+        raise ValueError(f"model type {model_type!r}: is known already, as another family; need one of its own")
+    FAMILIES[model_type] = family
 
 
 def unit_weight_norms(model: PreTrainedModel, component: Component) -> Tensor:

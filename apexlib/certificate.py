@@ -12,8 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from apexlib.expansion import SplitProjection, composed_weights, fuse, is_expanded
+from apexlib.evaluation import in_evaluation
+from apexlib.expansion import fuse, is_expanded
 from apexlib.files import atomic_folder, file_hash, write_json
+from apexlib.inspection import composed_weights
+from apexlib.projections import SplitProjection
 from apexlib.provenance import provenance
 
 CERTIFICATE = "certificate.json"
@@ -100,23 +103,17 @@ def verify_folder(folder: str | Path) -> pd.DataFrame:
     return table
 
 
-@torch.no_grad()
 def _logits(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> list[Tensor]:
     """Logits of all tokens that are no padding, of an expanded model as it computes them in training."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for module in modes:
-        if isinstance(module, SplitProjection):
-            module.train()
-    try:
-        logits = []
+    logits = []
+    with in_evaluation(model):
+        for module in model.modules():
+            if isinstance(module, SplitProjection):
+                module.train()
         for batch in batches:
             inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             logits.append(model(**inputs, use_cache=False).logits[mask].double().cpu())
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return logits
 
 

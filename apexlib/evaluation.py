@@ -1,16 +1,31 @@
-"""How well a model predicts held-out text."""
+"""How well a model does: its loss on held-out text, its answers, its choices."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.progress import progress
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in evaluation mode and take no gradients inside the block; then each module has its mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, quiet: bool = False) -> pd.Series:
@@ -19,25 +34,20 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
     Labels are those of the batch (−100: not counted), else its own tokens without padding. Evaluation mode, no
     gradients; every token weighs the same, however the batches are cut. Raises ValueError if no token is labelled.
     """
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
-        with torch.no_grad():
-            for batch in batches if quiet else progress(batches, "evaluating"):
-                inputs = {name: value.to(model.device) for name, value in batch.items()}
-                labels = inputs.pop("labels", None)
-                if labels is None:
-                    labels = inputs["input_ids"]
-                    if "attention_mask" in inputs:
-                        labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
-                logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
-                targets = labels[:, 1:].flatten()
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                total += cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
-                tokens += int((targets != -100).sum())
-    finally:
-        model.train(was_training)
+    with in_evaluation(model):
+        for batch in batches if quiet else progress(batches, "evaluating"):
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            labels = inputs.pop("labels", None)
+            if labels is None:
+                labels = inputs["input_ids"]
+                if "attention_mask" in inputs:
+                    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+            logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+            targets = labels[:, 1:].flatten()
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            total += cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+            tokens += int((targets != -100).sum())
     if not tokens:
         raise ValueError("no labelled token in the batches: need at least one label other than -100")
     loss = total / tokens
@@ -72,14 +82,10 @@ def exact_match(
     if missing := [row for row, example in enumerate(examples) if "answer" not in example]:
         raise ValueError(f"example {missing[0]}: no answer to compare with")
     prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # little padding
     outputs: dict[int, str] = {}
-    was_training, pad = model.training, pad_token(tokenizer)
-    model.eval()
-    try:
-        starts = range(0, len(order), batch_size)
-        for start in starts if quiet else progress(starts, "answering"):
-            rows = order[start : start + batch_size]
+    pad = pad_token(tokenizer)
+    with in_evaluation(model):
+        for rows in _by_length([len(prompt) for prompt in prompts], batch_size, "" if quiet else "answering"):
             length = max(len(prompts[row]) for row in rows)
             ids = torch.tensor([[pad] * (length - len(prompts[row])) + prompts[row] for row in rows])
             mask = torch.tensor([[0] * (length - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
@@ -93,8 +99,6 @@ def exact_match(
             )[:, length:]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             outputs |= dict(zip(rows, texts, strict=True))
-    finally:
-        model.train(was_training)
     table = [
         {"example": row}
         | {name: example[name] for name in ("family", "difficulty") if name in example}
@@ -118,35 +122,33 @@ def multiple_choice(
     choices are not at a disadvantage. `batch_size` choices are read at a time. Columns: `example`, `family` where the
     examples have one, `answer`, `chosen`, `score`, `correct`.
     """
-    asked, prompts = [], []
+    pairs = []
     for row, example in enumerate(examples):
         if example.get("answer") not in (choices := list(example.get("choices", ()))):
             raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
-        prompts.append(_prompt(tokenizer, example["messages"][:-1]))
-        asked += [(row, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
-    order = sorted(range(len(asked)), key=lambda i: len(prompts[asked[i][0]]) + len(asked[i][1]))  # little padding
+        prompt = _prompt(tokenizer, example["messages"][:-1])
+        pairs += [(prompt, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
     scores: dict[int, float] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        starts = range(0, len(order), batch_size)
-        for start in starts if quiet else progress(starts, "choosing"):
-            part = order[start : start + batch_size]
-            pairs = [(prompts[asked[i][0]], asked[i][1]) for i in part]
-            scores |= dict(zip(part, _mean_log_probabilities(model, pairs, pad_token(tokenizer)), strict=True))
-    finally:
-        model.train(was_training)
-    best: dict[int, int] = {}
-    for i, (row, _) in enumerate(asked):
-        best[row] = i if row not in best or scores[i] > scores[best[row]] else best[row]
-    first = {row: i for i, (row, _) in reversed(list(enumerate(asked)))}
-    table = []
+    with in_evaluation(model):
+        lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+        for part in _by_length(lengths, batch_size, "" if quiet else "choosing"):
+            found = _mean_log_probabilities(model, [pairs[i] for i in part], pad_token(tokenizer))
+            scores |= dict(zip(part, found, strict=True))
+    table, in_order = [], (scores[i] for i in range(len(pairs)))
     for row, example in enumerate(examples):
-        chosen = example["choices"][best[row] - first[row]]
-        found = {"answer": example["answer"], "chosen": chosen, "score": scores[best[row]]}
+        scored = [(next(in_order), choice) for choice in example["choices"]]
+        score, chosen = max(scored, key=itemgetter(0))  # the first of equals
+        found = {"answer": example["answer"], "chosen": chosen, "score": score}
         family = {"family": example["family"]} if "family" in example else {}
         table.append({"example": row} | family | found | {"correct": chosen == example["answer"]})
     return pd.DataFrame(table)
+
+
+def _by_length(lengths: Sequence[int], size: int, task: str) -> Iterable[list[int]]:
+    """Cut row numbers into batches of rows of about one length, so that there is little padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return progress(batches, task) if task else batches
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -159,7 +161,6 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-@torch.no_grad()
 def _mean_log_probabilities(
     model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], pad: int
 ) -> list[float]:

@@ -8,7 +8,7 @@ oracle is the split form: the plain module's own code over split projections.
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,25 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-MODES = ("split", "fused", "recompute")  # what backward finds: all of plain autograd, pre-activations, only the input
+
+class ChannelObserver(Protocol):
+    """An observer of channels to whom their sums of squares over tokens are enough, so that the FFN may stay fused.
+
+    It enters itself in `FusedFFN.observers`, and as a hook on a module inside, by which the split form tells it.
+    """
+
+    of_product: bool  # squares of f(gate) ⊙ up, else of f(gate)
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | None = None) -> None: ...
+
+    def listens(self) -> bool:
+        """Whether it wants the sums of this pass."""
+
+    def tokens(self) -> Tensor | None:
+        """Which tokens count; None: all."""
+
+    def take_squares(self, squares: Float[Tensor, " channels"]) -> None:
+        """Take each channel's sum, channels in the order in which the FFN runs them."""
 
 
 class Part(NamedTuple):
@@ -54,12 +72,11 @@ def literal_ffn(x: Tensor, activation: _Activation, bias: Tensor | None, parts: 
 class GatedFFN(torch.autograd.Function):
     """`literal_ffn` of x (tokens, d_in) with a backward of its own; `keep` says whether it finds the pre-activations.
 
-    Where `squares` is a list of one tensor (channels,) per part, the forward adds each channel's sum of squares over
-    the tokens in `rows` (None: all) to it: of f(gate), or of f(gate) ⊙ up with `of_product`.
+    Each of `sums` is told the values of f(gate) or of f(gate) ⊙ up, chunk by chunk.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, activation: _Activation, keep: bool, watch: Any, bias: Tensor | None, *flat: Any):
+    def forward(ctx: Any, x: Tensor, activation: _Activation, keep: bool, sums: Any, bias: Tensor | None, *flat: Any):
         parts = _parts(flat)
         output = x.new_empty(len(x), parts[0].down.shape[1])
         kept = [x.new_empty(len(x), len(part.gate)) for part in parts for _ in range(2)] if keep else []
@@ -69,11 +86,11 @@ class GatedFFN(torch.autograd.Function):
             for number, part in enumerate(parts):
                 gate, up = _pre_activations(x[rows], part, [each[rows] for each in kept[2 * number : 2 * number + 2]])
                 hidden = activation.value(gate)
-                if watch is not None and not watch.of_product:
-                    watch.add(number, hidden, rows)
+                for squares in sums:
+                    squares.add(number, hidden, rows, of_product=False)
                 hidden.mul_(up)
-                if watch is not None and watch.of_product:
-                    watch.add(number, hidden, rows)
+                for squares in sums:
+                    squares.add(number, hidden, rows, of_product=True)
                 out.addmm_(hidden, part.down)
         ctx.activation = activation
         ctx.save_for_backward(x, bias, *flat, *kept)
@@ -114,17 +131,20 @@ class FusedFFN(nn.Module):
     """A gated FFN whose projections are split; it runs as one function where nothing has to see inside.
 
     A plain module takes this form by a change of class, `take_form`, as projections do. It falls back to the split form
-    in evaluation, under `torch.compile` and `torch.func`, and where a hook inside needs more than sums of squares.
+    in evaluation, under `torch.compile` and `torch.func`, and where a module inside has a hook that is not one of the
+    `observers`: it may need the tensors themselves.
     """
 
     plain_class: type[nn.Module]
     names: tuple[str, str, str, str]  # of gate, up, down and the activation in this module
     keeps: bool  # pre-activations, for backward
+    observers: list[ChannelObserver]
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         gate, up, down, activation = (self.get_submodule(name) for name in self.names)
-        watchers = _watchers((gate, up, down, activation))
-        if watchers is None or not down.training or torch.compiler.is_compiling() or _transformed():
+        if not down.training or torch.compiler.is_compiling() or _transformed():
+            return super().forward(*inputs, **named)
+        if any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
         dtype, device = down.frozen.dtype, x.device.type
@@ -133,12 +153,12 @@ class FusedFFN(nn.Module):
         tuned, frozen = _channels(gate, up, down, dtype)
         parts = [part for part in (tuned, frozen) if len(part.gate)]
         bias = None if down.bias is None else down.bias.to(dtype)
-        watch = _Watch(parts, watchers, x.device) if watchers else None
+        sums = [_SquareSums(parts, observer, x.device) for observer in self.observers if observer.listens()]
         keep = self.keeps and torch.is_grad_enabled()
         rows = x.to(dtype).flatten(0, -2)
-        output = GatedFFN.apply(rows, _ACTIVATIONS[type(activation)], keep, watch, bias, *_flat(parts))
-        if watch is not None:
-            watch.report()
+        output = GatedFFN.apply(rows, _ACTIVATIONS[type(activation)], keep, sums, bias, *_flat(parts))
+        for squares in sums:
+            squares.report()
         return output.unflatten(0, x.shape[:-1])
 
     def __reduce__(self) -> tuple:  # its class is made on the fly; copy and pickle know the plain one
@@ -150,41 +170,39 @@ def take_form(module: nn.Module, names: tuple[str, str, str, str], mode: str) ->
     known = type(module.get_submodule(names[3])) in _ACTIVATIONS
     if mode != "split" and known and "forward" not in module.__dict__:
         module.__class__ = _fused_class(type(module))
-        module.__dict__.update(names=names, keeps=mode == "fused")
+        module.__dict__.update(names=names, keeps=mode == "fused", observers=[])
 
 
 def leave_form(module: FusedFFN) -> None:
     """Make the module plain again."""
-    del module.__dict__["names"], module.__dict__["keeps"]
+    for name in ("names", "keeps", "observers"):
+        del module.__dict__[name]
     module.__class__ = module.plain_class
 
 
-class _Watch:
-    """Sums of squares of what runs by, for those who watch (see `apexlib.activations`)."""
+class _SquareSums:
+    """Sums of squares for one observer in one pass, over the tokens that it counts, part by part."""
 
-    def __init__(self, parts: list[Part], watchers: list[Any], device: torch.device) -> None:
-        (self.watcher,) = watchers
-        self.of_product, self.tokens = self.watcher.of_product, self.watcher.tokens()
+    def __init__(self, parts: list[Part], observer: ChannelObserver, device: torch.device) -> None:
+        self.observer, self.tokens = observer, observer.tokens()
         self.sums = [torch.zeros(len(part.gate), dtype=torch.float64, device=device) for part in parts]
 
-    def add(self, number: int, values: Tensor, rows: slice) -> None:
-        values = values if self.tokens is None else values[self.tokens[rows].to(values.device)]
-        values = values if values.dtype == torch.float64 else values.float()
-        self.sums[number] += values.square().sum(0)
+    def add(self, number: int, values: Tensor, rows: slice, *, of_product: bool) -> None:
+        if of_product == self.observer.of_product:
+            values = values if self.tokens is None else values[self.tokens[rows].to(values.device)]
+            values = values if values.dtype == torch.float64 else values.float()
+            self.sums[number] += values.square().sum(0)
 
     def report(self) -> None:
-        self.watcher.take_squares(torch.cat(self.sums))
+        self.observer.take_squares(torch.cat(self.sums))
 
 
-def _watchers(modules: tuple[nn.Module, ...]) -> list[Any] | None:
-    """What listens to the modules; None if one of them needs the tensors themselves."""
-    watchers = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    others = any(m._backward_hooks or m._backward_pre_hooks for m in modules)
-    if others or nn.modules.module._has_any_global_hook() or len(watchers) > 1:
-        return None
-    if not all(getattr(watcher, "sums_suffice", False) for watcher in watchers):
-        return None
-    return [watcher for watcher in watchers if watcher.listens()]
+def _has_other_hooks(module: nn.Module, observers: list[ChannelObserver]) -> bool:
+    """Whether the module has hooks that are not observers; torch has no public way to ask."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if module._backward_hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook():
+        return True
+    return any(hook not in observers for hook in hooks)
 
 
 def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, Part]:
@@ -194,8 +212,7 @@ def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, 
     for projection in readers:
         tuned.append(projection.compose(projection.rows))
         frozen.append(projection.frozen)
-        rows = projection.bias_rows
-        tuned_bias.append(None if rows is None else projection.compose(rows[:, None]).squeeze(1))
+        tuned_bias.append(projection.composed_bias())
         frozen_bias.append(projection.bias_frozen)
 
     def pair(tensors: list[Tensor | None]) -> list[Tensor | None]:

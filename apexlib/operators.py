@@ -4,10 +4,13 @@ The method's own is a Monarch matrix, two block-diagonal factors around a fixed 
 arXiv:2204.00595); diagonal, low-rank and dense M serve its ablations. M is zero at the start, exactly, and trains from
 there. For attention, k is the number of selected heads times `head_dim`. A product from the right is a transpose away:
 W Mᵀ = (M Wᵀ)ᵀ, that is `operator(weight.T).T`.
+
+A new operator is a class with its `factors` and its product, and a row of `OPERATORS`; its settings, its count of
+parameters and its start follow from these.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
@@ -15,15 +18,35 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+Factors = dict[str, tuple[int, ...] | None]  # shapes by name; None: this M does without
+
 
 class Operator(nn.Module):
-    """A trainable k × k matrix M, known by its product with rows; its parameters are float32, whatever the model."""
+    """A trainable k × k matrix M, known by its product with rows; its parameters are float32, whatever the model.
 
-    def __init__(self, k: int) -> None:
+    The factors of M are drawn Kaiming-uniform, but the last, which is zero. They are drawn on the generator's device
+    and then moved, so that a seed on the CPU gives the same operator on every device.
+    """
+
+    def __init__(
+        self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None, **options: Any
+    ) -> None:
         super().__init__()
-        if k < 1:
-            raise ValueError(f"an operator needs at least one row, got k={k}")
         self.k = k
+        *drawn, (last, zero) = self.factors(_at_least_one(k), **options).items()
+        for name, shape in drawn:
+            self.register_parameter(name, None if shape is None else _kaiming(shape, generator, device))
+        self.register_parameter(last, nn.Parameter(torch.zeros(zero, dtype=torch.float32, device=device)))
+
+    @classmethod
+    def factors(cls, k: int) -> Factors:
+        """Name the factors of M in the order in which they are applied, with their shapes."""
+        raise NotImplementedError
+
+    @classmethod
+    def count(cls, k: int, **options: Any) -> int:
+        """Count the parameters of M for `k` rows without making it."""
+        return sum(prod(shape) for shape in cls.factors(_at_least_one(k), **options).values() if shape is not None)
 
     def forward(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         """Compute M @ rows in the parameters' dtype, under autocast too.
@@ -60,11 +83,10 @@ class MonarchOperator(Operator):
     0
     """
 
-    def __init__(self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None) -> None:
-        super().__init__(k)
+    @classmethod
+    def factors(cls, k: int) -> Factors:
         n, m = monarch_blocks(k)
-        self.register_parameter("first", None if m == 1 else _kaiming((n, m, m), generator, device))
-        self.second = _zeros((m, n, n), device)
+        return {"first": (n, m, m) if m > 1 else None, "second": (m, n, n)}
 
     def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         m, n, _ = self.second.shape
@@ -112,9 +134,9 @@ def _second(factor: Tensor, blocks: Tensor) -> Tensor:
 class DiagonalOperator(Operator):
     """M = diag(`diagonal`): target row i reads source row i only."""
 
-    def __init__(self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None) -> None:
-        super().__init__(k)
-        self.diagonal = _zeros((k,), device)
+    @classmethod
+    def factors(cls, k: int) -> Factors:
+        return {"diagonal": (k,)}
 
     def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         return self.diagonal[:, None] * rows
@@ -127,18 +149,13 @@ class LowRankOperator(Operator):
     an equal budget; it is at least 1, which for k = 1 is one parameter more than dense.
     """
 
-    def __init__(
-        self,
-        k: int,
-        *,
-        rank: int | None = None,
-        generator: Generator | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(k)
-        rank = _rank(k, rank)
-        self.down = _kaiming((rank, k), generator, device)
-        self.up = _zeros((k, rank), device)
+    @classmethod
+    def factors(cls, k: int, rank: int | None = None) -> Factors:
+        if rank is None:
+            rank = max(1, MonarchOperator.count(k) // (2 * k))
+        if not 1 <= rank <= k:
+            raise ValueError(f"a low-rank operator for k={k} rows needs a rank from 1 to {k}, got {rank}")
+        return {"down": (rank, k), "up": (k, rank)}
 
     def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         return self.up @ (self.down @ rows)
@@ -147,9 +164,9 @@ class LowRankOperator(Operator):
 class DenseOperator(Operator):
     """M = `matrix`, every target row reads every source row, at k² parameters."""
 
-    def __init__(self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None) -> None:
-        super().__init__(k)
-        self.matrix = _zeros((k, k), device)
+    @classmethod
+    def factors(cls, k: int) -> Factors:
+        return {"matrix": (k, k)}
 
     def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         return self.matrix @ rows
@@ -163,40 +180,22 @@ OPERATORS: dict[str, type[Operator]] = {
 }
 
 
-def make_operator(
-    kind: str,
-    k: int,
-    *,
-    rank: int | None = None,
-    generator: Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Operator:
-    """Make the operator of that kind for `k` rows; `rank` is read by "low_rank" only.
-
-    Random factors are drawn on the generator's device and then moved, so that a seed on the CPU gives the same operator
-    on every device.
+def make_operator(kind: str, k: int, **options: Any) -> Operator:
+    """Make the operator of that kind for `k` rows; `generator`, `device` and, for "low_rank", `rank` are its options.
 
     >>> make_operator("diagonal", 5)
     DiagonalOperator(k=5, parameters=5)
     """
-    options = {"rank": rank} if kind == "low_rank" else {}
-    return _known(kind)(k, generator=generator, device=device, **options)
+    return _known(kind)(k, **options)
 
 
-def parameter_count(kind: str, k: int, rank: int | None = None) -> int:
-    """Count the parameters of `make_operator(kind, k, rank=rank)` without making it.
+def parameter_count(kind: str, k: int, **options: Any) -> int:
+    """Count the parameters of `make_operator(kind, k, **options)` without making it.
 
     >>> [parameter_count(kind, 2064) for kind in OPERATORS]  # 18.75 % of LLaMA-2-7B's 11008 channels
     [187824, 2064, 185760, 4260096]
     """
-    if k < 1:
-        raise ValueError(f"an operator needs at least one row, got k={k}")
-    _known(kind)
-    if kind == "monarch":
-        return _monarch_cost(*monarch_blocks(k))
-    if kind == "low_rank":
-        return 2 * k * _rank(k, rank)
-    return k if kind == "diagonal" else k * k
+    return _known(kind).count(k, **options)
 
 
 def monarch_blocks(k: int) -> tuple[int, int]:
@@ -222,12 +221,10 @@ def _monarch_cost(n: int, m: int) -> int:
     return n * m * (n + m) if m > 1 else n * n
 
 
-def _rank(k: int, rank: int | None) -> int:
-    if rank is None:
-        return max(1, parameter_count("monarch", k) // (2 * k))
-    if not 1 <= rank <= k:
-        raise ValueError(f"a low-rank operator for k={k} rows needs a rank from 1 to {k}, got {rank}")
-    return rank
+def _at_least_one(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"an operator needs at least one row, got k={k}")
+    return k
 
 
 def _known(kind: str) -> type[Operator]:
@@ -241,10 +238,6 @@ def _kaiming(shape: tuple[int, ...], generator: Generator | None, device: torch.
     drawn = torch.empty(shape, dtype=torch.float32, device=generator.device if generator else "cpu")
     drawn.uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
     return nn.Parameter(drawn.to(device or torch.get_default_device()))
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device | str | None) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
 
 def _without_autocast(device: str) -> AbstractContextManager:

@@ -1,188 +1,19 @@
-"""Which units expand into which others: activation statistics to an `ExpansionPlan` (APEX, arXiv:2505.24241).
+"""The choice of units: from activation statistics to an `ExpansionPlan` (APEX, arXiv:2505.24241).
 
 In each layer the k highest-ranked heads or channels are the *source* (advantageous), the k lowest the *target*
 (disadvantageous); the next-lowest are tuned directly, without an operator; the rest is frozen.
 """
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import combinations, pairwise
-from operator import index
-from pathlib import Path
-from reprlib import repr as abbreviate
-from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd
 
-from apexlib.files import atomic_write
+from apexlib.plan import COMPONENTS, ApexConfig, ComponentName, ExpansionPlan, LayerPlan
 
-Component = Literal["head", "channel"]
-
-_CHOICES = {
-    "operator": ("monarch", "diagonal", "low_rank", "dense"),
-    "ffn": ("split", "fused", "recompute"),
-    "strategy": ("advantage", "random", "reversed", "magnitude"),
-    "statistic": ("rank", "mean", "ema", "ema_rank"),
-}
 _SCORES = {"rank": "rank_score", "mean": "activation", "ema": "ema", "ema_rank": "ema_rank"}
-_LARGEST = 2**31 - 1  # no model has more layers or units; a bound against hostile files
-
-
-@dataclass(frozen=True)
-class ApexConfig:
-    """Settings of a run; the defaults are the paper's for instruction tuning, and its "52 %" (see `preset`).
-
-    >>> ApexConfig(operator="butterfly")
-    Traceback (most recent call last):
-    ValueError: operator: unknown 'butterfly'; known: monarch, diagonal, low_rank, dense
-    """
-
-    fraction: float = 0.1875  # K, of a layer's heads and of its channels: |source| = |target| = ⌊K·n⌋; in (0, 0.5]
-    direct_heads: float = 0.5625  # share of heads that train in all, source and target included; in [2K, 1]
-    direct_channels: float = 0.465  # the same of channels
-    stages: int = 2
-    operator: str = "monarch"
-    strategy: str = "advantage"  # see `select`
-    statistic: str = "rank"  # what "advantage" and "reversed" rank by
-    balance_weight: float = 0.0  # λ of the loss term that evens activations out
-    operator_lr_scale: float = 1.0  # learning rate of M, v, s relative to the weights'
-    assessment_samples: int = 1024  # sequences in the pass before the first stage
-    train_embeddings: bool = True  # and the LM head
-    train_norms: bool = False
-    ffn: str = "fused"  # how a gated FFN trains: see `expand`
-    halve_fraction: bool = False  # halve K at each stage; earlier targets stay directly tuned, never selected again
-    align: int = 1  # round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), type(field.default))
-        for name, known in _CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
-        if not 0 < self.fraction <= 0.5:
-            raise ValueError(f"fraction: need a share in (0, 0.5], so that source and target fit, got {self.fraction}")
-        for name in ("direct_heads", "direct_channels"):
-            if not 2 * self.fraction <= (share := getattr(self, name)) <= 1:
-                least = f"{2 * self.fraction:g} (2·fraction: source and target train)"
-                raise ValueError(f"{name}: need a total share from {least} to 1, got {share}")
-        for name in ("stages", "assessment_samples", "align"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: need at least 1, got {getattr(self, name)}")
-        for name in ("balance_weight", "operator_lr_scale"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: need at least 0, got {getattr(self, name)}")
-        _index(self.seed, "seed")
-
-    @classmethod
-    def preset(cls, name: Literal["52%", "2.4%"]) -> Self:
-        """Settings for a trainable share of LLaMA-2-7B: d = 4096, 32 layers of 32 heads and 11008 channels, untied.
-
-        A head is 4·128·d weights (q, k, v, o), a channel 3·d (gate, up, down); the whole model is 6 738 415 616.
-
-        "52%", the paper's: 18 heads (6 source, 6 target, 6 direct) and 5118 channels (2064, 2064, 990) in each layer,
-        embeddings and LM head. 1 207 959 552 + 2 012 479 488 + 262 144 000, and 7 633 920 in M, v and s: 51.8 %.
-
-        "2.4%", ours, the paper does not spell its own out: one pair of heads, the fewest there can be, 35 pairs of
-        channels, nothing else. 134 217 728 + 27 525 120, and 123 296 in M, v and s: 2.40 %.
-        """
-        if name == "52%":
-            return cls()
-        if name == "2.4%":
-            return cls(fraction=0.0032, direct_heads=0.0625, direct_channels=0.0064, train_embeddings=False)
-        raise ValueError(f"unknown preset {name!r}; known: 52%, 2.4%")
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the settings to a file."""
-        _write_json(asdict(self), path)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read settings; absent ones take their default, unknown ones and wrong types are refused."""
-        return _read_json(path, lambda value: _build(cls, value))
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Units of one layer to read from (`source`), to overwrite (`target`) and to tune directly (`direct`).
-
-    Each is in ascending order, the model's own; the i-th lowest source is paired with the i-th lowest target. `units`
-    is how many the layer has. Source and target may both be empty: such a layer is tuned directly only.
-
-    >>> LayerPlan(layer=0, component="head", source=(1, 3), target=(0, 3), direct=(), units=4)
-    Traceback (most recent call last):
-    ValueError: layer 0, head: units [3] are both source and target
-    """
-
-    layer: int
-    component: Component
-    source: tuple[int, ...]
-    target: tuple[int, ...]
-    direct: tuple[int, ...]
-    units: int
-
-    def __post_init__(self) -> None:
-        if self.component not in get_args(Component):
-            raise ValueError(f"component: unknown {self.component!r}; known: {', '.join(get_args(Component))}")
-        object.__setattr__(self, "layer", _index(self.layer, "layer"))
-        here = f"layer {self.layer}, {self.component}"
-        object.__setattr__(self, "units", _index(self.units, f"{here}: units"))
-        roles = ("source", "target", "direct")
-        for role in roles:
-            object.__setattr__(self, role, _indices(getattr(self, role), self.units, f"{here}: {role}"))
-        for first, second in combinations(roles, 2):
-            if shared := sorted(set(getattr(self, first)) & set(getattr(self, second))):
-                raise ValueError(f"{here}: units {shared} are both {first} and {second}")
-        if len(self.source) != len(self.target):
-            raise ValueError(f"{here}: need as many sources as targets, got {len(self.source)} and {len(self.target)}")
-        if not self.source and not self.direct:
-            raise ValueError(f"{here}: selects no unit; leave it out of the plan")
-
-
-@dataclass(frozen=True)
-class ExpansionPlan:
-    """A `LayerPlan` for every layer and component that expands, in ascending order, and what it was made with."""
-
-    layers: tuple[LayerPlan, ...]
-    config: ApexConfig | None = None
-    seed: int = 0
-    stage: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layers, list | tuple) or not self.layers:
-            raise ValueError("layers: a plan needs at least one layer")
-        if wrong := [type(layer).__name__ for layer in self.layers if not isinstance(layer, LayerPlan)]:
-            raise ValueError(f"layers: need LayerPlans, got {wrong[0]}")
-        if not isinstance(self.config, ApexConfig | None):
-            raise ValueError(f"config: need an ApexConfig, got {type(self.config).__name__}")
-        object.__setattr__(self, "seed", _index(self.seed, "seed"))
-        object.__setattr__(self, "stage", _index(self.stage, "stage"))
-        object.__setattr__(self, "layers", tuple(sorted(self.layers, key=lambda plan: (plan.layer, plan.component))))
-        for first, second in pairwise(self.layers):
-            if (first.layer, first.component) == (second.layer, second.component):
-                raise ValueError(f"layer {first.layer}, {first.component}: planned twice")
-
-    def to_json(self, path: str | Path) -> None:
-        """Write the plan to a file."""
-        _write_json(asdict(self), path)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read and validate a plan; whether it fits a model is for `expand` to check."""
-
-        def build(value: Any) -> Self:
-            value = dict(_object(cls, value))
-            if isinstance(value.get("layers"), list):
-                value["layers"] = tuple(_build(LayerPlan, layer) for layer in value["layers"])
-            if value.get("config") is not None:
-                value["config"] = _build(ApexConfig, value["config"])
-            return _build(cls, value)
-
-        return _read_json(path, build)
 
 
 def select(
@@ -203,8 +34,7 @@ def select(
     - "magnitude": by column `weight_norm`;
     - "random": by a permutation drawn for `seed` (default: `config.seed`), stage, layer and component.
 
-    Equal scores are ranked by activation, then by unit number, the lower number lower: a plan depends on no device,
-    thread count or order of rows. A component with fewer than two units has no pair and is left out.
+    Equal scores are ranked as `units_in_order` says. A component with fewer than two units has no pair and is left out.
     With `config.halve_fraction`, `previous` holds the plans of all earlier stages.
 
     >>> table = pd.DataFrame({"layer": 0, "component": "channel", "unit": range(8), "activation": 1.0})
@@ -221,16 +51,14 @@ def select(
     _check_statistics(statistics, score)
     layers = []
     for (layer, component), table in statistics.groupby(["layer", "component"], observed=True):
-        table = table.sort_values("unit")
         units = len(table)
         if units < 2:
             continue
         if config.strategy == "random":
-            draw = np.random.default_rng([seed, stage, layer, get_args(Component).index(component)])
+            draw = np.random.default_rng([seed, stage, layer, COMPONENTS.index(component)])
             order = draw.permutation(units).tolist()
         else:
-            keys = [table[name].to_numpy(float) for name in ("activation", score)]
-            order = np.lexsort(keys).tolist()  # by the last key first; stable, so ties keep the order of units
+            order = units_in_order(table, score)
         spent = _earlier_targets(previous, layer, component, units) if config.halve_fraction else set()
         pairs, direct = unit_counts(units, component, config, stage=stage, spent=len(spent))
         free = [unit for unit in order if unit not in spent]
@@ -243,8 +71,21 @@ def select(
     return ExpansionPlan(tuple(layers), config, seed, stage)
 
 
+def units_in_order(statistics: pd.DataFrame, score: str) -> list[int]:
+    """List the units of one layer and component from the lowest `score` to the highest.
+
+    Equal scores are ranked by activation, then by unit number, the lower number lower, so that the order depends on no
+    device, thread count or order of rows.
+
+    >>> units_in_order(pd.DataFrame({"unit": [2, 1, 0], "activation": 1.0, "rank_score": [7, 0, 7]}), "rank_score")
+    [1, 0, 2]
+    """
+    keys = [statistics[name].to_numpy(dtype) for name, dtype in (("unit", int), ("activation", float), (score, float))]
+    return keys[0][np.lexsort(keys)].tolist()  # by the last key first
+
+
 def unit_counts(
-    units: int, component: Component, config: ApexConfig, *, stage: int = 0, spent: int = 0
+    units: int, component: ComponentName, config: ApexConfig, *, stage: int = 0, spent: int = 0
 ) -> tuple[int, int]:
     """Count the pairs and the directly tuned units that `select` takes of a component with that many units.
 
@@ -297,16 +138,12 @@ def selection_stability(first: ExpansionPlan, second: ExpansionPlan, *, level: f
 @lru_cache(maxsize=4096)
 def _by_chance(units: int, first: int, second: int, overlap: int) -> tuple[float, float]:
     """Expected Jaccard index, and probability of at least `overlap`, of two random sets of `units` things."""
-    possible = range(max(0, first + second - units), min(first, second) + 1)
-    weights = [_log_choose(first, s) + _log_choose(units - first, second - s) for s in possible]
-    total = _log_choose(units, second)
-    chances = [math.exp(weight - total) for weight in weights]
-    expected = math.fsum(p * s / (first + second - s) for p, s in zip(chances, possible, strict=True))
-    return expected, min(1.0, math.fsum(p for p, s in zip(chances, possible, strict=True) if s >= overlap))
+    from scipy.stats import hypergeom
 
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    common = hypergeom(units, first, second)
+    possible = np.arange(max(0, first + second - units), min(first, second) + 1)
+    expected = (common.pmf(possible) * possible / (first + second - possible)).sum()
+    return float(expected), float(common.sf(overlap - 1))
 
 
 def _floor(share: float, units: int, align: int) -> int:
@@ -332,7 +169,7 @@ def _check_statistics(statistics: pd.DataFrame, score: str) -> None:
         column = statistics[name]
         if not pd.api.types.is_integer_dtype(column) or column.isna().any() or (column < 0).any():
             raise ValueError(f"statistics: column {name!r} must hold integers from 0, got {column.dtype}")
-    if not (known := statistics["component"].isin(get_args(Component))).all():
+    if not (known := statistics["component"].isin(COMPONENTS)).all():
         raise ValueError(f"statistics: unknown component {statistics['component'][~known].iloc[0]!r}")
     for name in ("activation", score):
         if not pd.api.types.is_numeric_dtype(statistics[name]):
@@ -344,69 +181,3 @@ def _check_statistics(statistics: pd.DataFrame, score: str) -> None:
     for (layer, component), units in statistics.groupby(["layer", "component"], observed=True)["unit"]:
         if not np.array_equal(np.sort(units), np.arange(len(units))):
             raise ValueError(f"layer {layer}, {component}: units must be 0 to {len(units) - 1}, each once")
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    """Refuse a value that is not of `kind`; an int may stand for a float, a bool for nothing else."""
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name}: need {kind.__name__}, got {type(value).__name__}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}: need a finite number, got {value}")
-
-
-def _index(value: Any, name: str) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= _LARGEST:
-        raise ValueError(f"{name}: need an integer from 0 to {_LARGEST}, got {abbreviate(value)}")
-    return number
-
-
-def _indices(values: Any, units: int, name: str) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{name}: need a tuple of unit numbers, got {type(values).__name__}")
-    indices = tuple(_index(value, name) for value in values)
-    for first, second in pairwise(indices):
-        if first >= second:
-            fault = "is repeated" if first == second else f"comes after {first}, need ascending order"
-            raise ValueError(f"{name}: unit {second} {fault}")
-    if indices and indices[-1] >= units:
-        raise ValueError(f"{name}: unit {indices[-1]} is out of range, there are {units}")
-    return indices
-
-
-def _write_json(value: Any, path: str | Path) -> None:
-    with atomic_write(Path(path)) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_json(path: str | Path, build: Callable[[Any], Any]) -> Any:
-    """Read a file and build from it; whatever is wrong with either, the error names the file."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(value := dict(pairs)) != len(pairs):
-            raise ValueError("a key is given twice")
-        return value
-
-    try:
-        return build(json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once))
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _object(cls: type, value: Any) -> dict[str, Any]:
-    """Refuse JSON that is not an object with the fields of `cls`."""
-    if not isinstance(value, dict):
-        raise ValueError(f"need an object with the fields of {cls.__name__}, got {type(value).__name__}")
-    if unknown := sorted(set(value) - {field.name for field in fields(cls)}):
-        raise ValueError(f"unknown field {unknown[0]!r} in {cls.__name__}")
-    if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in value]:
-        raise ValueError(f"no field {missing[0]!r} in {cls.__name__}")
-    return value
-
-
-def _build(cls: type, value: Any) -> Any:
-    return cls(**_object(cls, value))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from apexlib.architectures import model_components
 from apexlib.operators import monarch_blocks
-from apexlib.selection import ExpansionPlan
+from apexlib.plan import ExpansionPlan
 
 
 class ActivationMixer(nn.Module):

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from apexlib.selection import ApexConfig
+from apexlib.plan import ApexConfig
 from benchmarks.workloads import Case, Workload, workload
 
 MIB = 2**20

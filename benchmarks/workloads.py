@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from apexlib.architectures import model_components
-from apexlib.expansion import expand, parameter_groups
-from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, select
+from apexlib.expansion import expand
+from apexlib.inspection import parameter_groups
+from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+from apexlib.selection import select
 from apexlib.training.methods import keep_largest, method_of
 from benchmarks.activation_space import expand_on_activations
 

@@ -17,7 +17,7 @@ import torch
 from conftest import build
 from test_training import Blocks, arguments
 
-from apexlib.selection import ApexConfig
+from apexlib.plan import ApexConfig
 from apexlib.training.stages import TrainingRecord, train_in_stages
 
 CONFIG = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6, assessment_samples=8, stages=3)

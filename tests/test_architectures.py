@@ -12,8 +12,11 @@ from transformers import (
     LlamaConfig,
 )
 
+from apexlib import architectures
 from apexlib.activations import activation_statistics
-from apexlib.architectures import FAMILIES, model_components, unit_weight_norms
+from apexlib.architectures import FAMILIES, Family, model_components, register_family, unit_weight_norms
+from apexlib.expansion import expand
+from apexlib.selection import select
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
 
@@ -47,6 +50,42 @@ def test_an_unknown_model_type_raises_and_lists_the_known():
     model = BertLMHeadModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
     with pytest.raises(ValueError, match="model type 'bert' is not supported; known: gemma, gemma2"):
         model_components(model)
+
+
+class TwinConfig(LlamaConfig):
+    model_type = "llama_twin"
+
+
+def test_a_family_is_one_row_also_from_outside(monkeypatch, batch):
+    monkeypatch.setattr(architectures, "FAMILIES", dict(FAMILIES))
+    plain = build("llama")
+    config = TwinConfig(**{**plain.config.to_dict(), "model_type": "llama_twin"})
+    twin = type(plain)._from_config(config, attn_implementation="eager").eval()
+    twin.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="model type 'llama_twin' is not supported"):
+        model_components(twin)
+    register_family("llama_twin", FAMILIES["llama"])
+    register_family("llama_twin", FAMILIES["llama"])  # a notebook's cell runs twice
+    assert activation_statistics(twin, [batch]).equals(activation_statistics(plain, [batch]))
+    plan = select(activation_statistics(twin, [batch]))
+    expand(twin, plan)
+    assert torch.equal(twin(**batch).logits, plain(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda: register_family("llama", FAMILIES["gpt2"]), "'llama': is known already, as another family"),
+        (lambda: register_family("", FAMILIES["gpt2"]), "need a model_type, a string that is not empty"),
+        (lambda: register_family("mine", {"query": "q"}), "and a Family, got str and dict"),
+        (lambda: register_family("mine", Family(gate=None)), "gate: need the name of a module, got NoneType"),
+    ],
+)
+def test_families_that_would_mislead_are_refused(register, message):
+    known = dict(FAMILIES)
+    with pytest.raises(ValueError, match=message):
+        register()
+    assert known == FAMILIES
 
 
 def test_modules_that_contradict_the_config_are_refused(tiny_model):

@@ -9,7 +9,8 @@ from test_expansion import perturb
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
-from apexlib.expansion import Mixer, SplitProjection, expand
+from apexlib.expansion import Mixer, expand
+from apexlib.projections import SplitProjection
 from apexlib.selection import select
 from benchmarks import effective_rank
 from benchmarks.activation_space import ActivationMixer, ActivationProjection, expand_on_activations

@@ -11,8 +11,9 @@ from test_expansion import EVERY, expanded, logits, perturb, state
 from transformers import AutoModelForCausalLM
 
 from apexlib.certificate import save_fused, verify_folder
-from apexlib.expansion import SplitProjection, fuse, is_expanded
+from apexlib.expansion import fuse, is_expanded
 from apexlib.files import file_hash
+from apexlib.projections import SplitProjection
 
 
 @pytest.fixture

@@ -4,15 +4,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import VARIANTS
-from hypothesis import example, given
+from conftest import VARIANTS, build
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apexlib.activations import activation_statistics
-from apexlib.analysis.difference import biography, imbalance_table, masking_curve, silenced, weight_difference
+from apexlib.analysis.difference import (
+    _masked_first,
+    biography,
+    imbalance_table,
+    masking_curve,
+    silenced,
+    weight_difference,
+)
 from apexlib.architectures import model_components
 from apexlib.evaluation import perplexity
-from apexlib.selection import ExpansionPlan, LayerPlan
+from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+from apexlib.selection import select
 
 DENSE = [variant for variant in VARIANTS if variant not in ("mixtral", "qwen3_moe")]
 
@@ -78,6 +86,27 @@ def test_silencing_ends_with_the_block_however_it_ends(tiny_model):
         with pytest.raises(ValueError, match=message), silenced(model, parts, wrong):
             pass
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@given(
+    st.lists(st.tuples(st.integers(-1, 1), st.integers(0, 2)), min_size=24, max_size=24),
+    st.permutations(range(2 * 24)),
+)
+@settings(max_examples=10, deadline=None)
+def test_masking_takes_the_units_that_a_selection_would_also_where_all_are_tied(scores, rows):
+    model = build("llama", num_hidden_layers=2)
+    statistics = pd.concat(
+        pd.DataFrame(
+            {"layer": layer, "component": "channel", "unit": range(24), "rank_score": rank, "activation": mean}
+        )
+        for layer in (0, 1)
+        for rank, mean in [zip(*scores, strict=True)]
+    ).iloc[rows]
+    plan = select(statistics, ApexConfig(fraction=0.25, direct_channels=0.5))
+    parts = [part for part in model_components(model) if part.component == "channel"]
+    for part, layer in zip(parts, plan.layers, strict=True):
+        for order, chosen in (("advantageous", layer.source), ("disadvantageous", layer.target)):
+            assert set(_masked_first(statistics, part, order, 0)[:6]) == set(chosen)
 
 
 def test_random_masks_differ_by_seed_and_are_nested(tiny_model, batch):

@@ -1,11 +1,12 @@
 """Losses against slow literal formulas."""
 
 import math
+from contextlib import suppress
 
 import pytest
 import torch
 
-from apexlib.evaluation import exact_match, multiple_choice, perplexity
+from apexlib.evaluation import exact_match, in_evaluation, multiple_choice, perplexity
 from apexlib.text.datasets import batches, collate, encode_chat
 from apexlib.text.tokenizer import train_tokenizer
 
@@ -39,10 +40,18 @@ def test_labels_decide_what_counts(tiny_model, batch):
         perplexity(model, [batch | {"labels": torch.full_like(labels, -100)}])
 
 
-def test_evaluation_restores_the_mode(tiny_model, batch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluation_restores_the_mode_of_each_module(fails, tiny_model, batch):
     model = tiny_model("llama").train()
-    perplexity(model, [batch])
-    assert model.training
+    model.model.layers[0].mlp.eval()  # somebody's frozen block
+    modes = {name: module.training for name, module in model.named_modules()}
+    with suppress(IndexError):
+        perplexity(model, [{"input_ids": torch.tensor([[10**6]])} if fails else batch])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.is_grad_enabled()
+    with in_evaluation(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from apexlib.activations import ActivationRecorder, activation_statistics
 from apexlib.architectures import model_components
-from apexlib.expansion import (
-    Mixer,
-    SplitProjection,
-    composed_weights,
-    expand,
-    fuse,
-    is_expanded,
-    parameter_groups,
-    trainable_table,
-)
+from apexlib.expansion import Mixer, expand, expand_rows, fuse, is_expanded
+from apexlib.inspection import composed_weights, parameter_groups, trainable_table
 from apexlib.operators import OPERATORS, make_operator
-from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, unit_counts
+from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+from apexlib.projections import SplitProjection
+from apexlib.selection import unit_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units", "ignore:.*is deprecated")
 
@@ -273,6 +267,24 @@ def literal_weights(base, model, plan):
     return weights
 
 
+@given(
+    k=st.integers(1, 3), direct=st.integers(0, 2), d=st.integers(1, 3), scaled=st.booleans(), seed=st.integers(0, 99)
+)
+@settings(max_examples=20, deadline=None)
+def test_the_formula_is_the_formula(k, direct, d, scaled, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((2 * k + direct, d), (k, k), (k,), (k,))
+    rows, matrix, v, s = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    found = expand_rows(rows, lambda source: matrix @ source, v, s if scaled else None)
+    expected = rows.clone()
+    for column in range(d):
+        for i in range(k):
+            expected[i, column] = v[i] * rows[i, column]
+            expected[i, column] += sum(matrix[i, j] * rows[k + j, column] for j in range(k))
+            expected[k + i, column] *= s[i] if scaled else 1
+    assert_close(found, expected)
+
+
 class Norm64(nn.Module):
     """An RMS norm that stays in float64; the stock ones compute in float32 and would hide small errors."""
 
@@ -474,7 +486,7 @@ def test_fusing_at_the_start_gives_the_base_back(variant, dtype):
         assert_same_state(model, before)
         assert bodies(model) == body
         assert model.config.to_dict() == config.to_dict()
-        assert not {"save_pretrained", "push_to_hub", "_before_expansion"} & set(vars(model))
+        assert not {"save_pretrained", "push_to_hub", "_expansion"} & set(vars(model))
 
 
 def test_twenty_cycles_leave_every_bit(batch):
@@ -931,6 +943,24 @@ def test_what_is_not_finite_is_not_fused(name, blamed, value):
     assert is_expanded(model)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(7.0, 8.0, 9.0), before[key])
+
+
+def test_each_weight_is_composed_once_per_fuse(monkeypatch):
+    model, composed = perturb(expanded("llama-mha-bias")), []
+    compose = SplitProjection.compose
+    monkeypatch.setattr(SplitProjection, "compose", lambda self, rows: composed.append(self) or compose(self, rows))
+    expected = sum(1 if module.bias_rows is None else 2 for module in projections(model).values())
+    fuse(model)
+    assert len(composed) == expected
+
+
+def test_what_hangs_on_the_model_is_one_record_and_two_refusals():
+    model = build("llama")
+    before = set(vars(model))
+    expand(model, varied_plan(model))
+    assert set(vars(model)) - before == {"_expansion", "save_pretrained", "push_to_hub"}
+    fuse(model)
+    assert set(vars(model)) == before
 
 
 def test_what_overflows_in_the_cast_is_not_fused():

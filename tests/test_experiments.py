@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
-from apexlib.selection import ApexConfig
+from apexlib.plan import ApexConfig
 from apexlib.suite import experiments, trials
 from apexlib.suite.experiments import (
     VARIANTS,

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from test_expansion import layer_plan, perturb
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from apexlib.activations import ActivationRecorder
+from apexlib.activations import ActivationRecorder, activation_statistics
 from apexlib.architectures import model_components
 from apexlib.expansion import expand, fuse
 from apexlib.fused_ffn import _ACTIVATIONS, FusedFFN, GatedFFN, _parts, literal_ffn
 from apexlib.operators import OPERATORS
-from apexlib.selection import ExpansionPlan
+from apexlib.plan import ExpansionPlan
 
 GATED = ["llama", "llama-mha-bias", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2"]
 SIZES = [(4, 5), (5, 3), (1, 0), (12, 0), (0, 7), (4, 16), (0, 24), (8, 0)]  # pairs, direct, of 24 channels
@@ -102,7 +103,7 @@ def test_any_parts_in_any_number_of_chunks(tokens, sizes, trains, biased, keep, 
     leaves = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
     gradient = torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
     expected = literal_ffn(x, activation, bias, _parts(flat))
-    found = GatedFFN.apply(x, activation, keep, None, bias, *flat)
+    found = GatedFFN.apply(x, activation, keep, [], bias, *flat)
     assert_close(found, expected, rtol=1e-11, atol=1e-11)
     ours, theirs = (torch.autograd.grad(y, leaves, gradient) for y in (found, expected))
     assert_equal_outcomes(ours, theirs)
@@ -175,6 +176,20 @@ def test_statistics_are_gathered_without_leaving_the_fused_form(variant, statist
     for table in tables[1:]:
         assert_close(torch.tensor(table["activation"]), torch.tensor(tables[0]["activation"]), rtol=1e-9, atol=1e-12)
         assert table["rank_score"].equals(tables[0]["rank_score"])
+
+
+def test_several_recorders_share_the_fused_form(batch, monkeypatch):
+    model = build("llama", dtype=torch.float64)
+    perturb(expand(model, channel_plan(model, 4, 5))).train()
+    recorders = [ActivationRecorder(model, statistic=statistic) for statistic in ("gate", "product", "gate")]
+    with ExitStack() as stack:
+        for recorder in recorders:
+            stack.enter_context(recorder)
+        assert fused_calls(model, monkeypatch, lambda m: m(**batch, use_cache=False)) == 2
+    assert not any(layer.mlp.observers for layer in model.model.layers)
+    for recorder in recorders:
+        expected = activation_statistics(model, [batch], statistic=recorder.statistic)
+        assert_close(torch.tensor(recorder.table()["activation"]), torch.tensor(expected["activation"]))
 
 
 def fused_calls(block, monkeypatch, run):

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from apexlib.operators import OPERATORS, MonarchOperator, make_operator, monarch_blocks, parameter_count
+from apexlib.expansion import expand, fuse
+from apexlib.inspection import trainable_table
+from apexlib.operators import OPERATORS, MonarchOperator, Operator, make_operator, monarch_blocks, parameter_count
+from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
 
 KINDS = sorted(OPERATORS)
 SIZES = st.one_of(st.integers(1, 60), st.sampled_from([64, 97, 128, 2 * 61, 144, 211]))
@@ -148,7 +151,7 @@ def test_the_analytic_count_is_the_count(kind):
     for k in [*range(1, 40), 97, 128, 384, 768]:
         built = make_operator(kind, k, device="meta")
         assert parameter_count(kind, k) == sum(parameter.numel() for parameter in built.parameters())
-    assert parameter_count("low_rank", 12, 3) == 2 * 3 * 12
+    assert parameter_count("low_rank", 12, rank=3) == 2 * 3 * 12
     assert make_operator("low_rank", 12, rank=3).dense().shape == (12, 12)
 
 
@@ -226,6 +229,34 @@ def test_cuda_agrees_with_the_cpu(kind):
         product = copy.deepcopy(operator).cuda()(rows.cuda())
     assert product.dtype == torch.float32
     assert_close(product.cpu(), operator(rows), atol=1e-2, rtol=1e-2)  # TF32, where it is on
+
+
+class ShiftOperator(Operator):
+    """Target row i reads source row i + 1, at k parameters."""
+
+    @classmethod
+    def factors(cls, k):
+        return {"weights": (k,)}
+
+    def _multiply(self, rows):
+        return self.weights[:, None] * rows.roll(-1, 0)
+
+
+def test_a_new_operator_is_a_class_and_a_row(monkeypatch, tiny_model):
+    with pytest.raises(ValueError, match="operator: unknown 'shift'; known: monarch, diagonal, low_rank, dense"):
+        ApexConfig(operator="shift")
+    monkeypatch.setitem(OPERATORS, "shift", ShiftOperator)
+    config, model = ApexConfig(operator="shift"), tiny_model("llama")
+    assert parameter_count("shift", 7) == 7
+    plan = ExpansionPlan((LayerPlan(1, "channel", source=(1, 4), target=(2, 9), direct=(), units=24),), config)
+    weight = model.model.layers[1].mlp.gate_proj.weight.detach().clone()
+    expand(model, plan, operator=config.operator)
+    table = trainable_table(model)
+    assert table["trainable"][table["weight"].str.endswith("operator.weights")].tolist() == [2]
+    with torch.no_grad():
+        model.model.layers[1].mlp.apex_channel.operator.weights.copy_(torch.tensor([3.0, 5.0]))
+    moved = fuse(model).model.layers[1].mlp.gate_proj.weight - weight
+    assert_close(moved[[2, 9]], torch.stack([3 * weight[4], 5 * weight[1]]))
 
 
 def test_errors_name_what_is_needed():

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from test_training import Blocks
 from transformers import Trainer
 
-from apexlib import expansion
+from apexlib import projections
 from apexlib.activations import ActivationRecorder
 from apexlib.files import exclusive
 from apexlib.operators import OPERATORS, MonarchOperator
-from apexlib.selection import ApexConfig
+from apexlib.plan import ApexConfig
 from apexlib.training import checkpoints
 from apexlib.training import stages as training
 from apexlib.training.checkpoints import fault, place
@@ -125,7 +125,7 @@ PHASES = {  # what is called there, and which of its calls
     "training step": ((MonarchOperator, "_multiply"), 60),
     "evaluation": ((Trainer, "prediction_step"), 2),
     "evaluation at a stage's end": ((Trainer, "prediction_step"), 4),
-    "fuse": ((expansion, "_unsplit"), 1),
+    "fuse": ((projections, "unsplit"), 1),
     "saving": ((training, "write_tables"), 2),
 }
 

@@ -17,7 +17,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from apexlib.operators import OPERATORS, parameter_count
-from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, select, selection_stability, unit_counts
+from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+from apexlib.selection import select, selection_stability, unit_counts
 
 laws = settings(max_examples=25, deadline=None)
 
@@ -164,6 +165,21 @@ def test_a_plan_depends_on_no_thread_count_and_no_hash_seed(tmp_path):
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(select(table))
+
+
+def test_a_plan_is_made_and_read_without_torch(tmp_path):
+    statistics_table().to_csv(tmp_path / "statistics.csv", index=False)
+    code = """
+import sys, pandas
+from apexlib import ExpansionPlan, select
+plan = select(pandas.read_csv("statistics.csv"))
+plan.to_json("plan.json")
+print(ExpansionPlan.from_json("plan.json") == plan, "torch" in sys.modules)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "True False\n"
 
 
 @given(st.integers(1, 3), st.integers(2, 40), st.integers(1, 50), st.integers(0, 99))

@@ -9,8 +9,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
-from apexlib.expansion import expand, fuse, is_expanded, parameter_groups
-from apexlib.selection import ApexConfig, ExpansionPlan, select
+from apexlib.expansion import expand, fuse, is_expanded
+from apexlib.inspection import parameter_groups
+from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.selection import select
 from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training.methods import keep_largest, method_of
 from apexlib.training.stages import data_order, train_in_stages

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_fl
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from apexlib.architectures import family_of, model_components
-from apexlib.selection import ApexConfig
+from apexlib.plan import ApexConfig
 from apexlib.training.methods import Method, keep_largest, method_of
 
 METHODS = ("apex", "full", "lora", "hft", "gmt", "direct")

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from apexlib.architectures import Component, Kind, model_components
+from apexlib.activations import unit_table
+from apexlib.architectures import Component, model_components
 from apexlib.evaluation import perplexity
+from apexlib.plan import ComponentName, ExpansionPlan
 from apexlib.progress import progress
-from apexlib.selection import ExpansionPlan
+from apexlib.selection import units_in_order
 
 Order = Literal["advantageous", "disadvantageous", "random"]
 
@@ -54,13 +56,13 @@ def masking_curve(
     *,
     fractions: Iterable[float],
     order: Order,
-    component: Kind = "channel",
+    component: ComponentName = "channel",
     seeds: Iterable[int] = (0,),
 ) -> pd.DataFrame:
     """Measure the loss of `model` on `batches` while a fraction of its units is silenced in every layer at once.
 
-    Units go in the order of `statistics` (rank score, then mean activation, then unit number): "advantageous" silences
-    the highest first, "disadvantageous" the lowest, "random" draws them anew for each of `seeds` (larger fractions
+    Units go in the order in which `select` ranks them (`units_in_order` of the rank score): "advantageous" silences the
+    highest first, "disadvantageous" the lowest, "random" draws them anew for each of `seeds` (larger fractions
     contain smaller ones). A silenced unit is set to zero where its output projection reads it, so the rest of the
     model, and all weights, stay as they are. A fraction above 0 silences at least one unit.
 
@@ -80,7 +82,7 @@ def masking_curve(
     rows = []
     for seed, fraction in progress(runs, f"masking {order} {component}s"):
         count = max(1, math.floor(fraction * parts[0].units + 1e-9)) if fraction else 0
-        chosen = {part.layer: _in_order(statistics, part, order, seed)[:count] for part in parts}
+        chosen = {part.layer: _masked_first(statistics, part, order, seed)[:count] for part in parts}
         with silenced(model, parts, chosen):
             loss = perplexity(model, batches, quiet=True)["loss"] if count else base
         row = {"component": component, "order": order, "seed": seed, "fraction": fraction, "units": count}
@@ -133,7 +135,7 @@ def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
     Columns: `layer`, `component`, `unit`, `stage`, `role`; every layer and component that any of the plans names, its
     units numbered as in the model.
 
-    >>> from apexlib.selection import LayerPlan
+    >>> from apexlib.plan import LayerPlan
     >>> layers = [LayerPlan(0, "head", source=(1 - stage,), target=(stage,), direct=(), units=3) for stage in (0, 1)]
     >>> plans = [ExpansionPlan((layer,), stage=stage) for stage, layer in enumerate(layers)]
     >>> biography(plans).pivot(index="unit", columns="stage", values="role").values.tolist()
@@ -181,11 +183,10 @@ def _moved(before: PreTrainedModel, after: PreTrainedModel, part: Component) -> 
         products = ((new - old).square(), old.square(), new.square(), old * new)
         sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
     change, old_norm, new_norm, product = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3]
-    where = {"layer": part.layer, "component": part.component, "unit": range(part.units), "change": change}
-    return pd.DataFrame(where | {"relative": change / old_norm, "cosine": product / (old_norm * new_norm)})
+    return unit_table(part, change=change, relative=change / old_norm, cosine=product / (old_norm * new_norm))
 
 
-def _in_order(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
+def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
     rows = statistics[(statistics["layer"] == part.layer) & (statistics["component"] == part.component)]
     if sorted(rows["unit"]) != list(range(part.units)):
         raise ValueError(
@@ -193,6 +194,5 @@ def _in_order(statistics: pd.DataFrame, part: Component, order: Order, seed: int
         )
     if order == "random":
         return np.random.default_rng([seed, part.layer]).permutation(part.units).tolist()
-    ascending = order == "disadvantageous"
-    ranked = rows.sort_values(["rank_score", "activation", "unit"], ascending=[ascending, ascending, True])
-    return ranked["unit"].tolist()
+    ascending = units_in_order(rows, "rank_score")
+    return ascending if order == "disadvantageous" else ascending[::-1]

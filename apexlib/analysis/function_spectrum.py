@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from apexlib.analysis.spectrum import measures, singular_values
 from apexlib.architectures import Slot, family_of, model_components
+from apexlib.evaluation import in_evaluation
 from apexlib.progress import progress
 
 
@@ -46,7 +47,7 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     """
     layers = model.get_submodule(family_of(model).layers)
     grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
-    tokens, was_training, mask = 0, model.training, None
+    tokens, mask = 0, None
 
     def add(number: int, states: Tensor) -> None:
         flat = states.detach().flatten(0, -2)
@@ -58,9 +59,8 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
 
     handles = [layers[0].register_forward_pre_hook(lambda _, args: add(0, args[0]))]
     handles += [layer.register_forward_hook(partial(leaves, number)) for number, layer in enumerate(layers, start=1)]
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_evaluation(model):
             for batch in progress(batches, "hidden states"):
                 inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
                 mask = inputs.get("attention_mask")
@@ -68,7 +68,6 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
                 tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
                 model.base_model(**inputs, use_cache=False)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     if not tokens:

@@ -26,8 +26,8 @@ from apexlib.analysis.rank_change import (
     update_ranks,
 )
 from apexlib.files import clear_partial, file_hash
+from apexlib.plan import ApexConfig
 from apexlib.provenance import save_table
-from apexlib.selection import ApexConfig
 from apexlib.suite.experiments import (
     VARIANTS,
     Comparison,

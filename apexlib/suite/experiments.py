@@ -38,8 +38,8 @@ from apexlib.evaluation import (
     pad_token,
     perplexity,
 )
+from apexlib.plan import ApexConfig
 from apexlib.provenance import save_table
-from apexlib.selection import ApexConfig
 from apexlib.suite import prepared
 from apexlib.suite.folders import project_root
 from apexlib.suite.prepared import PREFIX, is_prepared

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from apexlib.architectures import family_of
-from apexlib.expansion import expand, fuse, parameter_groups
-from apexlib.selection import ApexConfig, ExpansionPlan, select
+from apexlib.expansion import expand, fuse
+from apexlib.inspection import parameter_groups
+from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.selection import select
 
 Name = Literal["apex", "full", "lora", "hft", "gmt", "direct"]
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from apexlib.activations import ActivationRecorder, NotFiniteError, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive
-from apexlib.selection import ApexConfig, ExpansionPlan
+from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.training.checkpoints import (
     RunFolder,
     complete_folder,

@@ -1,0 +1,237 @@
+"""The data of a run: its settings, and which units expand into which others (APEX, arXiv:2505.24241).
+
+Frozen dataclasses without tensors, JSON both ways. `selection` makes a plan, `expansion` carries it out.
+"""
+
+import json
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import combinations, pairwise
+from operator import index
+from pathlib import Path
+from reprlib import repr as abbreviate
+from typing import Any, Literal, Self, get_args
+
+from apexlib.files import write_json
+
+ComponentName = Literal["head", "channel"]
+COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)
+FFN_FORMS = ("split", "fused", "recompute")  # kept for backward: all of plain autograd, pre-activations, only the input
+
+_CHOICES = {
+    "ffn": FFN_FORMS,
+    "strategy": ("advantage", "random", "reversed", "magnitude"),
+    "statistic": ("rank", "mean", "ema", "ema_rank"),
+}
+
+
+class _Json:
+    """A dataclass that is JSON in a file; whatever is wrong with one, the error names the file."""
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all fields to a file."""
+        write_json(asdict(self), Path(path))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read and validate; absent fields take their default, where they have one, unknown ones are refused."""
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if len(value := dict(pairs)) != len(pairs):
+                raise ValueError("a key is given twice")
+            return value
+
+        try:
+            return cls._built_of(json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once))
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def _built_of(cls, value: Any) -> Self:
+        if not isinstance(value, dict):
+            raise ValueError(f"need an object with the fields of {cls.__name__}, got {type(value).__name__}")
+        if unknown := sorted(set(value) - {field.name for field in fields(cls)}):
+            raise ValueError(f"unknown field {unknown[0]!r} in {cls.__name__}")
+        if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in value]:
+            raise ValueError(f"no field {missing[0]!r} in {cls.__name__}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class ApexConfig(_Json):
+    """Settings of a run; the defaults are the paper's for instruction tuning, and its "52 %" (see `preset`).
+
+    >>> ApexConfig(operator="butterfly")
+    Traceback (most recent call last):
+    ValueError: operator: unknown 'butterfly'; known: monarch, diagonal, low_rank, dense
+    """
+
+    fraction: float = 0.1875  # K, of a layer's heads and of its channels: |source| = |target| = ⌊K·n⌋; in (0, 0.5]
+    direct_heads: float = 0.5625  # share of heads that train in all, source and target included; in [2K, 1]
+    direct_channels: float = 0.465  # the same of channels
+    stages: int = 2
+    operator: str = "monarch"
+    strategy: str = "advantage"  # see `select`
+    statistic: str = "rank"  # what "advantage" and "reversed" rank by
+    balance_weight: float = 0.0  # λ of the loss term that evens activations out
+    operator_lr_scale: float = 1.0  # learning rate of M, v, s relative to the weights'
+    assessment_samples: int = 1024  # sequences in the pass before the first stage
+    train_embeddings: bool = True  # and the LM head
+    train_norms: bool = False
+    ffn: str = "fused"  # the form in which a gated FFN trains: see `expand`
+    halve_fraction: bool = False  # halve K at each stage; earlier targets stay directly tuned, never selected again
+    align: int = 1  # round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), type(field.default))
+        for name, known in (("operator", _operators(self.operator)), *_CHOICES.items()):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
+        if not 0 < self.fraction <= 0.5:
+            raise ValueError(f"fraction: need a share in (0, 0.5], so that source and target fit, got {self.fraction}")
+        for name in ("direct_heads", "direct_channels"):
+            if not 2 * self.fraction <= (share := getattr(self, name)) <= 1:
+                least = f"{2 * self.fraction:g} (2·fraction: source and target train)"
+                raise ValueError(f"{name}: need a total share from {least} to 1, got {share}")
+        for name in ("stages", "assessment_samples", "align"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: need at least 1, got {getattr(self, name)}")
+        for name in ("balance_weight", "operator_lr_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: need at least 0, got {getattr(self, name)}")
+        _index(self.seed, "seed")
+
+    @classmethod
+    def preset(cls, name: Literal["52%", "2.4%"]) -> Self:
+        """Settings for a trainable share of LLaMA-2-7B: d = 4096, 32 layers of 32 heads and 11008 channels, untied.
+
+        A head is 4·128·d weights (q, k, v, o), a channel 3·d (gate, up, down); the whole model is 6 738 415 616.
+
+        "52%", the paper's: 18 heads (6 source, 6 target, 6 direct) and 5118 channels (2064, 2064, 990) in each layer,
+        embeddings and LM head. 1 207 959 552 + 2 012 479 488 + 262 144 000, and 7 633 920 in M, v and s: 51.8 %.
+
+        "2.4%", ours, the paper does not spell its own out: one pair of heads, the fewest there can be, 35 pairs of
+        channels, nothing else. 134 217 728 + 27 525 120, and 123 296 in M, v and s: 2.40 %.
+        """
+        if name == "52%":
+            return cls()
+        if name == "2.4%":
+            return cls(fraction=0.0032, direct_heads=0.0625, direct_channels=0.0064, train_embeddings=False)
+        raise ValueError(f"unknown preset {name!r}; known: 52%, 2.4%")
+
+
+@dataclass(frozen=True)
+class LayerPlan(_Json):
+    """Units of one layer to read from (`source`), to overwrite (`target`) and to tune directly (`direct`).
+
+    Each is in ascending order, the model's own; the i-th lowest source is paired with the i-th lowest target. `units`
+    is how many the layer has. Source and target may both be empty: such a layer is tuned directly only.
+
+    >>> LayerPlan(layer=0, component="head", source=(1, 3), target=(0, 3), direct=(), units=4)
+    Traceback (most recent call last):
+    ValueError: layer 0, head: units [3] are both source and target
+    """
+
+    layer: int
+    component: ComponentName
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    direct: tuple[int, ...]
+    units: int
+
+    def __post_init__(self) -> None:
+        if self.component not in COMPONENTS:
+            raise ValueError(f"component: unknown {self.component!r}; known: {', '.join(COMPONENTS)}")
+        object.__setattr__(self, "layer", _index(self.layer, "layer"))
+        here = f"layer {self.layer}, {self.component}"
+        object.__setattr__(self, "units", _index(self.units, f"{here}: units"))
+        roles = ("source", "target", "direct")
+        for role in roles:
+            object.__setattr__(self, role, _indices(getattr(self, role), self.units, f"{here}: {role}"))
+        for first, second in combinations(roles, 2):
+            if shared := sorted(set(getattr(self, first)) & set(getattr(self, second))):
+                raise ValueError(f"{here}: units {shared} are both {first} and {second}")
+        if len(self.source) != len(self.target):
+            raise ValueError(f"{here}: need as many sources as targets, got {len(self.source)} and {len(self.target)}")
+        if not self.source and not self.direct:
+            raise ValueError(f"{here}: selects no unit; leave it out of the plan")
+
+
+@dataclass(frozen=True)
+class ExpansionPlan(_Json):
+    """A `LayerPlan` for every layer and component that expands, in ascending order, and what it was made with.
+
+    Whether it fits a model is for `expand` to check.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    config: ApexConfig | None = None
+    seed: int = 0
+    stage: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, list | tuple) or not self.layers:
+            raise ValueError("layers: a plan needs at least one layer")
+        if wrong := [type(layer).__name__ for layer in self.layers if not isinstance(layer, LayerPlan)]:
+            raise ValueError(f"layers: need LayerPlans, got {wrong[0]}")
+        if not isinstance(self.config, ApexConfig | None):
+            raise ValueError(f"config: need an ApexConfig, got {type(self.config).__name__}")
+        object.__setattr__(self, "seed", _index(self.seed, "seed"))
+        object.__setattr__(self, "stage", _index(self.stage, "stage"))
+        object.__setattr__(self, "layers", tuple(sorted(self.layers, key=lambda plan: (plan.layer, plan.component))))
+        for first, second in pairwise(self.layers):
+            if (first.layer, first.component) == (second.layer, second.component):
+                raise ValueError(f"layer {first.layer}, {first.component}: planned twice")
+
+    @classmethod
+    def _built_of(cls, value: Any) -> Self:
+        if isinstance(value, dict):
+            value = dict(value)
+            if isinstance(value.get("layers"), list):
+                value["layers"] = tuple(LayerPlan._built_of(layer) for layer in value["layers"])
+            if value.get("config") is not None:
+                value["config"] = ApexConfig._built_of(value["config"])
+        return super()._built_of(value)
+
+
+def _operators(asked: str) -> tuple[str, ...]:
+    """Names of the operators; only the default is known without asking their registry, which loads torch."""
+    if asked == ApexConfig.operator:
+        return (asked,)
+    from apexlib.operators import OPERATORS
+
+    return tuple(OPERATORS)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """Refuse a value that is not of `kind`; an int may stand for a float, a bool for nothing else."""
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}: need {kind.__name__}, got {type(value).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}: need a finite number, got {value}")
+
+
+def _index(value: Any, name: str) -> int:
+    try:
+        number = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**31:
+        raise ValueError(f"{name}: need an integer from 0 to {2**31 - 1}, got {abbreviate(value)}")
+    return number
+
+
+def _indices(values: Any, units: int, name: str) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{name}: need a tuple of unit numbers, got {type(values).__name__}")
+    indices = tuple(_index(value, name) for value in values)
+    for first, second in pairwise(indices):
+        if first >= second:
+            fault = "is repeated" if first == second else f"comes after {first}, need ascending order"
+            raise ValueError(f"{name}: unit {second} {fault}")
+    if indices and indices[-1] >= units:
+        raise ValueError(f"{name}: unit {indices[-1]} is out of range, there are {units}")
+    return indices
