@@ -128,7 +128,7 @@ PHASES = {  # what is called there, and which of its calls
     "evaluation": ((Trainer, "prediction_step"), 2),
     "evaluation at a stage's end": ((Trainer, "prediction_step"), 4),
     "fuse": ((expansion, "_unsplit"), 1),
-    "saving": ((checkpoints, "write_tables"), 2),
+    "saving": ((checkpoints.Progress, "save"), 2),
 }
 
 
