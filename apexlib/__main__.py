@@ -194,8 +194,9 @@ def _settings(path: Path) -> dict:
 def _plan(options: argparse.Namespace) -> int:
     import torch
 
-    from apexlib.analysis.budget import METHODS, calibrate, plan_budget
+    from apexlib.analysis.budget import calibrate, plan_budget
     from apexlib.plan import ApexConfig
+    from apexlib.training.methods import METHODS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = plan_budget(

@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, MixtralConfig
 
 from apexlib import ApexConfig, plan_budget
-from apexlib.analysis.budget import METHODS, calibrate
+from apexlib.analysis.budget import calibrate
+from apexlib.training.methods import METHODS
 from benchmarks.measure import MIB, peak_memory
 from benchmarks.workloads import APEX, Case, llama_config, workload
 

@@ -1,12 +1,16 @@
 """A run that is stopped, however and wherever, goes on to the bits of one that was not; or says why it does not."""
 
+import itertools
+import math
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import pandas as pd
@@ -23,12 +27,10 @@ from apexlib.activations import ActivationRecorder
 from apexlib.files import exclusive
 from apexlib.operators import OPERATORS, MonarchOperator
 from apexlib.plan import ApexConfig
-from apexlib.training import checkpoints
-from apexlib.training import stages as training
-from apexlib.training.checkpoints import fault, place
-from apexlib.training.interruption import Interrupted
-
-METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
+from apexlib.training import checkpoints, interruption
+from apexlib.training.checkpoints import fault, position
+from apexlib.training.interruption import TIME_IS_OVER, Interrupted
+from apexlib.training.methods import METHODS
 
 
 class Crash(Exception):  # noqa: N818
@@ -41,7 +43,7 @@ class Fragile(Trainer):
     at = None
 
     def compute_loss(self, *given, **named):
-        if self.model.training and self.offset + self.state.global_step == Fragile.at:
+        if self.model.training and self.run_step == Fragile.at:
             raise Crash
         return super().compute_loss(*given, **named)
 
@@ -126,7 +128,7 @@ PHASES = {  # what is called there, and which of its calls
     "evaluation": ((Trainer, "prediction_step"), 2),
     "evaluation at a stage's end": ((Trainer, "prediction_step"), 4),
     "fuse": ((projections, "unsplit"), 1),
-    "saving": ((training, "write_tables"), 2),
+    "saving": ((checkpoints.Progress, "save"), 2),
 }
 
 
@@ -150,6 +152,18 @@ def test_a_signal_saves_in_every_phase(phase, number, whole, tmp_path, monkeypat
     assert signal.getsignal(number) is before
     if phase != "assessment":
         assert list(tmp_path.glob("st*-*"))
+    assert digest(run(tmp_path, trainer_class=Fragile, save_strategy="no", resume=True)) == whole
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3, 5, 9, 14])  # in assessment, steps, evaluations and after stages
+def test_the_end_of_time_saves_as_a_signal_does(asked, whole, tmp_path, monkeypatch):
+    clock = itertools.chain([0], range(1, asked + 1), itertools.repeat(math.inf))  # asked + 1 times there is time left
+    with monkeypatch.context() as patch:
+        patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        with pytest.raises(Interrupted, match=r"time is over .*: saved; resume=True .* goes on") as stopped:
+            run(tmp_path, trainer_class=Fragile, save_strategy="no", seconds=3600)
+    assert stopped.value.code == TIME_IS_OVER
+    assert str(pickle.loads(pickle.dumps(stopped.value))) == str(stopped.value)
     assert digest(run(tmp_path, trainer_class=Fragile, save_strategy="no", resume=True)) == whole
 
 
@@ -275,14 +289,14 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(whole, tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import apexlib.training.stages as training
+from apexlib.training.trainer import StageTraining
 from test_resume import Fragile, run
-keep = training._Watch.keep
+save_state = StageTraining.save_state
 def full(self, **named):
-    if self.stage == 1:
+    if self.stage.number == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    keep(self, **named)
-training._Watch.keep = full
+    save_state(self, **named)
+StageTraining.save_state = full
 run({str(tmp_path)!r}, trainer_class=Fragile)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
@@ -340,7 +354,7 @@ def test_what_is_no_tensor_number_or_text_is_not_saved(tmp_path):
 
 def test_every_state_inside_a_stage_lies_before_that_stages_end():
     names = ["stage-0", "step-1-0", "step-1-3", "stage-1", "step-2-0"]
-    assert sorted(names, key=lambda name: place(Path(name))) == names
+    assert sorted(names, key=lambda name: position(Path(name))) == names
 
 
 # killed

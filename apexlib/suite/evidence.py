@@ -44,8 +44,8 @@ from apexlib.suite.experiments import (
     untouched_run,
 )
 from apexlib.suite.prepared import MANIFEST, PREFIX, check, prepare
-from apexlib.suite.pretraining import checkpoint_folder
 from apexlib.suite.trials import RESULT, OutOfTimeError, Run, Trial, run_trials
+from apexlib.training.checkpoints import checkpoint_folder
 
 UNFINISHED = 3  # exit code: pieces are left
 _LAUNCH = 0.03  # seconds that a step of a small model takes at least, whatever its products cost: an assumption
@@ -87,7 +87,7 @@ _TUNED = ("full", "apex", "lora", "hft", "gmt", "direct", "random", "apex-2.4%")
 _GPU = Scale(
     models={"8m": llama(256, 8, 8, 4, 704), "25m": llama(512, 7, 16, 8, 1408)},
     pretraining={"context": 512, "steps": 1920, "batch_size": 32, "learning_rate": 1.5e-3}
-    | {"parts": 4, "kept": (0, 1, 2, 4, 8, 16)},
+    | {"parts": 1, "kept": (0, 1, 2, 4, 8, 16)},
     rivals=("unigram", "bigram", "trigram"),
     blocks=128,
     difference={
@@ -123,7 +123,7 @@ SCALES = {
             "steps": 48,
             "batch_size": 8,
             "learning_rate": 1e-2,
-            "parts": 2,
+            "parts": 1,
             "kept": (0, 2, 16),
         },
         rivals=(),  # a toy shows that the path works; it has learnt nothing
@@ -143,7 +143,7 @@ SCALES = {
     "110m": replace(
         _GPU,
         models={"25m": _GPU.models["25m"], "110m": llama(768, 16, 12, 6, 2048)},
-        pretraining=_GPU.pretraining | {"learning_rate": 8e-4, "parts": 8},
+        pretraining=_GPU.pretraining | {"learning_rate": 8e-4, "parts": 1},
         instruction=_GPU.instruction | {"methods": ("full", "apex", "lora", "direct"), "learning_rates": (1e-4, 4e-4)},
         continued=_GPU.continued | {"methods": ("full", "apex", "direct"), "learning_rates": (3e-4,)},
         knobs=(),
@@ -233,10 +233,8 @@ def base_models(work: Work) -> pd.DataFrame:
 
     def part_of(name: str, seed: int, part: int) -> Trial:
         start, stop = borders[part], borders[part + 1]
-        own = {"config": {**scale.models[name], **limits}, "seed": seed, "stop": stop}
+        own = {"config": {**scale.models[name], **limits}, "seed": seed}
         own["checkpoints"] = [step for step in kept if start < step <= stop or start == step == 0]
-        if part:
-            own["resume"] = str((place / f"{name}-seed{seed}-part{part - 1}" / "state").resolve())
         return Trial(f"{name}-seed{seed}-part{part}", common | own, (work.data / MANIFEST,))
 
     for part in range(parts):

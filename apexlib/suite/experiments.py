@@ -229,11 +229,8 @@ def pretraining_run(
 ) -> dict[str, Any]:
     """Train a model from random weights, drawn for `seed`, and keep `checkpoints` in `folder`.
 
-    `config` is that of the model (`model_type` and its fields), `training` goes to `pretrain`, where `resume` names the
-    folder of the part before. Returns its log.
+    `config` is that of the model (`model_type` and its fields), `training` goes to `pretrain`. Returns its log.
     """
-    if resume := training.pop("resume", None):
-        training["resume"] = _root() / resume
     words = _tokenizer(_local(tokenizer))
     if skill_documents:
         documents = _documents(corpus, "train") + skills_text(skill_documents)
