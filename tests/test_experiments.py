@@ -12,19 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
-from apexlib.selection import ApexConfig
-from apexlib.suite import experiments, trials
-from apexlib.suite.experiments import (
-    VARIANTS,
-    choose_rates,
-    compare,
-    continued_run,
-    grid_trials,
-    instruction_run,
-    pretraining_run,
-    tokens_to_reach,
-    untouched_run,
-)
+from apexlib.suite import trials
+from apexlib.suite.bases import base_models, check_bases, measured_models, models_table, reference_losses
+from apexlib.suite.comparison import Comparison, choose_rates, compare, grid_trials, rates_table
+from apexlib.suite.folders import locate, relative
+from apexlib.suite.inputs import data_files
+from apexlib.suite.runs import continued_run, instruction_run, instruction_setting, pretraining_run, untouched_run
+from apexlib.suite.tables import above_first, beside_untouched, token_ratios, tokens_to_reach
+from apexlib.suite.variants import VARIANTS
+from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, pack
 from apexlib.text.skills import skills, skills_text
 from apexlib.text.tokenizer import train_tokenizer
@@ -66,11 +62,11 @@ def test_every_variant_is_a_method_with_a_valid_configuration():
 
 
 def test_ablations_change_one_thing_each():
-    default = vars(ApexConfig())
     several = {"apex-2.4%", "apex-all"}
     for name in VARIANTS.keys() - several:
-        changed = [field for field, value in VARIANTS[name].changes.items() if default[field] != value]
-        assert len(changed) <= 1, name
+        start = vars(VARIANTS["stages-3" if name == "halve" else "apex"].config(stages=2, seed=0, samples=1))
+        own = vars(VARIANTS[name].config(stages=2, seed=0, samples=1))
+        assert sum(own[field] != value for field, value in start.items()) <= 1, name
 
 
 def test_an_unknown_variant_is_named():
@@ -149,8 +145,6 @@ def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_pa
     result = continued_run(folder=tmp_path, variant="apex", evaluations=2, text=text, **settings)
     assert [point["tokens"] for point in result["curve"]] == [0, 2 * 4 * 16, 4 * 4 * 16]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    from apexlib.text.corpora import load_corpus
-
     held_out = pack(load_corpus(base / "text.txt", split="test"), tokenizer, 16)
     for folder, point in ((base, result["curve"][0]), (tmp_path / "stage-1", result["curve"][-1])):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -191,9 +185,9 @@ def fake(folder, variant, learning_rate, seed, base):
 
 def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "default_workers", lambda: 1)
-    monkeypatch.setattr(experiments, "_root", lambda: tmp_path)
-    how = {"bases": {0: tmp_path / "b", 1: tmp_path / "b"}, "folder": tmp_path, "grid_seeds": [0]}
-    found = compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **how)
+    monkeypatch.chdir(tmp_path)
+    given = {"bases": {0: tmp_path / "b", 1: tmp_path / "b"}, "folder": tmp_path, "grid_seeds": [0]}
+    found = compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given)
     runs = found.runs.set_index(["method", "seed", "learning_rate"])["chosen"]
     assert runs[runs].index.tolist() == [("full", 0, 0.1), ("apex", 0, 0.2), ("full", 1, 0.1), ("apex", 1, 0.2)]
     assert len(runs) == 6
@@ -203,19 +197,143 @@ def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, mo
     assert found.rates.loc[found.rates["chosen"], "loss"].tolist() == [0, 0]
 
     before = (tmp_path / "calls").read_text()
-    assert compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **how).runs.equals(found.runs)
+    assert compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given).runs.equals(found.runs)
     assert (tmp_path / "calls").read_text() == before
     # another grid makes another rate the best one: its model was removed, so that run is made again
-    other = compare(fake, ["apex"], learning_rates=[0.1], **how)
+    other = compare(fake, ["apex"], learning_rates=[0.1], **given)
     assert (tmp_path / "calls").read_text()[len(before) :].split() == ["apex-lr0.1-seed1", "apex-lr0.1-seed0"]
     assert sorted(other.runs["seed"]) == [0, 1]
     assert other.runs["chosen"].all()
 
 
-def test_a_trial_reads_its_base_from_the_root_wherever_it_is_made(tmp_path, monkeypatch):
-    (tmp_path / "models" / "base").mkdir(parents=True)
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project, in whose folder of notebooks we are."""
     (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(experiments, "_root", lambda: tmp_path)
+    (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path
+
+
+def test_a_trial_reads_its_base_from_the_root_wherever_it_is_made(project):
+    (project / "models" / "base").mkdir(parents=True)
     (trial,) = grid_trials(["full"], [1e-3], [0], {0: "models/base"})
     assert [path.is_dir() for path in trial.reads] == [True]
+
+
+def test_a_trial_reads_the_files_that_its_settings_name(project):
+    names = ["a.txt", "b.txt", "chat.jsonl"]
+    for name in names:
+        (project / name).touch()
+    settings = {"text": {"corpus": "[ab].txt"}, "chat": {"source": "chat.jsonl"}, "retention": {"corpus": "stdlib"}}
+    assert data_files(settings) == tuple(project / name for name in names)
+    (trial,) = grid_trials(["full"], [1e-3], [0], {0: "base"}, **settings)
+    assert trial.reads[1:] == data_files(settings)
+
+
+def test_what_is_located_is_named_by_its_path_from_the_root(project):
+    (project / "models").mkdir()
+    (project / "text-a.txt").touch()
+    assert locate("models") == str(project / "models")
+    assert locate("text-*.txt") == str(project / "text-*.txt")
+    assert [locate(name) for name in ("gpt2", "owner/name", "stdlib")] == ["gpt2", "owner/name", "stdlib"]
+    assert relative(locate("models")) == "models"
+    assert relative(project.parent / "elsewhere") == str(project.parent / "elsewhere")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Models of two sizes, the larger one trained for fewer steps, on two seeds and on one."""
+    rows = [("small", seed, step, 1) for seed in (0, 1) for step in (0, 10)] + [("large", 0, 5, 2)]
+    table = pd.DataFrame(rows, columns=["model", "seed", "step", "parameters"])
+    table["path"] = table["model"] + table["seed"].astype(str) + "-" + table["step"].astype(str)
+    table.assign(loss=2.0, tokens=table["step"]).to_csv(tmp_path / "models.csv", index=False)
+    return tmp_path
+
+
+def test_a_base_is_the_last_checkpoint_of_its_own_size(results):
+    assert base_models(results, "small", [1, 0]) == {1: "small1-10", 0: "small0-10"}
+    assert base_models(results, "large", [0]) == {0: "large0-5"}
+    for model, seeds in (("large", [0, 1]), ("huge", [1])):
+        with pytest.raises(ValueError, match=rf"model '{model}': no base model for seeds \[1\]; .*'small': \[0, 1\]"):
+            base_models(results, model, seeds)
+    assert models_table(results, "owner/name")[["path", "is_final"]].to_numpy().tolist() == [["owner/name", True]]
+
+
+def test_a_base_that_does_not_beat_the_strongest_reference_is_refused(results):
+    models = models_table(results)
+    check_bases(models, {})
+    check_bases(models, {"unigram": 4.0, "trigram": 2.1})
+    models.loc[models["step"] == 0, "loss"] = 9.0  # before training nothing is asked of it
+    check_bases(models, {"unigram": 4.0})
+    with pytest.raises(ValueError, match=r"held-out loss not below that of token triples, 2\.000:(.|\n)*large"):
+        check_bases(models, {"unigram": 4.0, "trigram": 2.0})
+
+
+def test_references_are_ordered_by_what_they_know(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train, held_out = (pack(load_corpus(base / "text.txt", split=split), tokenizer, 16) for split in ("train", "test"))
+    found = reference_losses(["trigram", "unigram", "bigram"], train, held_out.blocks, len(tokenizer))
+    assert list(found) == ["trigram", "unigram", "bigram"]
+    assert found["trigram"] < found["bigram"] < found["unigram"] < math.log(len(tokenizer))
+    counts = np.bincount(train.blocks[:4096].ravel(), minlength=len(tokenizer)) + 1
+    assert found["unigram"] == pytest.approx(-np.log(counts / counts.sum())[held_out.blocks].mean())
+    with pytest.raises(ValueError, match=r"unknown reference 'fourgram'; known: unigram, bigram, trigram"):
+        reference_losses(["fourgram"], train, held_out.blocks, len(tokenizer))
+
+
+def test_models_are_measured_where_they_lie(base, project):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    held_out = batches(pack(load_corpus(base / "text.txt", split="test"), tokenizer, 16), 4)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(project / "models" / "one")
+    row = {"model": "one", "seed": 3, "step": 2, "tokens": 7, "path": "models/one"}
+    (found,) = measured_models([row], held_out).to_dict("records")
+    assert {name: found[name] for name in row} == row
+    assert found["parameters"] == model.num_parameters()
+    assert found["loss"] == pytest.approx(perplexity(model, held_out)["loss"])
+
+
+def test_untouched_models_stand_beside_the_tuned_ones(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "default_workers", lambda: 1)
+    asked = {"chat": CHAT, "retention": settings["retention"]}
+    tuning = Comparison(pd.DataFrame({"method": ["apex"], "chosen": True, "path": "run"}), {"run": {}}, pd.DataFrame())
+    found = beside_untouched(tuning, {3: settings["base"]}, tmp_path, **asked)
+    base, tuned = found.runs.to_dict("records")
+    assert (base["method"], base["seed"], base["learning_rate"], base["chosen"]) == ("base", 3, 0, True)
+    assert (base["path"], tuned["path"]) == (relative(settings["base"]), "run")
+    assert found.results[base["path"]] == untouched_run(folder=tmp_path, base=settings["base"], **asked)
+
+
+def test_the_arguments_of_a_run_come_from_the_parameters_of_a_notebook():
+    chat = {"source": "skills", "train_examples": 1, "valid_examples": 2, "test_examples": 3, "difficulties": [1]}
+    chat |= {"max_length": 4, "max_new_tokens": 5}
+    text = {"retention_corpus": "stdlib", "retention_context": 6, "retention_blocks": 7}
+    steps = {"steps": 8, "batch_size": 9, "stages": 10, "assessment_samples": 11}
+    found = instruction_setting({**chat, **text, **steps, "profile": "cpu", "pd": pd})
+    assert {name: found[name] for name in steps} == steps
+    assert found["retention"] == {"corpus": "stdlib", "context": 6, "blocks": 7}
+    assert set(found["chat"]) == set(CHAT)
+    assert [found["chat"][split] for split in ("train", "valid", "test")] == [1, 2, 3]
+
+
+def test_a_ratio_is_of_the_tokens_that_full_training_took():
+    curves = [("full", 0, 0, 4.0), ("full", 0, 20, 2.0), ("apex", 0, 0, 4.0), ("apex", 0, 20, 0.0)]
+    curves += [("full", 1, 0, 4.0), ("full", 1, 20, 2.0), ("apex", 1, 0, 4.0), ("apex", 1, 20, 3.0)]
+    table = pd.DataFrame(curves, columns=["method", "seed", "tokens", "loss"])
+    found = token_ratios(table, ["full", "apex"], [0, 1])
+    assert found["ratio"].tolist() == [1.0, 1.0, 0.5, math.inf]
+
+
+def test_differences_are_within_a_seed():
+    table = pd.DataFrame({"variant": ["apex", "dense"] * 2, "seed": [0, 0, 1, 1], "loss": [1.0, 1.5, 10.0, 9.0]})
+    found = above_first(table, ["apex", "dense"], "loss").set_index(["method", "seed"])["above"]
+    assert found.to_dict() == {("apex", 0): 0, ("apex", 1): 0, ("dense", 0): 0.5, ("dense", 1): -1.0}
+
+
+def test_a_choice_at_the_end_of_the_grid_is_marked():
+    rates = pd.DataFrame({"method": ["full"] * 3 + ["apex"] * 3, "learning_rate": [0.1, 0.2, 0.3] * 2, "loss": 1.0})
+    table = rates_table(rates.assign(chosen=[True, False, False, False, True, False]))
+    assert table.index.tolist() == ["full", "apex"]
+    assert table["chosen"].tolist() == [0.1, 0.2]
+    assert table["at_the_end"].tolist() == [True, False]
