@@ -1,5 +1,6 @@
 """Data: files with their faults named, splits by hash, a lossless tokenizer, packing, and loss on answers only."""
 
+import copy
 import gzip
 import json
 import logging
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow
 import pytest
 import torch
@@ -21,8 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
+import apexlib.text.datasets as datasets_module
 from apexlib.text.corpora import cached, corpus_hash, load_chat, load_corpus
 from apexlib.text.datasets import IGNORED, PackedTokens, batches, collate, encode_chat, pack
 from apexlib.text.skills import SPLITS, skills, skills_text, split_of
@@ -214,6 +217,105 @@ def test_hub_data_are_read_at_the_pinned_commit(monkeypatch):
     assert calls == [(("owner/name", "en"), {"revision": COMMIT, "split": "train[:1%]"})]
     with pytest.raises(ValueError, match=r"owner/name, row 1: no field 'messages' or 'instruction'; it has 'text'"):
         load_chat("owner/name", revision=COMMIT)
+
+
+# several files
+
+
+def parts_of(names, documents):
+    """The splits that several files must give, by the rule as it is written: (train, valid, test), each in order."""
+    train, valid, test = [], [], []
+    held_out = [set(re.split(r"[-_.]", name)) & {"test", "valid"} for name in names]
+    away = {text for out, some in zip(held_out, documents, strict=True) if out for text in some}
+    for out, some in zip(held_out, documents, strict=True):
+        for text in some:
+            part = test if out else valid if split_of(text) == "valid" else train
+            if text not in part and (out or text not in away):
+                part.append(text)
+    return {"train": train, "valid": valid, "test": test}
+
+
+texts = st.lists(st.integers(0, 60).map(lambda n: f"document {n}"), min_size=1, max_size=40)  # of 61, 4 are valid
+file_names = st.sampled_from(
+    ["a", "a-train", "a-valid", "test-b", "b_test_2", "contest", "valid", "invalidated", "c.test"]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(file_names, texts, min_size=2, max_size=4), st.booleans())
+def test_several_files_are_split_by_name_then_by_hash(tmp_path_factory, files, as_pattern):
+    folder = tmp_path_factory.mktemp("files")
+    for name, documents in files.items():
+        write_text(folder / f"{name}.txt.gz", documents)
+    names = sorted(f"{name}.txt.gz" for name in files) if as_pattern else [f"{name}.txt.gz" for name in files]
+    source = str(folder / "*.txt.gz") if as_pattern else [folder / name for name in names]
+    expected = parts_of(names, [files[name.removesuffix(".txt.gz")] for name in names])
+    for split, documents in expected.items():
+        if documents:
+            found = load_corpus(source, split=split)
+            assert sorted(found) == sorted(documents)  # a repeated one may stand where either of its files has it
+            if split != "test":
+                assert found == documents
+        else:
+            with pytest.raises(ValueError, match=rf"nothing in split '{split}' of \d+ rows; .*; files named 'test'"):
+                load_corpus(source, split=split)
+    whole = load_corpus(source, split="all")
+    assert whole == list(dict.fromkeys(text for name in names for text in files[name.removesuffix(".txt.gz")]))
+    assert sorted(whole) == sorted(text for documents in expected.values() for text in documents)
+
+
+def test_one_file_is_split_by_hash_however_it_is_given(tmp_path):
+    documents = [f"document {i}" for i in range(300)]
+    write_text(tmp_path / "a-test.txt", documents)
+    for source in (tmp_path / "a-test.txt", [tmp_path / "a-test.txt"], str(tmp_path / "a-*.txt")):
+        for split in SPLITS:
+            assert load_corpus(source, split=split) == [text for text in documents if split_of(text) == split]
+
+
+@given(st.permutations(["train-a", "train-b", "b-test"]), st.integers(1, 40))
+@settings(max_examples=15, deadline=None)
+def test_conversations_of_several_files_are_mixed(tmp_path_factory, order, n):
+    folder = tmp_path_factory.mktemp("chat")
+    for name in order:
+        write_rows(folder / f"{name}.jsonl", [chat(f"{name} {i}", "answer") | {"task": name} for i in range(200)])
+    found = {split: load_chat([folder / f"{name}.jsonl" for name in order], split=split) for split in (*SPLITS, "all")}
+    assert found["train"] == load_chat(str(folder / "*.jsonl"))  # whatever the order of files
+    assert load_chat(str(folder / "*.jsonl"), limit=n) == found["train"][:n]
+    assert {row["task"] for row in found["test"]} == {"b-test"}
+    assert len(found["test"]) == 200
+    counts = Counter(row["task"] for row in found["train"][:100])
+    assert min(counts["train-a"], counts["train-b"]) > 25
+    assert 5 <= len(found["valid"]) <= 40
+    for row in found["valid"]:
+        assert split_of(json.dumps(row["messages"][:-1])) == "valid"
+    assert sorted(map(str, found["all"])) == sorted(str(row) for split in SPLITS for row in found[split])
+
+
+def test_a_question_that_a_held_out_file_asks_is_in_no_other_split(tmp_path, caplog):
+    write_rows(tmp_path / "train.jsonl", [chat(f"question {i}", "as in train") for i in range(100)])
+    write_rows(tmp_path / "test.jsonl", [chat(f"question {i}", "as in test") for i in range(0, 100, 2)])
+    found = {split: load_chat(str(tmp_path / "*.jsonl"), split=split) for split in SPLITS}
+    assert "left out 50 asked in a held out file" in caplog.text
+    assert {row["messages"][1]["content"] for row in found["test"]} == {"as in test"}
+    seen = {int(row["messages"][0]["content"].split()[1]) % 2 for row in found["train"] + found["valid"]}
+    assert (seen, len(found["train"] + found["valid"])) == ({1}, 50)
+
+
+@pytest.mark.parametrize("load", [load_corpus, load_chat])
+def test_files_that_are_not_there_are_named(load, tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": "x"}])
+    for source, message in (
+        (str(tmp_path / "b-*.jsonl"), "b-\\*.jsonl' does not exist"),
+        ([tmp_path / "a.jsonl", tmp_path / "gone.jsonl"], "gone.jsonl' does not exist: need a file"),
+        ([str(tmp_path / "a.jsonl"), "stdlib"], "'stdlib' does not exist: need a file"),
+        ([], "does not exist"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            load(source)
+    with pytest.raises(ValueError, match=r"is a folder: need a file, or a pattern"):
+        load([tmp_path / "a.jsonl", tmp_path])
+    with pytest.raises(ValueError, match="revision and subset are for data sets on the Hub"):
+        load([tmp_path / "a.jsonl"], revision=COMMIT)
 
 
 # conversations
@@ -538,6 +640,47 @@ def test_too_long_examples_are_left_out_and_reported(tokenizer):
         encode_chat([long_prompt, long_answer], tokenizer, max_length=20)
 
 
+@settings(max_examples=15, deadline=None)
+@given(examples=st.lists(conversations, min_size=1, max_size=6), max_length=st.integers(20, 80))
+def test_conversations_are_kept_bit_by_bit(templated, tmp_path_factory, examples, max_length):
+    folder = tmp_path_factory.mktemp("kept")
+    examples = [chat("a", "b"), *examples]  # one that is short enough
+    results = [encode_chat(examples, templated, max_length=max_length, cache=cache) for cache in (None, folder, folder)]
+    assert len(list(folder.iterdir())) == 1
+    for dataset, report in results[1:]:
+        pd.testing.assert_frame_equal(report, results[0][1])
+        assert len(dataset) == len(results[0][0])
+        for mine, plain in zip(dataset.examples, results[0][0].examples, strict=True):
+            for found, expected in zip(mine, plain, strict=True):
+                assert found.dtype == expected.dtype == np.int32
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_kept_conversations_are_encoded_once_and_anew_when_anything_differs(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    other = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    other.chat_template = TEMPLATES["no eos"]
+    example, cache, encoded = chat("a", "b"), tmp_path / "cache", []
+    once = datasets_module._encoded
+    monkeypatch.setattr(datasets_module, "_encoded", lambda *given: encoded.append(1) or once(*given))
+    for count, examples, words, max_length in (
+        (1, [example], tokenizer, 20),
+        (1, [example | {"id": 7}], tokenizer, 20),  # fields that are not encoded do not matter
+        (2, [chat("a", "c")], tokenizer, 20),
+        (3, [example, example], tokenizer, 20),
+        (4, [example], tokenizer, 21),
+        (5, [example], other, 20),
+        (6, [example], train_tokenizer(DOCUMENTS, 300), 20),
+        (6, [example], tokenizer, 20),
+    ):
+        encode_chat(examples, words, max_length=max_length, cache=cache)
+        assert len(encoded) == count
+    assert len(list(cache.iterdir())) == 6
+    with pytest.raises(ValueError, match="none of 1 examples is left"):
+        encode_chat([example], tokenizer, max_length=2, cache=cache)
+    assert len(list(cache.iterdir())) == 6  # an error is not kept
+
+
 @pytest.mark.parametrize("limit", range(3, 12))
 def test_an_example_is_kept_whole_or_not_at_all(tokenizer, limit):
     example = chat("ab", "1234")  # <|user|> ab <|assistant|> 1 2 3 4 <|endoftext|>
@@ -587,6 +730,31 @@ def test_padding_is_undone_by_the_mask(lengths, side, multiple_of):
         assert torch.equal(batch["input_ids"][row][kept], item["input_ids"])
         assert torch.equal(batch["labels"][row][kept], item["labels"])
         assert (batch["labels"][row][~kept] == IGNORED).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    side=st.sampled_from(["left", "right"]),
+    multiple_of=st.sampled_from([None, 1, 8]),
+    dtype=st.sampled_from([torch.int64, torch.int32]),
+)
+def test_batches_are_those_of_transformers(tokenizer, lengths, side, multiple_of, dtype):
+    generator = torch.Generator().manual_seed(len(lengths))
+    items = [
+        {name: torch.randint(9, (n,), generator=generator).to(dtype) for name in ("input_ids", "labels")}
+        for n in lengths
+    ]
+    items[0]["labels"][1:] = IGNORED
+    padder = copy.deepcopy(tokenizer)
+    padder.padding_side = side
+    lists = [{name: value.tolist() for name, value in item.items()} for item in items]
+    expected = DataCollatorForSeq2Seq(padder, pad_to_multiple_of=multiple_of)(lists)
+    found = collate(tokenizer.pad_token_id, side=side, multiple_of=multiple_of)(items)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype == torch.int64
+        assert torch.equal(value, expected[name])
 
 
 def test_a_batch_without_a_label_is_refused():

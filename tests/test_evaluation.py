@@ -2,13 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from apexlib.evaluation import exact_match, multiple_choice, ngram_loss, perplexity, unigram_loss
+from apexlib.evaluation import exact_match, multiple_choice, perplexity
 from apexlib.text.datasets import batches, collate, encode_chat
 from apexlib.text.tokenizer import train_tokenizer
 
@@ -101,12 +98,6 @@ def test_multiple_choice_takes_the_likeliest(answering):
         multiple_choice(model, tokenizer, [examples[5] | {"choices": choices}])
 
 
-def test_unigram_loss_is_the_entropy_on_its_own_text():
-    tokens = torch.randint(0, 7, (20_000,), generator=torch.Generator().manual_seed(0))
-    shares = torch.bincount(tokens).double() / len(tokens)
-    assert unigram_loss(tokens, tokens, 7) == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-4)
-
-
 def test_choices_in_batches_score_as_one_at_a_time(answering):
     model, tokenizer, _ = answering
     longer = [
@@ -118,36 +109,3 @@ def test_choices_in_batches_score_as_one_at_a_time(answering):
     assert together["chosen"].tolist() == alone["chosen"].tolist()
     assert together["score"].tolist() == pytest.approx(alone["score"].tolist(), rel=1e-4)
     assert together["family"].tolist() == ["f"] * 3
-
-
-def literal_ngram(train, block, place, order, vocabulary):
-    """p(w | h) of Witten & Bell by counting, with the longest context the block gives."""
-
-    def p(word, context):
-        if not context:
-            return (train.count(word) + 1) / (len(train) + vocabulary)
-        n = len(context)
-        after = [train[i + n] for i in range(len(train) - n) if train[i : i + n] == context]
-        kinds = len(set(after))
-        shorter = p(word, context[1:])
-        return (after.count(word) + kinds * shorter) / (len(after) + kinds) if after else shorter
-
-    return p(block[place], block[max(0, place - order + 1) : place])
-
-
-@given(
-    st.lists(st.integers(0, 3), min_size=3, max_size=30),
-    st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=3),
-    st.integers(1, 3),
-)
-def test_ngram_loss_is_the_literal_count(train, blocks, order):
-    logs = [math.log(literal_ngram(train, block, place, order, 4)) for block in blocks for place in range(1, 4)]
-    found = ngram_loss(np.array(train), np.array(blocks), 4, order=order)
-    assert found == pytest.approx(-np.mean(logs), rel=1e-9)
-
-
-def test_an_ngram_model_is_a_distribution():
-    train = np.random.default_rng(0).integers(0, 5, 40)
-    chances = [math.exp(-ngram_loss(train, np.array([[1, 2, word]]), 5)) for word in range(5)]
-    first = math.exp(-ngram_loss(train, np.array([[1, 2]]), 5))  # each chance is √(p(2 | 1) p(word | 1, 2))
-    assert sum(chance**2 / first for chance in chances) == pytest.approx(1)

@@ -7,7 +7,7 @@ from conftest import VARIANTS
 from torch.nn.functional import linear
 
 from apexlib.analysis.function_spectrum import head_table, hidden_table
-from apexlib.analysis.spectrum import MEASURES, spectrum
+from apexlib.analysis.spectrum import SPECTRAL_MEASURES, spectral_measures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels")
 SEPARATE = [name for name in VARIANTS if name not in ("phi3", "gpt2") and not name.startswith("gpt_neox")]
@@ -27,8 +27,8 @@ def test_head_products_equal_the_dense_ones(variant, tiny_model):
         value = attention.v_proj.weight[row.unit * head_dim :][:head_dim].double()
         head = row.unit * served + row.copy
         product = output.weight[:, head * head_dim :][:, :head_dim].double() @ value
-        expected = spectrum(product)
-        assert [getattr(row, name) for name in MEASURES] == pytest.approx(expected.tolist(), rel=1e-6)
+        expected = spectral_measures(product)
+        assert [getattr(row, name) for name in SPECTRAL_MEASURES] == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["phi3", "gpt2", "gpt_neox"])
@@ -57,7 +57,7 @@ def test_head_products_of_fused_projections_follow_from_what_heads_do(variant, t
             products -= stack[:, :, None]
     table = head_table(model)
     mine = table[table["layer"] == 1]
-    expected = [spectrum(product.detach())["effective_rank"] for product in products]
+    expected = [spectral_measures(product.detach())["effective_rank"] for product in products]
     assert mine["effective_rank"].tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -73,8 +73,8 @@ def test_hidden_states_are_those_of_the_model_without_padding(variant, tiny_mode
     assert table["layer"].tolist() == list(range(len(states)))
     assert set(table["tokens"]) == {2 * int(keep.sum())}
     for row, state in zip(table.itertuples(), states[:-1], strict=False):  # the last of them is normed
-        expected = spectrum(torch.cat([state[keep]] * 2).double())
-        assert [getattr(row, name) for name in MEASURES] == pytest.approx(expected.tolist(), rel=1e-5)
+        expected = spectral_measures(torch.cat([state[keep]] * 2).double())
+        assert [getattr(row, name) for name in SPECTRAL_MEASURES] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_hidden_states_come_batch_by_batch_and_must_be_finite(tiny_model, batch):

@@ -15,12 +15,12 @@ from torch import nn
 import apexlib.analysis.spectrum as module
 from apexlib import ExpansionPlan, LayerPlan, expand
 from apexlib.analysis.spectrum import (
-    MEASURES,
+    SPECTRAL_MEASURES,
     effective_rank,
     marchenko_pastur_rank,
     rounding_noise,
     singular_values,
-    spectrum,
+    spectral_measures,
     spectrum_table,
     update_table,
 )
@@ -58,8 +58,8 @@ def with_spectrum(sigma, columns, seed=0):
 @given(SHAPES, st.integers(0, 9))
 def test_every_measure_equals_its_formula(shape, seed):
     matrix = draw(shape, seed)
-    found, expected = spectrum(matrix), literal(matrix)
-    assert list(found.index) == list(MEASURES) == list(expected)
+    found, expected = spectral_measures(matrix), literal(matrix)
+    assert list(found.index) == list(SPECTRAL_MEASURES) == list(expected)
     np.testing.assert_allclose(found, list(expected.values()), rtol=1e-9)
     assert effective_rank(matrix) == found["effective_rank"]
 
@@ -67,19 +67,19 @@ def test_every_measure_equals_its_formula(shape, seed):
 @given(SHAPES, st.integers(0, 9), st.floats(1e-150, 1e150))
 def test_ranks_ignore_scale_transposition_rotation_and_order(shape, seed, scale):
     matrix = draw(shape, seed)
-    ranks = list(MEASURES[:5])
-    expected = spectrum(matrix)[ranks]
+    ranks = list(SPECTRAL_MEASURES[:5])
+    expected = spectral_measures(matrix)[ranks]
     rotation, _ = torch.linalg.qr(draw((shape[0], shape[0]), seed + 1))
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed))
     for other in (matrix * scale, matrix.T, rotation @ matrix, matrix[:, order]):
-        np.testing.assert_allclose(spectrum(other)[ranks], expected, rtol=1e-7)
+        np.testing.assert_allclose(spectral_measures(other)[ranks], expected, rtol=1e-7)
 
 
 @given(SHAPES, st.integers(1, 12), st.integers(0, 9))
 def test_bounds(shape, rank, seed):
     rank = min(rank, *shape)
     matrix = draw((shape[0], rank), seed) @ draw((rank, shape[1]), seed + 1)
-    found = spectrum(matrix)
+    found = spectral_measures(matrix)
     assert 1 <= found["effective_rank"] <= rank * (1 + 1e-6)
     # each entropy of the energy is at most that of the amplitudes, and falls with the order of Rényi
     chain = found[["effective_rank", "effective_rank_sq", "participation_ratio", "stable_rank"]].to_numpy()
@@ -88,14 +88,14 @@ def test_bounds(shape, rank, seed):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_identity_and_rank_one(n):
-    assert spectrum(torch.eye(n))[list(MEASURES[:5])].tolist() == pytest.approx([n] * 5)
-    one = spectrum(torch.ones(n, 3))
-    assert one[list(MEASURES[:5])].tolist() == pytest.approx([1] * 5, abs=1e-6)
+    assert spectral_measures(torch.eye(n))[list(SPECTRAL_MEASURES[:5])].tolist() == pytest.approx([n] * 5)
+    one = spectral_measures(torch.ones(n, 3))
+    assert one[list(SPECTRAL_MEASURES[:5])].tolist() == pytest.approx([1] * 5, abs=1e-6)
     assert one["spectral"] == pytest.approx(np.sqrt(3 * n))
 
 
 def test_the_zero_matrix_has_rank_zero():
-    assert spectrum(torch.zeros(3, 4)).eq(0).all()
+    assert spectral_measures(torch.zeros(3, 4)).eq(0).all()
     assert effective_rank(np.zeros((1, 1))) == 0
 
 

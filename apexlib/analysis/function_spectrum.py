@@ -23,7 +23,7 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
 
     Of rank head_dim at most, so its singular values are those of R_V R_Oᵀ, with W_V = Q_V R_V and W_O = R_Oᵀ Q_Oᵀ: no
     d_model × d_model matrix is formed. Biases and norms are left out. Columns: `layer`, `unit` (a head, or the
-    key/value group that serves it), `copy` (query head of the group), and the measures of `spectrum`.
+    key/value group that serves it), `copy` (query head of the group), and the `SPECTRAL_MEASURES`.
     """
     parts = [part for part in model_components(model) if part.component == "head"]
     rows = []
@@ -41,7 +41,7 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
 def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
     """Measure the hidden states that enter the first layer and leave each one, over all tokens that are no padding.
 
-    Columns: `layer` (0: the embeddings; l: behind the l-th layer), `tokens`, and the measures of `spectrum` of the
+    Columns: `layer` (0: the embeddings; l: behind the l-th layer), `tokens`, and the `SPECTRAL_MEASURES` of the
     matrix tokens × d_model, not centred. Only its float64 Gram matrix is kept, d_model × d_model, so singular values
     below 1.5e-8 of the largest are lost. The model comes back in the mode it was in, without hooks.
     """

@@ -1,35 +1,23 @@
 """Effective rank and its relatives, exact, of weights and of their updates, beside what chance and rounding would give.
 
 Every quantity goes by its definition, because "effective rank" is the name of many: one and the same matrix ranges from
-1 to its full rank over public definitions. See `spectrum` for formulas and sources.
+1 to its full rank over public definitions. See `spectral_measures` for formulas and sources.
 """
 
-import json
-from collections.abc import Callable
-from functools import partial
 from math import frexp
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from scipy.linalg import eigvalsh, qr, svdvals
+from scipy.linalg.blas import dgemm, dsyrk, ssyrk
+from scipy.linalg.lapack import dpotrf, dpstrf
+from torch import Tensor
 
-from apexlib.expansion import is_expanded
+from apexlib.analysis.weights import Model, matrices
 from apexlib.progress import progress
 
-MEASURES = (
-    "effective_rank",
-    "effective_rank_sq",
-    "stable_rank",
-    "participation_ratio",
-    "srank",
-    "nuclear",
-    "spectral",
-    "frobenius",
-)
 SRANK_DELTA = 0.01
 _TOLERANCE = 1e-6  # relative error of the effective rank that is let pass
 _DEFICIENT = 1e-12  # of the largest: what a pivot of a Gram matrix is where the rank ends
@@ -48,7 +36,7 @@ def effective_rank(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "ro
     return _exp_entropy(singular_values(matrix))
 
 
-def spectrum(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows columns"]) -> pd.Series:
+def spectral_measures(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows columns"]) -> pd.Series:
     """Measure the singular values σ₁ ≥ σ₂ ≥ … of a matrix.
 
     - `effective_rank`: exp H(σ / Σσ), H(p) = −Σ pᵢ ln pᵢ (Roy & Vetterli, EUSIPCO 2007);
@@ -60,7 +48,8 @@ def spectrum(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows col
 
     Ranks of a zero matrix are 0. Errors as in `effective_rank`.
 
-    >>> spectrum(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]))).round(3).to_dict()  # doctest: +NORMALIZE_WHITESPACE
+    >>> matrix = torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]))
+    >>> spectral_measures(matrix).round(3).to_dict()  # doctest: +NORMALIZE_WHITESPACE
     {'effective_rank': 2.828, 'effective_rank_sq': 2.381, 'stable_rank': 1.5, 'participation_ratio': 2.0, 'srank': 3.0,
      'nuclear': 4.0, 'spectral': 2.0, 'frobenius': 2.449}
     """
@@ -68,7 +57,7 @@ def spectrum(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "rows col
 
 
 def measures(sigma: Float[np.ndarray, " rank"]) -> dict[str, float]:
-    """Compute the measures of `spectrum` from singular values in descending order."""
+    """Compute the measures of `spectral_measures` from singular values in descending order."""
     nuclear, spectral = float(sigma.sum()), float(sigma[0])
     relative = sigma / spectral if spectral else sigma  # squares must not underflow
     energy = relative**2
@@ -109,21 +98,17 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
         gram = _gram(matrix, scale)
         if (sigma := _low_rank(matrix, gram, scale)) is not None:
             return sigma * scale
-        from scipy.linalg import eigvalsh
-
         sigma, error = _roots(eigvalsh(gram, check_finite=False, overwrite_a=True)[::-1])
     return (sigma if error < _TOLERANCE else _svd(matrix, scale)) * scale
 
 
 def _gram(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
     """Lower half of W Wᵀ / scale², by the BLAS of scipy: half the time of torch's product."""
-    from scipy.linalg.blas import dsyrk
-
     short, long = matrix.shape
     gram = np.zeros((short, short), order="F")
     step = max(1, _CHUNK // short)
     for start in range(0, long, step):
-        part = _double(matrix[:, start : start + step], scale)
+        part = matrix[:, start : start + step].double().numpy() / scale
         # BLAS wants columns one after another: a part that lies row by row goes in transposed
         by_rows = part.flags.c_contiguous
         gram = dsyrk(1.0, part.T if by_rows else part, beta=1.0, c=gram, trans=by_rows, lower=1, overwrite_c=1)
@@ -144,10 +129,6 @@ def _low_rank(matrix: Float[Tensor, "short long"], gram: np.ndarray, scale: floa
     W = C Qᵀ + T, Q from the rows that a pivoted Cholesky factorisation of the Gram matrix picks. T is so small that
     its own Gram matrix resolves it, in float32. What both share in column space is taken from T; of second order.
     """
-    from scipy.linalg import eigvalsh, qr, svdvals
-    from scipy.linalg.blas import dgemm, ssyrk
-    from scipy.linalg.lapack import dpotrf, dpstrf
-
     short, most = len(gram), len(gram) // 8
     smallest = _DEFICIENT * gram.diagonal().max()
     factor, failed = dpotrf(gram[: most + 1, : most + 1], lower=1)
@@ -156,7 +137,7 @@ def _low_rank(matrix: Float[Tensor, "short long"], gram: np.ndarray, scale: floa
     _, pivots, rank, _ = dpstrf(gram, tol=smallest, lower=1)
     if rank > most:
         return None
-    rows = np.asfortranarray(_double(matrix, scale).T)  # the columns of this are rows of W
+    rows = np.asfortranarray(matrix.double().numpy().T / scale)  # the columns of this are rows of W
     basis, _ = qr(rows[:, pivots[:rank] - 1], mode="economic", check_finite=False)
     head = dgemm(1.0, rows, basis, trans_a=1)
     tail = dgemm(-1.0, basis, head, trans_b=1, beta=1.0, c=rows, overwrite_c=1)
@@ -177,13 +158,7 @@ def _low_rank(matrix: Float[Tensor, "short long"], gram: np.ndarray, scale: floa
 def _svd(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
     if matrix.is_cuda:
         return torch.linalg.svdvals(matrix.double() / scale).cpu().numpy()
-    from scipy.linalg import svdvals
-
-    return svdvals(_double(matrix, scale), check_finite=False, overwrite_a=True)
-
-
-def _double(matrix: Tensor, scale: float) -> np.ndarray:
-    return matrix.double().numpy() / scale
+    return svdvals(matrix.double().numpy() / scale, check_finite=False, overwrite_a=True)
 
 
 def _roots(eigenvalues: Float[np.ndarray, " rank"]) -> tuple[np.ndarray, float]:
@@ -211,34 +186,29 @@ def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
     return float(np.exp(-(p * np.log(p)).sum()).clip(min=1.0))
 
 
+SPECTRAL_MEASURES = tuple(measures(np.ones(1)))  # their names
+
 # tables over the weights of a model
 
 
-def spectrum_table(source: nn.Module | str | Path, *, device: str | torch.device | None = None) -> pd.DataFrame:
+def spectrum_table(source: Model, *, device: str | torch.device | None = None) -> pd.DataFrame:
     """Measure every weight matrix of a model, or of a folder with safetensors files, one row each.
 
     Columns: `weight`; `layer`, −1 outside the layers, and `role`, the module's own name, both read from the weight's
-    name; `rows`, `columns`; the measures of `spectrum`; and `random`, the effective rank of a Gaussian
-    matrix of that shape (`marchenko_pastur_rank`). From a folder one matrix is in memory at a time, on `device`
-    (default: a GPU if there is one). A tensor of three dimensions is a stack of matrices, experts say, and gives the
-    rows `weight[0]`, `weight[1]`, …, unless they would be vectors; anything else is left out. Embeddings are taken in,
-    tied weights once. An expanded model is refused: fuse it first.
+    name; `rows`, `columns`; the `SPECTRAL_MEASURES`; and `random`, the effective rank of a Gaussian matrix of the same
+    shape (`marchenko_pastur_rank`). From a folder one matrix is in memory at a time, on `device` (default: a GPU if
+    there is one). Of a stack of matrices, such as the experts of a layer, each has its row, `weight[0]`, `weight[1]`, …
+    Embeddings are taken in, tied weights once; vectors are left out. An expanded model is refused: fuse it first.
 
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     >>> spectrum_table(model)[["weight", "rows", "columns"]].values.tolist()
     [['0.weight', 3, 4], ['1.weight', 2, 3]]
     """
-    device, weights = _device(device), _weights(source)
-    rows = []
-    for name in progress(weights, "spectra"):
-        matrix = weights[name]().to(device)
-        rows.append(_row(name, matrix, _sigma(name, matrix)))
-    return pd.DataFrame(rows)
+    weights = matrices(source, device)
+    return pd.DataFrame([_row(name, weights[name]())[0] for name in progress(weights, "spectra")])
 
 
-def update_table(
-    base: nn.Module | str | Path, tuned: nn.Module | str | Path, *, device: str | torch.device | None = None
-) -> pd.DataFrame:
+def update_table(base: Model, tuned: Model, *, device: str | torch.device | None = None) -> pd.DataFrame:
     """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding and chance would make of it.
 
     Columns as in `spectrum_table`, of ΔW in float64, and
@@ -253,18 +223,17 @@ def update_table(
 
     An untouched matrix has an update of rank 0. Rows follow `base`; both must hold matrices of equal names and shapes.
     """
-    device, before, after = _device(device), _weights(base), _weights(tuned)
+    before, after = matrices(base, device), matrices(tuned, device)
     if different := sorted(before.keys() ^ after.keys()):
         here, there = ("base", "tuned") if different[0] in before else ("tuned", "base")
         raise ValueError(f"{different[0]} is in {here}, not in {there}: need two versions of one model")
     rows = []
     for name in progress(before, "updates"):
-        old, new = before[name]().to(device), after[name]().to(device)
+        old, new = before[name](), after[name]()
         if old.shape != new.shape:
             raise ValueError(f"{name}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned; need equal shapes")
         update = new.double() - old.double()
-        sigma, noise = _sigma(name, update), np.zeros(1)
-        row = _row(name, update, sigma)
+        (row, sigma), noise = _row(name, update), np.zeros(1)
         row["before"] = row["after"] = row["by_chance"] = _exp_entropy(_sigma(name, old))
         if sigma[0]:
             coarser = max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -313,8 +282,8 @@ def rounding_noise(
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand((2, *matrix.shape), generator=generator, dtype=torch.float64).to(matrix.device)
     mantissa, exponent = torch.frexp(matrix.double())  # 0.5 ≤ |mantissa| < 1
-    place = torch.ldexp(torch.full_like(mantissa, torch.finfo(dtype).eps / 2), exponent) * (mantissa != 0)
-    return (draws[0] - draws[1]) * place
+    ulp = torch.ldexp(torch.full_like(mantissa, torch.finfo(dtype).eps / 2), exponent) * (mantissa != 0)
+    return (draws[0] - draws[1]) * ulp
 
 
 def gaussian(like: Float[Tensor, "rows columns"], norm: float, *, seed: int = 0) -> Float[Tensor, "rows columns"]:
@@ -323,80 +292,7 @@ def gaussian(like: Float[Tensor, "rows columns"], norm: float, *, seed: int = 0)
     return (draw * (norm / draw.norm())).to(like.device)
 
 
-# where matrices come from
-
-
-def _weights(source: nn.Module | str | Path) -> dict[str, Callable[[], Tensor]]:
-    """How to get each matrix of a model or folder, by name; of a folder, only the headers of its files are read."""
-    tensors = _of_model(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
-    weights: dict[str, Callable[[], Tensor]] = {}
-    for name, (shape, read) in tensors.items():
-        if len(shape) == 2 and min(shape):
-            weights[name] = partial(read, ...)
-        elif len(shape) == 3 and min(shape[1:]) > 1:
-            weights |= {f"{name}[{index}]": partial(read, index) for index in range(shape[0])}
-    if not weights:
-        raise ValueError(f"{source if isinstance(source, str | Path) else type(source).__name__} has no weight matrix")
-    return weights
-
-
-_Tensors = dict[str, tuple[tuple[int, ...], Callable[[object], Tensor]]]
-
-
-def _of_model(model: nn.Module) -> _Tensors:
-    if is_expanded(model):
-        raise ValueError("the model is expanded: its weights lie in parts; need fuse(model) first")
-    return {name: (tuple(p.shape), p.detach().__getitem__) for name, p in model.named_parameters()}
-
-
-def _of_folder(folder: Path) -> _Tensors:
-    tensors: _Tensors = {}
-    for path in _weight_files(folder):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                tensors[name] = (tuple(file.get_slice(name).get_shape()), partial(_read, path, name))
-    return {name: tensors[name] for name in sorted(tensors, key=_natural)}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or all."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: need a folder with safetensors files")
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (paths := sorted(folder.glob("*.safetensors"))):
-            raise FileNotFoundError(f"{folder} has no safetensors file; weights of another format are not read")
-        return paths
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: need JSON with a weight_map ({type(error).__name__}: {error})") from None
-    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: {bad[0]!r} is no file of this folder")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder}: {missing[0]} is missing, which the index names")
-    return [folder / name for name in names]
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read(path: Path, name: str, part: object) -> Tensor:
-    with _open(path) as file:
-        return file.get_slice(name)[part]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key under which layer 10 comes after layer 2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+# rows of tables
 
 
 def _sigma(name: str, matrix: Tensor) -> np.ndarray:
@@ -408,13 +304,14 @@ def _sigma(name: str, matrix: Tensor) -> np.ndarray:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _place(weight: str) -> dict[str, object]:
-    """Layer and role: the first number of a dotted name, and its last word but "weight"."""
-    words = weight.partition("[")[0].removesuffix(".weight").split(".")
-    return {"layer": next((int(word) for word in words[:-1] if word.isdigit()), -1), "role": words[-1]}
+def _row(name: str, matrix: Tensor) -> tuple[dict[str, object], np.ndarray]:
+    """A row of a table, and the singular values that it tells of.
 
-
-def _row(name: str, matrix: Tensor, sigma: np.ndarray) -> dict[str, object]:
+    Layer and role are the first number of the dotted name, and its last word but "weight".
+    """
+    words = name.partition("[")[0].removesuffix(".weight").split(".")
+    layer = next((int(word) for word in words[:-1] if word.isdigit()), -1)
     rows, columns = matrix.shape
-    where = {"weight": name, **_place(name), "rows": rows, "columns": columns}
-    return where | measures(sigma) | {"random": marchenko_pastur_rank(rows, columns)}
+    row = {"weight": name, "layer": layer, "role": words[-1], "rows": rows, "columns": columns}
+    sigma = _sigma(name, matrix)
+    return row | measures(sigma) | {"random": marchenko_pastur_rank(rows, columns)}, sigma

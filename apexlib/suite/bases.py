@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apexlib.evaluation import ngram_loss, perplexity, unigram_loss
+from apexlib.evaluation import perplexity
 from apexlib.suite.folders import relative
 from apexlib.suite.inputs import load_model
 from apexlib.text.datasets import PackedTokens
+from apexlib.text.references import ngram_loss, unigram_loss
 
 REFERENCES = {"unigram": "token frequencies", "bigram": "token pairs", "trigram": "token triples"}
 _SAMPLE = 4096  # training blocks whose tokens are counted for "unigram"

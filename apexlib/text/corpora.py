@@ -11,23 +11,28 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from apexlib.files import atomic_write, content_hash
-from apexlib.text.rows import hub_rows, object_rows, text_field, text_rows
+from apexlib.text.rows import Row, hub_rows, object_rows, text_field, text_rows
 from apexlib.text.skills import SPLITS, skills, split_of
+
+Source = str | Path | Sequence[str | Path]
+Located = str | list[Path]  # the name of embedded data or of a data set on the Hub, or files
 
 EMBEDDED = ("stdlib", "stdlib-code", "stdlib-prose")
 
 _log = logging.getLogger(__name__)
 _NO_MODULES = {"encodings", "pydoc_data", "turtledemo"}  # character tables; the topics, read below; demos
 _NO_FOLDERS = {"test", "tests", "idle_test"}
+_HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|valid)(?:[-_.]|$)")  # in the name of one of several files
 
 
 def load_corpus(
-    source: str | Path = "stdlib",
+    source: Source = "stdlib",
     *,
     split: str = "train",
     revision: str | None = None,
@@ -43,11 +48,13 @@ def load_corpus(
       the first n documents are a fair sample. Code and docstrings of a module fall in the same split.
     - a file: .txt (documents separated by a line `<|endoftext|>`), .jsonl or .parquet (text in `column`); .txt and
       .jsonl also as .gz. Documents keep their order; a hash of the text decides the split, split="all" takes them all.
+    - several files, as a list or a pattern ("data/general-*.txt.gz", sorted). Those whose name has a part "test" or
+      "valid" are held out whole, as split "test"; of the others a hash takes 5 % as "valid", the rest is "train".
     - the name of a data set on the Hub, with `revision` (a commit) and, if need be, `subset`; `split` is the Hub's.
 
-    About 90 % of documents are train, 5 % valid, 5 % test. Blank documents, repetitions and library files that do not
-    decode are left out, and their number is logged. `cache` is a folder that keeps the docstrings, which take seconds
-    to collect, by a hash of the library's source.
+    Where nothing else is said, about 90 % of documents are train, 5 % valid, 5 % test. Blank documents, repetitions and
+    library files that do not decode are left out, and their number is logged. `cache` is a folder that keeps the
+    docstrings, which take seconds to collect, by a hash of the library's source.
 
     >>> documents = load_corpus("stdlib-code", split="valid")
     >>> any("import " in document for document in documents)
@@ -57,24 +64,20 @@ def load_corpus(
     if source in EMBEDDED:
         _check_split(split, SPLITS)
         return [text for text, part in _stdlib(source, cache) if part == split]
-    if not (on_hub := _on_hub(source)):
-        _check_split(split, (*SPLITS, "all"))
-    rows = hub_rows(source, revision, subset, split) if on_hub else text_rows(source)
-    documents: dict[str, None] = {}  # in order, each once
+    homes: dict[str, str] = {}  # the split of each document, in order
     read = blank = 0
-    for where, row in rows:
+    for where, row, split_for in _rows(source, text_rows, split, revision, subset):
         text = text_field(row, column, where)
         read += 1
         blank += not text.strip()
-        if text.strip():
-            documents[text] = None
-    _log_dropped(source, blank=blank, repeated=read - blank - len(documents))
-    found = [text for text in documents if on_hub or split == "all" or split_of(text) == split]
-    return _some(found, split, len(documents), source)
+        if text.strip() and homes.get(text) != "test":  # what a held-out file has is in no other split
+            homes[text] = split_for(text)
+    _log_dropped(source, blank=blank, repeated=read - blank - len(homes))
+    return _some([text for text, home in homes.items() if split in (home, "all")], split, len(homes), source)
 
 
 def load_chat(
-    source: str | Path = "skills",
+    source: Source = "skills",
     *,
     split: str = "train",
     limit: int | None = None,
@@ -84,10 +87,12 @@ def load_chat(
 ) -> list[dict[str, Any]]:
     """Read conversations `{"messages": [{"role", "content"}, ...], ...}`; what else a row has is kept.
 
-    `source` is "skills" (generated from `seed`: `limit` tasks, 2000 without a limit), a .jsonl (or .jsonl.gz) or
-    .parquet file, or a data set on the Hub, split as in `load_corpus` (files by a hash of all but the last message).
-    Rows hold `messages`, or alpaca's `instruction`, `input` and `output`. An optional system message comes first, then
-    user and assistant take turns, the assistant last; a row that differs is an error that names it.
+    `source` is "skills" (generated from `seed`: `limit` tasks, 2000 without a limit), one or several .jsonl (or
+    .jsonl.gz) or .parquet files, or a data set on the Hub, split as in `load_corpus` (files by a hash of all but the
+    last message). Several files are mixed in an order by hash, so that the first n conversations are a fair sample; a
+    question that a held-out file asks is left out of the others. Rows hold `messages`, or alpaca's `instruction`,
+    `input` and `output`. An optional system message comes first, then user and assistant take turns, the assistant
+    last; a row that differs is an error that names it.
 
     >>> load_chat(limit=1)[0]["messages"][-1]["role"]
     'assistant'
@@ -97,16 +102,18 @@ def load_chat(
     source = _locate(source, ("skills",), revision, subset)
     if source == "skills":
         return skills(split, limit or 2000, seed=seed)
-    if not (on_hub := _on_hub(source)):
-        _check_split(split, (*SPLITS, "all"))
-    rows = hub_rows(source, revision, subset, split) if on_hub else object_rows(source)
-    examples, read = [], 0
-    for where, row in rows:
+    rows = []
+    for where, row, split_for in _rows(source, object_rows, split, revision, subset):
         example = _conversation(row, where)
-        read += 1
-        if on_hub or split == "all" or split_of(json.dumps(example["messages"][:-1])) == split:
-            examples.append(example)
-    return _some(examples, split, read, source)[:limit]
+        question = json.dumps(example["messages"][:-1])
+        rows.append((example, question, split_for(question)))
+    held_out = {question for _, question, part in rows if part == "test"}
+    kept = [(example, part) for example, question, part in rows if part == "test" or question not in held_out]
+    _log_dropped(source, asked_in_a_held_out_file=len(rows) - len(kept))
+    examples = [example for example, part in kept if split in (part, "all")]
+    if isinstance(source, list) and len(source) > 1:
+        examples.sort(key=lambda example: hashlib.sha256(json.dumps(example, default=str).encode()).digest())
+    return _some(examples, split, len(rows), source)[:limit]
 
 
 def corpus_hash(documents: Iterable[str]) -> str:
@@ -244,18 +251,15 @@ def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {"messages": messages, **extras}
 
 
-def _locate(source: str | Path, embedded: tuple[str, ...], revision: str | None, subset: str | None) -> str | Path:
-    """Tell an embedded name, a file (as a Path) and a pinned name on the Hub apart."""
-    path = Path(source).expanduser()
-    if source in embedded or path.is_file():
+def _locate(source: Source, embedded: tuple[str, ...], revision: str | None, subset: str | None) -> Located:
+    """Tell an embedded name, files (as paths) and a pinned name on the Hub apart."""
+    if source in embedded or (files := _files(source)):
         if revision or subset:
             raise ValueError(f"{source}: revision and subset are for data sets on the Hub")
-        return source if source in embedded else path
-    if path.is_dir():
-        raise ValueError(f"{source} is a folder: need one file")
-    looks_like_file = isinstance(source, Path) or re.search(r"^[./~]|\.[A-Za-z]\w*$", source)
+        return source if source in embedded else files
+    looks_like_file = not isinstance(source, str) or re.search(r"^[./~]|\.[A-Za-z]\w*$", source)
     if looks_like_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise FileNotFoundError(f"{str(source)!r} does not exist: need a file, {', '.join(embedded)}, or a Hub name")
+        raise FileNotFoundError(f"{str(source)!r} does not exist: need files, {', '.join(embedded)}, or a Hub name")
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         raise ValueError(
             f"{source!r} is no file and none of {', '.join(embedded)}; to read it from the Hub, pin it: need "
@@ -264,8 +268,41 @@ def _locate(source: str | Path, embedded: tuple[str, ...], revision: str | None,
     return source
 
 
-def _on_hub(source: str | Path) -> bool:
-    return not isinstance(source, Path)
+def _files(source: Source) -> list[Path]:
+    """The files that a path, a pattern or a list of such names, each once; none where nothing is there."""
+    if not isinstance(source, str | Path):
+        parts = {str(part): _files(part) for part in source}
+        if missing := [part for part, files in parts.items() if not files]:
+            raise FileNotFoundError(f"{missing[0]!r} does not exist: need a file, or a pattern that files match")
+        return list(dict.fromkeys(file for files in parts.values() for file in files))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder: need a file, or a pattern such as '{source}/*.jsonl'")
+    return [path] if path.is_file() else sorted(filter(Path.is_file, map(Path, glob(str(path), recursive=True))))
+
+
+def _rows(
+    source: Located,
+    read: Callable[[Path], Iterator[Row]],
+    split: str,
+    revision: str | None,
+    subset: str | None,
+) -> Iterator[tuple[str, dict[str, Any], Callable[[str], str]]]:
+    """Rows of files or of a data set on the Hub, each with what tells the split of its content."""
+    if isinstance(source, str):
+        yield from ((*row, lambda _: split) for row in hub_rows(source, revision, subset, split))
+        return
+    _check_split(split, (*SPLITS, "all"))
+    for file in source:
+        split_for = split_of if len(source) == 1 else functools.partial(_split_among_several, file.name)
+        yield from ((*row, split_for) for row in read(file))
+
+
+def _split_among_several(name: str, content: str) -> str:
+    """The split of what one of several files holds, by the file's name and a hash."""
+    if _HELD_OUT.search(name):
+        return "test"
+    return "valid" if split_of(content) == "valid" else "train"
 
 
 def _check_split(split: str, allowed: tuple[str, ...]) -> None:
@@ -273,12 +310,19 @@ def _check_split(split: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"split {split!r}: need one of {', '.join(allowed)}")
 
 
-def _some(found: list[Any], split: str, total: int, source: str | Path) -> list[Any]:
+def _some(found: list[Any], split: str, total: int, source: Located) -> list[Any]:
     if not found:
-        raise ValueError(f"{source}: nothing in split {split!r} of {total} rows; need at least one, or split='all'")
+        hint = "" if isinstance(source, str) or len(source) == 1 else "; files named 'test' or 'valid' are split 'test'"
+        raise ValueError(
+            f"{_name(source)}: nothing in split {split!r} of {total} rows; need at least one, or split='all'{hint}"
+        )
     return found
 
 
-def _log_dropped(source: str | Path, **counts: int) -> None:
-    if found := {name: count for name, count in counts.items() if count}:
-        _log.warning("%s: left out %s", source, ", ".join(f"{count} {name}" for name, count in found.items()))
+def _log_dropped(source: Located, **counts: int) -> None:
+    if left_out := ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count):
+        _log.warning("%s: left out %s", _name(source), left_out)
+
+
+def _name(source: Located) -> str:
+    return source if isinstance(source, str) else ", ".join(map(str, source))

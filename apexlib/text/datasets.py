@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +20,7 @@ from apexlib.files import content_hash
 from apexlib.text.corpora import cached, corpus_hash
 
 IGNORED = -100  # the label that transformers leaves out of the loss
+_COUNTS = ("dropped_prompt", "dropped_answer", "dropped_special", "eos_added")
 
 Item = dict[str, Tensor]
 Messages = list[dict[str, str]]
@@ -91,22 +94,26 @@ def pack(
             stream += [np.array([*ids, tokenizer.eos_token_id], dtype="<i4") for ids in encoded["input_ids"]]
         return np.concatenate(stream).tobytes() if stream else b""
 
-    key = content_hash(
-        "stream", 1, corpus_hash(documents), tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
-    )
+    words = tokenizer.backend_tokenizer.to_str()
+    key = content_hash("stream", 1, corpus_hash(documents), words, tokenizer.eos_token_id)
     return PackedTokens(np.frombuffer(cached(cache, "stream", key, encode), dtype="<i4"), length)
 
 
 def encode_chat(
-    examples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, *, max_length: int
+    examples: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    cache: Path | None = None,
 ) -> tuple[ChatTokens, pd.DataFrame]:
     """Encode conversations by the tokenizer's chat template, with loss on the assistant's tokens and their EOS only.
 
     Where the template marks the assistant's words ({% generation %}) the mark is used; else each turn is found by
-    rendering the conversation up to it, and tokens are labelled by their place in the text. Where the template writes
-    no EOS after an answer one is added (`eos_added`). Left out, and counted, are examples that contain a special token
-    as text (it would become one) and examples longer than `max_length` tokens: by the prompt (everything before the
-    first answer), or by an answer (cut, it would lose its EOS).
+    rendering the conversation up to it, and tokens are labelled by where they stand in the text. Where the template
+    writes no EOS after an answer one is added (`eos_added`). Left out, and counted, are examples that contain a special
+    token as text (it would become one) and examples longer than `max_length` tokens: by the prompt (everything before
+    the first answer), or by an answer (cut, it would lose its EOS). `cache` is a folder that keeps tokens, labels and
+    counts by a hash of messages, tokenizer, template and `max_length`.
 
     The report has one row: examples, kept, dropped_prompt, dropped_answer, dropped_special, eos_added, tokens,
     trained_tokens, trained_share (of the kept tokens).
@@ -120,44 +127,21 @@ def encode_chat(
     (20, 0)
     """
     _check_tokenizer(tokenizer)
-    name = tokenizer.name_or_path or type(tokenizer).__name__
     if tokenizer.chat_template is None:
-        raise ValueError(f"tokenizer {name!r} has no chat template: set its chat_template, or use train_tokenizer")
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
-    encode = _by_generation_mark if marked else _by_rendered_prefixes
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special_text = re.compile("|".join(map(re.escape, sorted(special))))
-
-    counts = dict.fromkeys(("dropped_prompt", "dropped_answer", "dropped_special", "eos_added"), 0)
-    kept, shortest = [], None
-    for number, example in enumerate(examples, 1):
-        messages = example["messages"]
-        if any(special_text.search(message["content"]) for message in messages):
-            counts["dropped_special"] += 1
-            continue
-        try:
-            tokens, trained, added = _end_turns(*encode(messages, tokenizer), tokenizer.eos_token_id)
-        except (TemplateError, ValueError) as error:
-            raise ValueError(f"example {number}, chat template of {name!r}: {error}") from error
-        if not trained.any():
-            raise ValueError(f"example {number}: the chat template of {name!r} marks no token as the assistant's")
-        n_tokens = int(trained.nonzero()[0][-1]) + 1  # nothing is learnt from what follows the last answer
-        shortest = min(n_tokens, shortest or n_tokens)
-        if n_tokens > max_length:
-            counts["dropped_prompt" if trained.argmax() >= max_length else "dropped_answer"] += 1
-            continue
-        counts["eos_added"] += added
-        kept.append((tokens[:n_tokens], np.where(trained, tokens, IGNORED)[:n_tokens]))
-    if not kept:
         raise ValueError(
-            f"none of {len(examples)} examples is left: {counts['dropped_prompt']} prompts and "
-            f"{counts['dropped_answer']} answers pass max_length={max_length} (the shortest example needs {shortest}), "
-            f"{counts['dropped_special']} contain a special token"
+            f"tokenizer {_name(tokenizer)!r} has no chat template: set its chat_template, or use train_tokenizer"
         )
-    n_tokens = sum(len(tokens) for tokens, _ in kept)
-    n_trained = sum(int((labels != IGNORED).sum()) for _, labels in kept)
-    row = {"examples": len(examples), "kept": len(kept), **counts, "tokens": n_tokens, "trained_tokens": n_trained}
-    return ChatTokens(kept), pd.DataFrame([row | {"trained_share": n_trained / n_tokens}])
+    conversations = [example["messages"] for example in examples]
+    words, settings = tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
+    key = content_hash("chat", 1, conversations, words, settings, tokenizer.get_chat_template(), max_length)
+    encode = partial(_encoded, conversations, tokenizer, max_length)
+    stored = np.load(BytesIO(cached(cache, "chat", key, encode)))
+    tokens, labels = stored["tokens"], stored["labels"]
+    ends = stored["lengths"].cumsum()[:-1]
+    row = {"examples": len(examples), "kept": len(ends) + 1, **dict(zip(_COUNTS, stored["counts"], strict=True))}
+    row |= {"tokens": len(tokens), "trained_tokens": int((labels != IGNORED).sum())}
+    report = pd.DataFrame([row | {"trained_share": row["trained_tokens"] / row["tokens"]}])
+    return ChatTokens(list(zip(np.split(tokens, ends), np.split(labels, ends), strict=True))), report
 
 
 def collate(
@@ -203,33 +187,72 @@ def batches(
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"tokenizer {type(tokenizer).__name__} is not a fast one: need the place of tokens in the text"
-        )
+        kind = type(tokenizer).__name__
+        raise ValueError(f"tokenizer {kind} is not a fast one: need one that tells where its tokens stand in the text")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no EOS token: need one to end documents and answers"
-        )
+        raise ValueError(f"tokenizer {_name(tokenizer)!r} has no EOS token: need one to end documents and answers")
+
+
+def _name(tokenizer: PreTrainedTokenizerFast) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of: int | None) -> Item:
-    length = max(len(item["input_ids"]) for item in items)
-    if multiple_of:
-        length = -(-length // multiple_of) * multiple_of
+    tokens, labels = ([item[name].long() for item in items] for name in ("input_ids", "labels"))
+    length = max(map(len, tokens))
+    length += -length % (multiple_of or 1)
+
+    def join(rows: list[Tensor], fill: int) -> Tensor:
+        missing = [length - len(row) for row in rows]
+        ends = [(0, n) if side == "right" else (n, 0) for n in missing]
+        return torch.stack([pad(row, end, value=fill) for row, end in zip(rows, ends, strict=True)])
+
     batch = {
-        "input_ids": torch.full((len(items), length), pad_token_id),
-        "attention_mask": torch.zeros((len(items), length), dtype=torch.long),
-        "labels": torch.full((len(items), length), IGNORED),
+        "input_ids": join(tokens, pad_token_id),
+        "attention_mask": join([torch.ones_like(row) for row in tokens], 0),
     }
-    for row, item in enumerate(items):
-        n = len(item["input_ids"])
-        place = slice(0, n) if side == "right" else slice(length - n, length)
-        batch["input_ids"][row, place] = item["input_ids"]
-        batch["attention_mask"][row, place] = 1
-        batch["labels"][row, place] = item["labels"]
+    batch["labels"] = join(labels, IGNORED)
     if (batch["labels"] == IGNORED).all():
         raise ValueError(f"a batch of {len(items)} items has no label to learn from: need one other than {IGNORED}")
     return batch
+
+
+def _encoded(conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerFast, max_length: int) -> bytes:
+    """Tokens and labels of the conversations that are kept, their lengths, and the `_COUNTS`, as a file of numpy."""
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
+    encode = _by_generation_mark if marked else _by_rendered_prefixes
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special_text = re.compile("|".join(map(re.escape, sorted(special))))
+    template = f"chat template of {_name(tokenizer)!r}"
+    counts = dict.fromkeys(_COUNTS, 0)
+    kept, shortest = [], None
+    for number, messages in enumerate(conversations, 1):
+        if any(special_text.search(message["content"]) for message in messages):
+            counts["dropped_special"] += 1
+            continue
+        try:
+            tokens, trained, added = _end_turns(*encode(messages, tokenizer), tokenizer.eos_token_id)
+        except (TemplateError, ValueError) as error:
+            raise ValueError(f"example {number}, {template}: {error}") from error
+        if not trained.any():
+            raise ValueError(f"example {number}: the {template} marks no token as the assistant's")
+        n_tokens = int(trained.nonzero()[0][-1]) + 1  # nothing is learnt from what follows the last answer
+        shortest = min(n_tokens, shortest or n_tokens)
+        if n_tokens > max_length:
+            counts["dropped_prompt" if trained.argmax() >= max_length else "dropped_answer"] += 1
+            continue
+        counts["eos_added"] += added
+        kept.append((tokens[:n_tokens], np.where(trained, tokens, IGNORED)[:n_tokens]))
+    if not kept:
+        raise ValueError(
+            f"none of {len(conversations)} examples is left: {counts['dropped_prompt']} prompts and "
+            f"{counts['dropped_answer']} answers pass max_length={max_length} (the shortest example needs {shortest}), "
+            f"{counts['dropped_special']} contain a special token"
+        )
+    tokens, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+    lengths = [len(tokens) for tokens, _ in kept]
+    np.savez(file := BytesIO(), tokens=tokens, labels=labels, lengths=lengths, counts=list(counts.values()))
+    return file.getvalue()
 
 
 def _by_generation_mark(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], np.ndarray]:
@@ -275,18 +298,9 @@ def _by_rendered_prefixes(messages: Messages, tokenizer: PreTrainedTokenizerFast
 
 def _end_turns(tokens: list[int], trained: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Make EOS the last label of each turn, and count where the template had none so that one is added."""
-    out_tokens: list[int] = []
-    out_trained: list[bool] = []
-    added = 0
-    for i, token in enumerate(tokens):
-        out_tokens.append(token)
-        out_trained.append(bool(trained[i]))
-        turn_ends = trained[i] and (i + 1 == len(tokens) or not trained[i + 1])
-        if turn_ends and token != eos:
-            if i + 1 < len(tokens) and tokens[i + 1] == eos:
-                trained[i + 1] = True
-            else:
-                out_tokens.append(eos)
-                out_trained.append(True)
-                added += 1
-    return np.array(out_tokens, dtype=np.int32), np.array(out_trained), added
+    ids = np.array(tokens, dtype=np.int32)
+    unfinished = trained & ~np.append(trained[1:], False) & (ids != eos)
+    followed = unfinished & np.append(ids[1:] == eos, False)
+    missing = np.flatnonzero(unfinished & ~followed) + 1
+    trained = trained | np.roll(followed, 1)  # the last one has no follower
+    return np.insert(ids, missing, eos), np.insert(trained, missing, True), len(missing)

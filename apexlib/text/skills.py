@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
+from itertools import zip_longest
 from typing import Any
 
 from apexlib.files import content_hash
@@ -67,16 +68,11 @@ def skills(
         for family in _known(families, tuple(_FAMILIES), "family")
     ]
     tasks: list[dict[str, Any]] = []
-    while len(tasks) < n:
-        going = []
-        for cell in cells:
-            if (task := next(cell, None)) is not None:
-                tasks.append(task)
-                going.append(cell)
-        if not going:
-            raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
-        cells = going
-    return tasks[:n]
+    for in_turn in zip_longest(*cells):
+        tasks += [task for task in in_turn if task is not None]
+        if len(tasks) >= n:
+            return tasks[:n]
+    raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
 
 
 def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
@@ -123,7 +119,7 @@ def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[d
     misses = 0
     while misses < 2000:
         fields, answer = generate(rng, difficulty)
-        key = content_hash(family, fields)  # of what is asked, not of how: a rephrased test question is a test question
+        key = content_hash(family, fields)  # not of the phrasing: a rephrased test question is a test question
         if key in seen or split_of(key, held_out=0.1) != split:
             misses += 1
             continue
@@ -141,7 +137,8 @@ def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[d
 def _family(*phrasings: str) -> Callable[[Generator], Generator]:
     """Register a generator of (fields, answer), which for one difficulty gives nothing that it gives for another.
 
-    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another.
+    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another. The names and
+    values of the fields are what a task's split is hashed from: a field that is renamed moves tasks between splits.
     """
 
     def register(generate: Generator) -> Generator:

@@ -1,0 +1,63 @@
+"""What a language model must beat to be one: the loss of predicting text from counts of tokens alone."""
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def unigram_loss(train: Tensor, test: Tensor, vocabulary: int) -> float:
+    """Loss, in nats per token, of predicting each token of `test` from its frequency in `train` (add-one smoothed).
+
+    A language model that does not beat this has learned nothing from context.
+
+    >>> round(unigram_loss(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1]), vocabulary=2), 4)  # -ln(4/6 · 2/6) / 2
+    0.752
+    """
+    counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
+    return -(counts / counts.sum()).log()[test.flatten()].mean().item()
+
+
+def ngram_loss(
+    train: Int[np.ndarray, " tokens"], test: Int[np.ndarray, "blocks length"], vocabulary: int, *, order: int = 3
+) -> float:
+    """Loss, in nats per token, of an interpolated n-gram model, n being `order`, from 1 to 3.
+
+    The model of a context h = (b, c) mixes its counts with the model of the shorter context (c), after Witten & Bell
+    (IEEE Trans. Inf. Theory 1991): p(w | h) = (count(h w) + T(h) p(w | c)) / (count(h) + T(h)), T(h) being the number
+    of different words seen after h; below it stand the smoothed frequencies of `unigram_loss`. Nothing is fitted.
+    The first token of every block of `test` is context only, as it is for a model.
+
+    >>> round(ngram_loss(np.array([0, 1, 0, 1, 0]), np.array([[0, 1, 0]]), 2, order=2), 3)
+    0.183
+    """
+    if not 1 <= order <= 3 or vocabulary > 2**20:
+        raise ValueError(f"order={order}, vocabulary={vocabulary}: need order 1 to 3, at most {2**20} tokens")
+    train, test = np.asarray(train, dtype=np.int64), np.asarray(test, dtype=np.int64)
+    counts = np.bincount(train, minlength=vocabulary) + 1.0
+    p = (counts / counts.sum())[test[:, 1:]]
+    for n in range(2, order + 1):
+        seen, times = np.unique(_runs(train[None], n, vocabulary)[0], return_counts=True)
+        contexts, first, kinds = np.unique(seen // vocabulary, return_index=True, return_counts=True)
+        asked = _runs(test, n, vocabulary)
+        count = _look_up(asked, seen, times)
+        total = _look_up(asked // vocabulary, contexts, np.add.reduceat(times, first))
+        different = _look_up(asked // vocabulary, contexts, kinds)
+        shorter = p[:, n - 2 :]
+        p[:, n - 2 :] = np.where(total > 0, (count + different * shorter) / np.maximum(total + different, 1), shorter)
+    return float(-np.log(p).mean())
+
+
+def _runs(tokens: Int[np.ndarray, "blocks length"], n: int, vocabulary: int) -> Int[np.ndarray, "blocks runs"]:
+    """Number every run of n tokens of a block."""
+    count = tokens.shape[1] - n + 1
+    key = np.zeros((len(tokens), count), dtype=np.int64)
+    for offset in range(n):
+        key = key * vocabulary + tokens[:, offset : offset + count]
+    return key
+
+
+def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of each key, 0 for one that is not known (`known` is sorted)."""
+    index = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[index] == keys, values[index], 0)

@@ -1,0 +1,50 @@
+"""How the questions of test files are scored."""
+
+import pytest
+
+from apexlib.text.questions import ARITHMETIC, LOSS_ONLY, scored
+
+
+def conversation(asked, told):
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+
+
+def test_a_letter_becomes_the_text_that_a_model_is_trained_to_answer_with():
+    for letter, text in zip("ABC", ("odd", "even", "neither"), strict=True):
+        messages = conversation("1\nA. odd\nB. even\nC. neither", f"{letter}. {text}")
+        row = {"task": "arc_easy", "id": 1, "messages": messages}
+        found = scored(row | {"answer": letter, "choices": ["odd", "even", "neither"]})
+        assert found["answer"] == messages[-1]["content"]
+        assert found == {
+            "messages": messages,
+            "family": "arc_easy",
+            "answer": f"{letter}. {text}",
+            "choices": ["A. odd", "B. even", "C. neither"],
+        }
+
+
+def test_choices_that_name_their_answer_stay_as_they_are():
+    row = {"task": "boolq", "messages": [], "answer": "true", "choices": ["true", "false"]}
+    assert scored(row) == {"messages": [], "family": "boolq", "answer": "true", "choices": ["true", "false"]}
+
+
+@pytest.mark.parametrize("task", ARITHMETIC)
+def test_small_arithmetic_sets_are_one_family(task):
+    messages = conversation("1 + 1", "1 + 1 = 2\n#### 2")
+    assert scored({"task": task, "messages": messages, "answer": "2"}) == {
+        "messages": messages,
+        "family": "arithmetic",
+        "answer": "2",
+    }
+
+
+def test_of_some_only_the_loss_is_measured():
+    messages = conversation("what is 3?", "it is\n#### 3")
+    for row in ({"task": LOSS_ONLY[0], "answer": "3"}, {"task": LOSS_ONLY[0]}):
+        assert scored(row | {"messages": messages}) == {"messages": messages, "family": LOSS_ONLY[0]}
+    assert scored({"messages": messages}) == {"messages": messages, "family": "other"}
+
+
+def test_an_answer_that_no_choice_has_is_refused():
+    with pytest.raises(ValueError, match="'C' is neither one of the choices"):
+        scored({"task": "arc_easy", "messages": [], "answer": "C", "choices": ["a", "b"]})
