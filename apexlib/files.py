@@ -100,6 +100,17 @@ def write_json(value: Any, path: Path) -> Path:
     return Path(path)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; ValueError names the file and what is wrong with it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: need an object, got {type(value).__name__}")
+    return value
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from benchmarks.workloads import METHODS, Case
+from benchmarks.workloads import FORMS, METHODS, Case
 
-BLOCK_METHODS = tuple(method for method in METHODS if method not in ("direct", "hft", "gmt"))
+BLOCK_METHODS = (*FORMS, "lora")
 CURVES = ("full", "activation-space", "apex", "apex-recompute")
 
 

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from apexlib.memory import reset_peak, resident_mb
 from apexlib.selection import ApexConfig
 from benchmarks.workloads import Case, Workload, workload
 
@@ -111,20 +111,15 @@ def peak_resident(case: Case, method: str) -> int:
     return int(done.stdout)
 
 
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def _measure_resident(case: Case, method: str) -> int:
     tiny = Case("tiny", case.kind, d_model=32, d_ff=64, layers=1, heads=2, vocabulary=64, batch=1, length=8)
     workload(tiny, method).step()  # what is imported or made once is not the step's
-    before = _resident("VmRSS")
+    before = resident_mb(entry="VmRSS")
     work = workload(case, method)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    reset_peak()
     for _ in range(2):
         work.step()
-    return _resident("VmHWM") - before
+    return round(1e6 * (resident_mb() - before))
 
 
 if __name__ == "__main__":

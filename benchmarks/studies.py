@@ -6,14 +6,13 @@ import pandas as pd
 import torch
 
 from apexlib.activations import ActivationRecorder
-from apexlib.analysis.budget import METHODS as PLANNED
-from apexlib.analysis.budget import plan_budget
+from apexlib.analysis.budget import equal_statistics, plan_budget
 from apexlib.expansion import expand, fuse
 from apexlib.progress import progress
 from apexlib.selection import select
 from benchmarks.cases import Study
 from benchmarks.measure import MIB, peak_memory, peak_of, peak_resident, ratios, seconds, taking_turns
-from benchmarks.workloads import SMALL, Case, llama_config, random_statistics, workload
+from benchmarks.workloads import PLANNED, SMALL, Case, llama_config, workload
 
 
 def measure(study: Study) -> pd.DataFrame:
@@ -74,7 +73,7 @@ def overheads(case: Case, rounds: int) -> pd.DataFrame:
 
     passes = taking_turns({"forward": forward, "assessed": assessed}, rounds, device=case.device)
     rows.append(_share("assessment", passes["assessed"] / passes["forward"] - 1))
-    plan = select(random_statistics(plain.model), case.config)
+    plan = select(equal_statistics(plain.model), case.config)
     changes = [
         (seconds(lambda: expand(plain.model, plan), case.device), seconds(lambda: fuse(plain.model), case.device))
         for _ in range(rounds)
@@ -92,7 +91,7 @@ def _share(quantity: str, values: pd.Series) -> dict[str, float | str]:
 def forecasts(studies: list[Study], measured: pd.DataFrame) -> pd.DataFrame:
     """Peak memory that `plan_budget` forecasts beside what was measured, by case, method and phase.
 
-    Models only, without autocast or compilation, which it does not forecast. HFT and GMT are planned with the rest.
+    Models only, without autocast or compilation, which it does not forecast. All methods of the library are planned.
     """
     rows = []
     for study in progress(studies, "forecasts"):

@@ -3,20 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from apexlib.analysis.budget import equal_statistics
 from apexlib.architectures import model_components
 from apexlib.expansion import expand, parameter_groups
 from apexlib.selection import ApexConfig, ExpansionPlan, LayerPlan, select
-from apexlib.training.methods import keep_largest, method_of
+from apexlib.training.methods import METHODS as PLANNED
+from apexlib.training.methods import method_of
 from benchmarks.activation_space import expand_on_activations
 
 APEX = ApexConfig(align=16, strategy="random")  # scattered units, as a selection by activation has them
 SMALL = replace(ApexConfig.preset("2.4%"), align=16, strategy="random")
-METHODS = (
+FORMS = (
     "full",  # eager full fine-tuning: what every ratio is to
     "full-fused",  # full fine-tuning through the same fused FFN
     "activation-space",  # the method as its release computes it
@@ -24,11 +25,8 @@ METHODS = (
     "apex",  # 52 %, fused FFN
     "apex-recompute",
     "apex-2.4%",
-    "direct",
-    "lora",
-    "hft",
-    "gmt",
 )
+METHODS = (*FORMS, *(name for name in PLANNED if name not in FORMS))  # and all that the library trains by
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,11 @@ def llama_config(case: Case) -> LlamaConfig:
     )
 
 
-def random_statistics(model: PreTrainedModel) -> pd.DataFrame:
-    """A table of statistics without any: for plans that draw their units."""
-    tables = [
-        pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units)})
-        for part in model_components(model)
-    ]
-    return pd.concat(tables, ignore_index=True).assign(activation=1.0, rank_score=0)
-
-
 def workload(case: Case, method: str, *, seed: int = 0) -> Workload:
     """Build the model, prepare it for `method`, and make its step."""
     torch.manual_seed(seed)
     model = plain = LlamaForCausalLM(llama_config(case)).to(case.device)
+    trained_by = method_of(method if method in PLANNED else "full", case.config)
     model, groups = prepare(plain, case, method)  # peft wraps the plain model
     module = plain.get_submodule("model.layers.0.mlp") if case.kind == "block" else model
     module.train()
@@ -112,10 +102,7 @@ def workload(case: Case, method: str, *, seed: int = 0) -> Workload:
             output = run(inputs[0]) if case.kind == "block" else run(input_ids=inputs[0], labels=inputs[0]).loss
         output.backward(inputs[1].to(output.dtype) if case.kind == "block" else None)
         del output
-        if method == "gmt":
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    keep_largest(parameter.grad, 0.6)
+        trained_by.change_gradients(module)
         optimizer.step()
         optimizer.zero_grad()
         if case.kind == "block":
@@ -131,11 +118,11 @@ def prepare(model: PreTrainedModel, case: Case, method: str) -> tuple[PreTrained
     if method == "full-fused":
         model = _fully_trained_in_parts(model)
     elif method == "activation-space":
-        plan = select(random_statistics(model), config)
+        plan = select(equal_statistics(model), config)
         model = expand_on_activations(model, plan, train_embeddings=config.train_embeddings).to(case.device)
     else:
         config = replace(config, ffn=form) if form in ("split", "recompute") else config
-        model = method_of(name, config).begin(model, 0, random_statistics(model))
+        model = method_of(name, config).begin(model, 0, equal_statistics(model))
     return model, parameter_groups(model, 1e-4)
 
 

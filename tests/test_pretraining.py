@@ -1,14 +1,18 @@
 """Pre-training: plain checkpoints where asked, a log, the same bits from the same seed."""
 
-from itertools import pairwise
+import math
+import os
+import signal
 
 import pandas as pd
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from apexlib.suite.pretraining import checkpoint_folder, pretrain
+from apexlib.training import interruption
+from apexlib.training.interruption import TIME_IS_OVER, Interrupted
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -23,7 +27,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def train(tiny_model, folder, **changes):
-    model = tiny_model("llama", tie_word_embeddings=folder.name.startswith(("whole", "part"))).train()
+    model = tiny_model("llama", tie_word_embeddings=folder.name in ("whole", "parts")).train()
     how = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
     return model, pretrain(model, Blocks(), folder, **(how | changes))
 
@@ -63,22 +67,93 @@ def test_checkpoints_outside_the_run_are_refused_before_it_starts(tiny_model, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_a_training_in_parts_is_the_training_in_one(tiny_model, tmp_path):
-    whole, log = train(tiny_model, tmp_path / "whole")
-    borders, kept = (0, 5, 6, 12), {5: [0], 6: [6], 12: [12]}  # mid-epoch, a part of one step, the end
-    for start, stop in pairwise(borders):
-        resume = tmp_path / f"part-{start}" / "state" if start else None
-        own = {"checkpoints": kept[stop], "stop": stop, "resume": resume}
-        model, parts = train(tiny_model, tmp_path / f"part-{stop}", **own)
+def assert_same(model, log, whole):
     for name, value in model.state_dict().items():
-        assert torch.equal(value, whole.state_dict()[name]), name
-    pd.testing.assert_frame_equal(parts, log, check_exact=True)
-    assert sorted(path.name for path in tmp_path.glob("part-*/step-*")) == ["step-00000", "step-00006", "step-00012"]
+        assert torch.equal(value, whole[0].state_dict()[name]), name
+    pd.testing.assert_frame_equal(log, whole[1], check_exact=True)
 
 
-def test_a_part_without_its_optimizer_is_refused(tiny_model, tmp_path):
-    train(tiny_model, tmp_path / "one", checkpoints=[], stop=5)
-    state = tmp_path / "one" / "state"
-    (state / "checkpoint-5" / "optimizer.pt").unlink()  # the Trainer would start a fresh one and not say so
-    with pytest.raises(FileNotFoundError, match="need the state of the part before, with its optimizer"):
-        train(tiny_model, tmp_path / "two", checkpoints=[], resume=state)
+@pytest.mark.parametrize("step", [1, 5, 6, 11])  # the first, mid-epoch, one after which a checkpoint is kept, the last
+@pytest.mark.parametrize("reason", ["signal", "time"])
+def test_a_training_that_left_after_any_step_goes_on_to_the_same_bits(reason, step, tiny_model, tmp_path, monkeypatch):
+    whole = train(tiny_model, tmp_path / "whole")
+    original, done = Trainer.training_step, []
+
+    def counted(*given, **named):
+        done.append(1)
+        if len(done) == step:
+            if reason == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                patch.setattr(interruption.time, "monotonic", lambda: math.inf)
+        return original(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", counted)
+        with pytest.raises(Interrupted, match=f"(SIGTERM|time is over) after step {step}: saved") as left:
+            train(tiny_model, tmp_path / "parts", seconds=3600)
+    assert left.value.code == (143 if reason == "signal" else TIME_IS_OVER)
+    kept = sorted(path.name for path in (tmp_path / "parts").glob("step-0????"))
+    assert kept == [f"step-{border:05d}" for border in (0, 6, 12) if border <= step]
+    assert_same(*train(tiny_model, tmp_path / "parts", resume=True), whole)
+    assert sorted(path.name for path in (tmp_path / "parts").glob("step-*")) == [
+        "step-00000",
+        "step-00006",
+        "step-00012",
+    ]
+
+
+def test_a_training_cut_into_parts_of_no_time_is_the_training_in_one(tiny_model, tmp_path):
+    whole, parts = train(tiny_model, tmp_path / "whole"), 0
+    while True:
+        try:
+            found = train(tiny_model, tmp_path / "parts", resume=True, seconds=0.2)
+            break
+        except Interrupted:
+            parts += 1
+        assert parts < 50
+    assert_same(*found, whole)
+
+
+def test_a_killed_training_loses_no_more_than_save_steps(tiny_model, tmp_path, monkeypatch):
+    whole = train(tiny_model, tmp_path / "whole")
+    original, done = Trainer.training_step, []
+
+    def failing(*given, **named):
+        done.append(1)
+        if len(done) == 9:
+            raise MemoryError
+        return original(*given, **named)
+
+    monkeypatch.setattr(Trainer, "training_step", failing)
+    with pytest.raises(MemoryError):
+        train(tiny_model, tmp_path / "parts", save_steps=4)
+    assert_same(*train(tiny_model, tmp_path / "parts", save_steps=4, resume=True), whole)
+    assert len(done) == 9 + 4  # steps 9 to 12
+
+
+def test_a_folder_that_holds_a_training_is_not_written_over(tiny_model, tmp_path):
+    train(tiny_model, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(tiny_model, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_numbers_are_those_of_a_trainer_that_knows_of_no_stages(tiny_model, tmp_path):
+    model, log = train(tiny_model, tmp_path / "ours", steps=8, checkpoints=[])  # 64 blocks: one epoch
+    plain = tiny_model("llama").train()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "plain"), max_steps=8, per_device_train_batch_size=8, learning_rate=1e-2,
+        lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.1, adam_beta2=0.95, logging_steps=1, seed=0,
+        save_strategy="no", report_to="none", disable_tqdm=True, bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer = Trainer(model=plain, args=arguments, train_dataset=Blocks())
+    trainer.train()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert log["loss"].tolist() == [row["loss"] for row in rows]
+    assert log["gradient_norm"].tolist() == [row["grad_norm"] for row in rows]
+    assert log["learning_rate"].tolist() == [row["learning_rate"] for row in rows]

@@ -24,8 +24,7 @@ from apexlib.files import exclusive
 from apexlib.operators import OPERATORS, MonarchOperator
 from apexlib.selection import ApexConfig
 from apexlib.training import checkpoints
-from apexlib.training import stages as training
-from apexlib.training.checkpoints import fault, place
+from apexlib.training.checkpoints import fault, position
 from apexlib.training.interruption import Interrupted
 
 METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
@@ -41,7 +40,7 @@ class Fragile(Trainer):
     at = None
 
     def compute_loss(self, *given, **named):
-        if self.model.training and self.offset + self.state.global_step == Fragile.at:
+        if self.model.training and self.run_step == Fragile.at:
             raise Crash
         return super().compute_loss(*given, **named)
 
@@ -126,7 +125,7 @@ PHASES = {  # what is called there, and which of its calls
     "evaluation": ((Trainer, "prediction_step"), 2),
     "evaluation at a stage's end": ((Trainer, "prediction_step"), 4),
     "fuse": ((expansion, "_unsplit"), 1),
-    "saving": ((training, "write_tables"), 2),
+    "saving": ((checkpoints, "write_tables"), 2),
 }
 
 
@@ -275,14 +274,14 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_state(whole, tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import apexlib.training.stages as training
+from apexlib.training.trainer import StageTraining
 from test_resume import Fragile, run
-keep = training._Watch.keep
+save_state = StageTraining.save_state
 def full(self, **named):
-    if self.stage == 1:
+    if self.stage.number == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    keep(self, **named)
-training._Watch.keep = full
+    save_state(self, **named)
+StageTraining.save_state = full
 run({str(tmp_path)!r}, trainer_class=Fragile)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
@@ -340,7 +339,7 @@ def test_what_is_no_tensor_number_or_text_is_not_saved(tmp_path):
 
 def test_every_state_inside_a_stage_lies_before_that_stages_end():
     names = ["stage-0", "step-1-0", "step-1-3", "stage-1", "step-2-0"]
-    assert sorted(names, key=lambda name: place(Path(name))) == names
+    assert sorted(names, key=lambda name: position(Path(name))) == names
 
 
 # killed

@@ -6,7 +6,7 @@ the method itself, and takes a real step there, while every allocation and every
 
 import copy
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from apexlib.architectures import family_of, model_components
 from apexlib.selection import ApexConfig
-from apexlib.training.methods import Method, keep_largest, method_of
+from apexlib.training.methods import METHODS, Method, method_of
 
-METHODS = ("apex", "full", "lora", "hft", "gmt", "direct")
 _ATTENTION = "apexlib_planned"
 _DEEP = 6  # more layers than this are extrapolated from two depths: they are alike
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -44,7 +43,7 @@ def plan_budget(
     batch: int,
     length: int,
     dtype: torch.dtype | str = "float32",
-    methods: Sequence[str] = METHODS,
+    methods: Collection[str] = METHODS,
     gradient_checkpointing: bool = False,
     flops_per_second: float | None = None,
 ) -> pd.DataFrame:
@@ -66,8 +65,6 @@ def plan_budget(
     >>> table[["method", "parameters", "trainable"]].values.tolist()
     [['apex', 133440, 81698], ['full', 133440, 133440]]
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise ValueError(f"method {unknown[0]!r}: need one of {', '.join(METHODS)}")
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ValueError(f"{name}: need at least 1, got {value}")
@@ -76,16 +73,16 @@ def plan_budget(
     if not isinstance(shape, PretrainedConfig):
         shape = AutoConfig.from_pretrained(shape)
     depth = shape.get_text_config().num_hidden_layers
-    rows = []
-    for method in methods:
-        depths = [depth] if depth <= _DEEP else [2, 4]
-        how = (method, config, batch, length, dtype, gradient_checkpointing)
-        counted = pd.DataFrame([_count(_of_depth(shape, layers), *how) for layers in depths], index=depths)
+    rows, depths = [], [depth] if depth <= _DEEP else [2, 4]
+    stages = {name: config.stages if method_of(name, config).staged else 1 for name in methods}
+    for name in methods:
+        made = [(_of_depth(shape, layers), method_of(name, replace(config, strategy="random"))) for layers in depths]
+        counts = [_count(*each, batch, length, dtype, gradient_checkpointing) for each in made]
+        counted = pd.DataFrame(counts, index=depths)
         whole = counted.iloc[-1]
         if depth > _DEEP:
             whole = counted.loc[2] + (counted.loc[4] - counted.loc[2]) * ((depth - 2) / 2)
-        stages = config.stages if method_of(method, config).staged else 1
-        rows.append({"method": method, **whole, "disk_bytes": whole["disk_bytes"] * stages})
+        rows.append({"method": name, **whole, "disk_bytes": whole["disk_bytes"] * stages[name]})
     table = pd.DataFrame(rows)
     table.insert(3, "share", table.pop("plain_trainable") / table["parameters"])
     for name in [name for name in table if name.endswith("_bytes")]:
@@ -111,13 +108,7 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 
 
 def _count(
-    shape: PretrainedConfig,
-    method: str,
-    config: ApexConfig,
-    batch: int,
-    length: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
+    shape: PretrainedConfig, method: Method, batch: int, length: int, dtype: torch.dtype, checkpointing: bool
 ) -> dict[str, float]:
     """Count one model: parameters, FLOPs and bytes."""
     with torch.device("meta"):
@@ -126,21 +117,32 @@ def _count(
     if not family_of(plain).down:  # an unknown family is refused there, by name
         raise ValueError(f"{shape.model_type}: which experts run depends on values; only dense models can be planned")
     disk = sum(parameter.nbytes for parameter in plain.parameters())
-    how = method_of(method, replace(config, strategy="random"))
     counts: dict[str, float] = {"parameters": sum(p.numel() for p in plain.parameters())}
-    assess = _assess(plain, ids) if how.assesses else 0
-    model, moments = _prepare(how, plain, checkpointing), {}
+    assess = _assess(plain, ids) if method.assesses else 0
+    model, moments = method.begin(plain, 0, equal_statistics(plain)).train(), {}
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     added = sum(p.numel() for p in model.parameters()) - counts["parameters"]
-    counts["plain_trainable"] = counts["trainable"] - (0 if method == "lora" else added)
+    counts["plain_trainable"] = counts["trainable"] - added or added  # where only what is added trains, that counts
     _step(model, moments, ids, method)  # the first makes the moments
     with _Counter((*model.parameters(), *model.buffers(), *_flat(moments), ids)) as train:
         _step(model, moments, ids, method)
     with _Counter((*model.parameters(), *model.buffers(), *_flat(moments))) as fuse:
-        model.merge_and_unload() if method == "lora" else how.end(model)
+        method.end(model)
     counts["flops_per_step"] = train.flops
     counts |= {"assess_bytes": assess, "train_bytes": train.peak, "fuse_bytes": fuse.peak}
     return counts | {"optimizer_bytes": sum(t.nbytes for t in _flat(moments)), "disk_bytes": disk}
+
+
+def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:
+    """Make statistics in which all units are alike, for plans that draw their units."""
+    tables = [
+        pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units)})
+        for part in model_components(model)
+    ]
+    return pd.concat(tables, ignore_index=True).assign(activation=1.0, rank_score=0)
 
 
 def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -153,27 +155,12 @@ def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
     return shape
 
 
-def _prepare(how: Method, plain: PreTrainedModel, checkpointing: bool) -> nn.Module:
-    tables = [
-        pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units)})
-        for part in model_components(plain)
-    ]
-    statistics = pd.concat(tables, ignore_index=True).assign(activation=1.0, rank_score=0)
-    model = how.begin(plain, 0, statistics).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model
-
-
-def _step(model: nn.Module, moments: dict[nn.Parameter, list[Tensor]], ids: Tensor, method: str) -> None:
+def _step(model: nn.Module, moments: dict[nn.Parameter, list[Tensor]], ids: Tensor, method: Method) -> None:
     """Forward, backward and what a fused AdamW leaves: its kernel itself needs nothing beyond its two moments."""
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    tuned = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    for parameter in tuned:
-        if method == "gmt":
-            keep_largest(parameter.grad, 0.6)
-        if parameter not in moments:
+    method.change_gradients(model)
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter not in moments:
             moments[parameter] = [torch.zeros_like(parameter) for _ in range(2)]
     model.zero_grad()
 

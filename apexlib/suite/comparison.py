@@ -5,7 +5,6 @@ share data, order, schedule and evaluation, and differ by their `Variant` and it
 """
 
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 
 from apexlib.suite.folders import locate, relative
 from apexlib.suite.inputs import data_files
-from apexlib.suite.trials import RESULT, Trial, run_trials
+from apexlib.suite.trials import Trial, run_trials
 from apexlib.suite.variants import VARIANTS
 
 
@@ -76,54 +75,44 @@ def compare(
     learning_rates: Sequence[float],
     grid_seeds: Sequence[int],
     keep_models: bool = True,
-    seconds: float | None = None,
-    workers: int | None = None,
     **settings: Any,
 ) -> Comparison:
     """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on the other seeds of `bases`.
 
     `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Models are kept (`keep_models`) of
-    the runs at the chosen rates only. For `seconds` and `workers` see `run_trials`.
+    the runs at the chosen rates only.
     """
-    deadline = None if seconds is None else time.monotonic() + seconds
 
     def table_of(trials: list[Trial]) -> tuple[pd.DataFrame, dict[str, Any]]:
-        left = None if deadline is None else deadline - time.monotonic()
-        results = run_trials(run, trials, folder, seconds=left, workers=workers)
+        results = run_trials(run, trials, folder)
         table = runs_table(trials, results, folder)
         return table, dict(zip(table["path"], results, strict=True))
 
+    def at_the_best(seeds: Sequence[int]) -> list[Trial]:
+        return [trial for name in variants for trial in grid_trials([name], [best[name]], seeds, bases, **settings)]
+
     grid, results = table_of(grid_trials(variants, learning_rates, grid_seeds, bases, **settings))
     best = choose_rates(grid)
-    rest = [seed for seed in bases if seed not in grid_seeds]
-    more = [trial for name in variants for trial in grid_trials([name], [best[name]], rest, bases, **settings)]
-    if keep_models:  # a run whose model was removed, when another rate was the chosen one, is made again
-        again = [
-            trial for name in variants for trial in grid_trials([name], [best[name]], grid_seeds, bases, **settings)
-        ]
-        again = [trial for trial in again if not list((Path(folder) / trial.name).glob("stage-*"))]
-        for trial in again:
-            (Path(folder) / trial.name / RESULT).unlink()
-        more += again
+    more = at_the_best([seed for seed in bases if seed not in grid_seeds])
+    for trial in at_the_best(grid_seeds) if keep_models else ():
+        own = Path(folder) / trial.name
+        if not list(own.glob("stage-*")):  # removed, when another rate was the chosen one: the run is made again
+            shutil.rmtree(own)
+            more.append(trial)
     if more:
         others, found = table_of(more)
         grid = pd.concat([grid[~grid["path"].isin(others["path"])], others], ignore_index=True)
         results |= found
     runs = grid.assign(chosen=(grid["learning_rate"] == grid["method"].map(best)) & grid["seed"].isin(list(bases)))
     for path in runs.loc[~(runs["chosen"] & keep_models), "path"]:
-        drop_models(Path(locate(path)))
+        for stage in Path(locate(path)).glob("stage-*"):
+            shutil.rmtree(stage)
     rates = runs[runs["seed"].isin(grid_seeds)].groupby(["method", "learning_rate"], as_index=False, sort=False)
     rates = rates["valid_loss"].mean().rename(columns={"valid_loss": "loss"})
     return Comparison(runs, results, rates.assign(chosen=rates["learning_rate"] == rates["method"].map(best)))
 
 
-def drop_models(folder: Path) -> None:
-    """Remove the models of a run's stages; its result stays."""
-    for stage in Path(folder).glob("stage-*"):
-        shutil.rmtree(stage)
-
-
-def choose_rates(runs: pd.DataFrame, *, by: str = "method", loss: str = "valid_loss") -> dict[str, float]:
+def choose_rates(runs: pd.DataFrame) -> dict[str, float]:
     """Choose for each method the learning rate of the lowest mean validation loss, over the seeds that have all rates.
 
     >>> runs = pd.DataFrame({"method": "full", "learning_rate": [0.1, 0.2], "seed": 0, "valid_loss": [2.0, 1.0]})
@@ -131,8 +120,8 @@ def choose_rates(runs: pd.DataFrame, *, by: str = "method", loss: str = "valid_l
     {'full': 0.2}
     """
     chosen = {}
-    for method, part in runs.groupby(by, sort=False):
-        table = part.pivot_table(index="seed", columns="learning_rate", values=loss).dropna()
+    for method, part in runs.groupby("method", sort=False):
+        table = part.pivot_table(index="seed", columns="learning_rate", values="valid_loss").dropna()
         chosen[method] = float(table.mean().idxmin())
     return chosen
 

@@ -14,6 +14,7 @@ from apexlib.evaluation import final_answer
 from apexlib.suite.folders import home, locate
 from apexlib.text.corpora import load_chat, load_corpus
 from apexlib.text.datasets import ChatTokens, PackedTokens, encode_chat, pack
+from apexlib.text.questions import scored
 from apexlib.text.skills import skills, skills_text
 
 
@@ -56,20 +57,17 @@ def examples(chat: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
 def _examples(source: str, split: str, count: int | None, difficulties: tuple[int, ...]) -> list[dict[str, Any]]:
     if source == "skills":
         return skills(split, count, difficulties=difficulties)
-    named = {"family": Path(source).stem}
     read = load_chat(locate(source), split=split, limit=count)
-    return [{"answer": final_answer(each["messages"][-1]["content"])} | named | each for each in read]
+    family = {"family": Path(source).stem}
+    return [
+        scored(each) if "task" in each else {"answer": final_answer(each["messages"][-1]["content"])} | family | each
+        for each in read
+    ]
 
 
 def conversations(tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any], split: str) -> ChatTokens:
-    """The `examples` of a split as tokens, without those longer than `chat["max_length"]`."""
-    own = chat["source"], split, chat[split], tuple(chat["difficulties"])
-    return _conversations(tokenizer, own, chat["max_length"])
-
-
-@cache
-def _conversations(tokenizer: PreTrainedTokenizerFast, own: tuple[Any, ...], max_length: int) -> ChatTokens:
-    return encode_chat(_examples(*own), tokenizer, max_length=max_length)[0]
+    """The `examples` of a split as tokens, without those longer than `chat["max_length"]`; kept by hash."""
+    return encode_chat(examples(chat, split), tokenizer, max_length=chat["max_length"], cache=_cache())[0]
 
 
 def data_files(settings: Mapping[str, Any]) -> tuple[Path, ...]:

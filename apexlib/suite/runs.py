@@ -4,11 +4,7 @@ Source: arXiv:2505.24241, sections 4 and 5. Each is a function of its settings, 
 goes through `train_in_stages`, and an interrupted training goes on where it was.
 """
 
-import gc
-import math
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from apexlib.evaluation import exact_match, final_answer, multiple_choice, pad_token, perplexity
 from apexlib.files import content_hash
+from apexlib.memory import peak_mb, reset_peak
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
 from apexlib.suite.pretraining import pretrain
 from apexlib.suite.variants import VARIANTS
@@ -27,6 +24,14 @@ from apexlib.text.corpora import corpus_hash
 from apexlib.text.datasets import batches, collate
 from apexlib.text.skills import SPLITS
 from apexlib.training.stages import train_in_stages
+
+try:
+    from apexlib.suite.trials import time_left
+except ImportError:  # until trials tell it
+
+    def time_left() -> float | None:
+        """Seconds until the runner's time is over; None without a limit."""
+        return None
 
 
 def pretraining_run(
@@ -50,7 +55,8 @@ def pretraining_run(
     dataset = text_blocks(words, corpus, "train", context, skill_documents=skill_documents)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    log = pretrain(model, dataset, folder, checkpoints=checkpoints, tokenizer=words, seed=seed, **training)
+    kept = {"checkpoints": checkpoints, "tokenizer": words}
+    log = pretrain(model, dataset, folder, **kept, seed=seed, resume=True, seconds=time_left(), **training)
     return {"log": log.to_dict("records")}
 
 
@@ -208,12 +214,13 @@ def _train(
     """Train by a variant; return the model in evaluation mode, what it cost, and the log."""
     chosen = VARIANTS[variant]
     config = chosen.config(seed=seed, stages=settings.pop("stages"), samples=settings.pop("samples"))
-    before = _reset_peak()
-    record = train_in_stages(model, dataset, arguments, config, method=chosen.method, **chosen.options, **settings)
+    before = reset_peak()
+    settings |= {"method": chosen.method, **chosen.options, "resume": True, "seconds": time_left()}
+    record = train_in_stages(model, dataset, arguments, config, **settings)
     cost = {
         "trainable": float(record.trainable["share"].mean()),
         "seconds_per_step": record.seconds_per_step,
-        "peak_memory_mb": _peak_mb() - before,
+        "peak_memory_mb": peak_mb() - before,
     }
     return record.model.eval(), cost, record.log
 
@@ -236,28 +243,3 @@ def _arguments(folder: Path, steps: int, batch_size: int, seed: int, **own: Any)
         seed=seed,
         **own,
     )
-
-
-def _reset_peak() -> float:
-    """Start measuring the peak anew where the system can; return the memory held now, in MB."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 1e6
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status_mb("VmRSS")
-
-
-def _peak_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    return _status_mb("VmHWM")
-
-
-def _status_mb(entry: str) -> float:
-    """A size of this process as Linux tells it, in MB; NaN elsewhere."""
-    with suppress(OSError):
-        if found := re.search(rf"{entry}:\s*(\d+) kB", Path("/proc/self/status").read_text()):
-            return int(found[1]) * 1024 / 1e6
-    return math.nan

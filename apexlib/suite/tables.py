@@ -134,13 +134,13 @@ def tokens_to_reach(curve: pd.DataFrame, loss: float) -> float:
     """
     curve = curve.sort_values("tokens")
     tokens, losses = curve["tokens"].to_numpy(float), curve["loss"].to_numpy(float)
-    for i in range(len(tokens)):
-        if losses[i] <= loss:
-            if i == 0:
-                return float(tokens[0])
-            share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
-            return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
-    return math.inf
+    if not (losses <= loss).any():
+        return math.inf
+    i = int((losses <= loss).argmax())
+    if i == 0:
+        return float(tokens[0])
+    share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
 
 
 def chosen_runs(results: Path) -> pd.DataFrame:

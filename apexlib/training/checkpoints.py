@@ -1,7 +1,8 @@
 """The state of a run on disk: folders that appear whole, with a manifest of their hashes; tensors and JSON, no pickle.
 
-A run's folder holds `run.json`, what the run is made of; `stage-s` after each stage, a plain model; `step-n` inside a
-stage s, `step-s-n`, what a run killed there goes on from.
+A run's folder holds `run.json`, what the run is made of; `stage-s`, the plain model that stage s left; `step-s-n`, the
+state n steps into stage s, from which a run that ended there goes on; and, where they are asked for, `step-00040` and
+the like, the plain model after so many steps of the run.
 """
 
 import json
@@ -9,8 +10,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -20,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.files import atomic_folder, clear_partial, file_hash, remove_folder, write_json
+from apexlib.files import atomic_folder, clear_partial, file_hash, read_object, remove_folder, write_json
 from apexlib.provenance import provenance
 
 MANIFEST, RUN = "manifest.json", "run.json"
 _FORMAT = 1
-_NAME = re.compile(r"stage-(?P<done>\d{1,9})|step-(?P<stage>\d{1,9})-(?P<step>\d{1,9})")
+_STATE = re.compile(r"stage-(?P<done>\d{1,9})|step-(?P<stage>\d{1,9})-(?P<step>\d{1,9})")
+_CHECKPOINT = re.compile(r"step-\d{5,9}")
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 def fault(folder: Path) -> str:
     """Say what is wrong with a folder that `complete_folder` wrote; "" if it is whole and unchanged."""
     try:
-        manifest = _read_object(folder / MANIFEST)
+        manifest = read_object(folder / MANIFEST)
     except FileNotFoundError:
         return f"has no {MANIFEST}"
     except (OSError, ValueError) as error:
@@ -63,14 +66,23 @@ def fault(folder: Path) -> str:
     return ""
 
 
-def place(folder: Path) -> tuple[int, int, int]:
-    """Tell the stage to go on in, whether it has begun (0 or 1), and how many of its steps lie behind.
+def position(folder: Path) -> tuple[int, int, int]:
+    """Tell from the name of a state the stage to go on in, whether it has begun (0 or 1), and how many steps are done.
 
-    >>> place(Path("stage-1")), place(Path("step-2-30"))
+    >>> position(Path("stage-1")), position(Path("step-2-30"))
     ((2, 0, 0), (2, 1, 30))
     """
-    found = _NAME.fullmatch(folder.name)
+    found = _STATE.fullmatch(folder.name)
     return (int(found["done"]) + 1, 0, 0) if found["done"] else (int(found["stage"]), 1, int(found["step"]))
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Name the folder of the plain model after `step` steps of the run in `folder`.
+
+    >>> checkpoint_folder(Path("base"), 40).as_posix()
+    'base/step-00040'
+    """
+    return Path(folder) / f"step-{step:05d}"
 
 
 class RunFolder:
@@ -84,7 +96,7 @@ class RunFolder:
         clear_partial(self.path)
         if overwrite:
             (self.path / RUN).unlink(missing_ok=True)
-            for folder in self._found():
+            for folder in [*self._found(), *self._named(_CHECKPOINT)]:
                 remove_folder(folder)
         if not (found := self._found()) and not (self.path / RUN).exists():
             write_json({"format": _FORMAT, "identity": identity, "provenance": provenance()}, self.path / RUN)
@@ -109,13 +121,13 @@ class RunFolder:
 
     def forget_steps(self, keep: int = 0) -> None:
         """Remove the states inside stages but the newest `keep`."""
-        steps = [folder for folder in self._found() if place(folder)[1]]
+        steps = [folder for folder in self._found() if position(folder)[1]]
         for folder in steps[keep:]:
             remove_folder(folder)
 
     def _fault(self, folder: Path) -> str:
         """Say what is wrong with a state, or with the plain model that a state inside a stage builds on."""
-        stage, begun, _ = place(folder)
+        stage, begun, _ = position(folder)
         base = self.stage(stage - 1)
         if not (why := fault(folder)) and begun and stage and (why := fault(base)):
             return f"{base.name} {why}"
@@ -123,12 +135,14 @@ class RunFolder:
 
     def _found(self) -> list[Path]:
         """Every state, the newest first."""
-        named = [path for path in self.path.glob("st*-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-        return sorted(named, key=place, reverse=True)
+        return sorted(self._named(_STATE), key=position, reverse=True)
+
+    def _named(self, pattern: re.Pattern) -> list[Path]:
+        return [path for path in self.path.glob("st*-*") if path.is_dir() and pattern.fullmatch(path.name)]
 
     def _compare(self, identity: Mapping[str, Any]) -> None:
         try:
-            run = _read_object(self.path / RUN)
+            run = read_object(self.path / RUN)
         except OSError:
             raise ValueError(f"{self.path}: has stages but no {RUN}; need overwrite=True or another folder") from None
         if run.get("format") != _FORMAT or not isinstance(run.get("identity"), dict):
@@ -142,6 +156,29 @@ class RunFolder:
         old, new = (facts.get("versions", {}) for facts in (run.get("provenance", {}), provenance()))
         if old != new:
             _log.warning("%s: begun with %s, resumed with %s; bits may differ", self.path, old, new)
+
+
+@dataclass
+class Progress:
+    """What a run has behind it, weights aside."""
+
+    histories: list[list[dict[str, float]]] = field(default_factory=list)  # of the Trainer, one a stage
+    trainable: list[dict[str, float]] = field(default_factory=list)  # one a stage
+    seconds: list[float] = field(default_factory=list)  # of every optimizer step
+    assessed: list[pd.DataFrame] = field(default_factory=list)  # the statistics behind each plan
+
+    def save(self, folder: Path) -> None:
+        """Write it to `folder`."""
+        numbers = {name: value for name, value in vars(self).items() if name != "assessed"}
+        (folder / "progress.json").write_text(json.dumps(numbers), encoding="utf-8")
+        if self.assessed:
+            write_tables(self.assessed, folder / "assessed.parquet")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        assessed = folder / "assessed.parquet"
+        return cls(**read_object(folder / "progress.json"), assessed=read_tables(assessed) if assessed.exists() else [])
 
 
 def write_state(value: Any, folder: Path) -> None:
@@ -159,6 +196,13 @@ def read_state(folder: Path) -> Any:
         return _unpack(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no state of a run ({type(error).__name__}: {error})") from None
+
+
+def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> None:
+    """Save a plain model and, if it can be saved, its tokenizer."""
+    model.save_pretrained(folder)
+    if hasattr(processing_class, "save_pretrained"):
+        processing_class.save_pretrained(folder)
 
 
 def load_plain(model: PreTrainedModel, folder: Path) -> None:
@@ -207,7 +251,7 @@ def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         if all(isinstance(key, str | int) for key, _ in pairs):
             return {"pairs": pairs}
     elif isinstance(value, list | tuple):
-        items = [_pack(item, tensors, f"{path}.{place}") for place, item in enumerate(value)]
+        items = [_pack(item, tensors, f"{path}.{index}") for index, item in enumerate(value)]
         return {type(value).__name__ if type(value) is list else "tuple": items}
     elif value is None or isinstance(value, bool | int | float | str):
         return value
@@ -225,16 +269,6 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "pairs":
         return {key: _unpack(item, tensors) for key, item in content}
     return {"list": list, "tuple": tuple}[kind](_unpack(item, tensors) for item in content)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: need an object, got {type(value).__name__}")
-    return value
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

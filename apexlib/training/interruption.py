@@ -1,31 +1,43 @@
-"""SIGTERM and SIGINT as a request to save and leave, heard where a run can do so."""
+"""SIGTERM, SIGINT and a limit of time as requests to save and leave, heard where a run can do so."""
 
+import math
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
 import torch
 
+TIME_IS_OVER = 3  # exit code; a signal's is 128 + its number, so that it counts for more
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal ended; `code` is what its process should exit with: 143 (SIGTERM) or 130 (SIGINT)."""
+    """A run that left before its end; `code` is what its process should exit with.
 
-    def __init__(self, number: int, where: str) -> None:
-        self.code = 128 + number
-        super().__init__(f"{signal.Signals(number).name} {where}: saved; resume=True (--resume) goes on from there")
+    143 (SIGTERM), 130 (SIGINT) or `TIME_IS_OVER`.
+    """
+
+    def __init__(self, code: int, where: str) -> None:
+        super().__init__(code, where)  # what an exception keeps, it can be pickled with
+        self.code, self.where = code, where
+
+    def __str__(self) -> str:
+        reason = "time is over" if self.code == TIME_IS_OVER else signal.Signals(self.code - 128).name
+        return f"{reason} {self.where}: saved; resume=True (--resume) goes on from there"
 
 
 class Stop:
-    """Inside the block, notes the first of the signals for whoever asks; the next one acts as it would outside.
+    """Inside the block, notes the first signal, or that `seconds` have passed since it was made, for whoever asks.
 
-    All processes of a distributed run hear of a signal to one of them; they have to ask together.
+    A second signal acts as it would outside. All processes of a distributed run hear of a signal to one of them, or of
+    the time of one; they have to ask together.
     """
 
-    def __init__(self, args: Any) -> None:
-        self.args, self.number = args, 0
+    def __init__(self, args: Any, seconds: float | None = None) -> None:
+        self.args, self.code = args, 0
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,18 +50,20 @@ class Stop:
             signal.signal(*self._before.popitem())
 
     def asked(self) -> bool:
-        """Whether a signal has come."""
+        """Whether to leave."""
+        if not self.code and time.monotonic() >= self.deadline:
+            self.code = TIME_IS_OVER
         if self.args.world_size > 1:
-            number = torch.tensor(self.number, device=self.args.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.number = int(number)
-        return bool(self.number)
+            code = torch.tensor(self.code, device=self.args.device)
+            torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+            self.code = int(code)
+        return bool(self.code)
 
     def check(self, where: str) -> None:
-        """Raise `Interrupted` if a signal has come."""
+        """Raise `Interrupted` if it is time to leave."""
         if self.asked():
-            raise Interrupted(self.number, where)
+            raise Interrupted(self.code, where)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.number = number
+        self.code = 128 + number
         self.__exit__()

@@ -1,98 +1,78 @@
-"""What trains in a stage, by method: APEX and the baselines it is compared with, all through one training function."""
+"""What trains in a stage, by method: APEX and the baselines it is compared with, each one class and one entry.
 
-from collections.abc import Sequence
+Who trains, plans or measures a method asks its class and names none: a new baseline is a class below `Method` and its
+entry in `METHODS`, from here or from outside (`METHODS["bitfit"] = BitFit`).
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from apexlib.architectures import family_of
 from apexlib.expansion import expand, fuse, parameter_groups
 from apexlib.selection import ApexConfig, ExpansionPlan, select
 
-Name = Literal["apex", "full", "lora", "hft", "gmt", "direct"]
 
+class Method:
+    """One method in one run; each stage, `begin` makes a plain model ready to train and `end` makes it plain again.
 
-class Method(Protocol):
-    """One stage of a method: `begin` makes a plain model ready to train, `end` makes it plain again."""
+    This class is full fine-tuning; the others say what they do differently. All of it works on the meta device too,
+    where tensors have no values.
+    """
 
-    staged: bool  # whether it starts afresh at each stage; otherwise its one stage is the whole run
-    assesses: bool  # whether it needs activation statistics
-    plans: Sequence[ExpansionPlan]  # those made so far, one a stage; none for methods without
+    staged = False  # whether it starts afresh at each stage; otherwise its one stage is the whole run
+    assesses = False  # whether it needs activation statistics, to `plan` a stage
+    plain = True  # whether its model stays plain while it trains, and can be saved at any step
+
+    def __init__(self, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> None:
+        self.config, self.lora_rank, self.mask_share = config, lora_rank, mask_share
+        self.plans: list[ExpansionPlan] = []  # those made so far, one a stage; none for methods without
+
+    def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
+        """Choose the units of the next stage and keep the plan; only for methods that assess."""
+        raise NotImplementedError(f"{type(self).__name__} has no plans")
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         """Return the module to train; only what trains requires gradients."""
-
-    def groups(self, model: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]] | None:
-        """Return parameter groups of the optimizer, or None for the Trainer's own."""
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Return what has to act during training."""
-
-    def end(self, model: nn.Module) -> PreTrainedModel:
-        """Return the plain model."""
-
-
-def method_of(name: Name, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> Method:
-    """Make a method by its name.
-
-    "apex"; "direct", the same rows without operators (like S²FT, Yang et al. 2024); "full" fine-tuning; "lora" on all
-    linear layers, merged at the end (Hu et al. 2021, `lora_rank`); "hft", a random half of each block's matrices, drawn
-    anew at each stage (Hui et al. 2024); "gmt", at each step the `mask_share` of the largest gradients of each weight
-    (Li et al. 2024).
-    """
-    makers = {
-        "apex": lambda: _Apex(config),
-        "direct": lambda: _Direct(config),
-        "full": _Full,
-        "lora": lambda: _Lora(lora_rank),
-        "hft": lambda: _HalfFineTuning(config.seed),
-        "gmt": lambda: _GradientMask(mask_share),
-    }
-    if name not in makers:
-        raise ValueError(f"method {name!r}: need one of {', '.join(get_args(Name))}")
-    return makers[name]()
-
-
-class _Full:
-    staged = False
-    assesses = False
-    plans: Sequence[ExpansionPlan] = ()
-
-    def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         return model.requires_grad_(True)
 
     def groups(self, model: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]] | None:
+        """Return parameter groups of the optimizer, or None for the Trainer's own."""
         return None
 
-    def callbacks(self) -> list[TrainerCallback]:
-        return []
+    def change_gradients(self, model: nn.Module) -> None:
+        """Change the gradients in place, just before the optimizer uses them."""
 
     def end(self, model: nn.Module) -> PreTrainedModel:
+        """Return the plain model."""
         return model
 
 
-class _Apex(_Full):
+class Apex(Method):
+    """Heads and channels expanded by trainable operators, chosen anew at each stage."""
+
     staged = True
     assesses = True
-
-    def __init__(self, config: ApexConfig) -> None:
-        self.config = config
-        self.plans: list[ExpansionPlan] = []
+    plain = False
 
     def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
+        self.plans.append(self.choose(statistics, stage))
+        return self.plans[-1]
+
+    def choose(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
+        """Choose the units of a stage, given the plans before it."""
         return select(statistics, self.config, stage=stage, previous=self.plans)
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
-        plan = self.plan(statistics, stage)
-        self.plans.append(plan)
         model.requires_grad_(True)
         return expand(
             model,
-            plan,
+            self.plan(statistics, stage),
             operator=self.config.operator,
             train_embeddings=self.config.train_embeddings,
             train_norms=self.config.train_norms,
@@ -107,9 +87,11 @@ class _Apex(_Full):
         return fuse(model)
 
 
-class _Direct(_Apex):
-    def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        plan = super().plan(statistics, stage)
+class Direct(Apex):
+    """The rows that APEX would train, without operators (like S²FT, Yang et al. 2024)."""
+
+    def choose(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
+        plan = super().choose(statistics, stage)
         layers = (
             replace(part, source=(), target=(), direct=tuple(sorted((*part.source, *part.target, *part.direct))))
             for part in plan.layers
@@ -117,46 +99,65 @@ class _Direct(_Apex):
         return replace(plan, layers=tuple(layers))
 
 
-class _Lora(_Full):
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+class Lora(Method):
+    """LoRA on all linear layers, merged at the end (Hu et al. 2021); `lora_rank`."""
+
+    plain = False
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        rank = self.lora_rank
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(model, config)
 
     def end(self, model: nn.Module) -> PreTrainedModel:
-        return model.merge_and_unload(safe_merge=True)
+        return model.merge_and_unload(safe_merge=model.device.type != "meta")  # the check reads values
 
 
-class _HalfFineTuning(_Full):
+class HalfFineTuning(Method):
+    """A random half of the matrices of each block, drawn anew at each stage (Hui et al. 2024)."""
+
     staged = True
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         model.requires_grad_(True)
-        generator = torch.Generator().manual_seed(self.seed * 1000 + stage)
+        generator = torch.Generator().manual_seed(self.config.seed * 1000 + stage)
         for matrices in _matrices_by_block(model).values():
             for index in torch.randperm(len(matrices), generator=generator)[: len(matrices) // 2].tolist():
                 matrices[index].requires_grad_(False)
         return model
 
 
-class _GradientMask(_Full, TrainerCallback):
-    def __init__(self, share: float) -> None:
-        self.share = share
+class GradientMask(Method):
+    """At each step only the largest gradients of each weight, a share `mask_share` of them (Li et al. 2024)."""
 
-    def callbacks(self) -> list[TrainerCallback]:
-        return [self]
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+    def change_gradients(self, model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
-                keep_largest(parameter.grad, self.share)
+                keep_largest(parameter.grad, self.mask_share)
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "apex": Apex,
+    "full": Method,
+    "lora": Lora,
+    "hft": HalfFineTuning,
+    "gmt": GradientMask,
+    "direct": Direct,
+}
+Name = Literal[*METHODS]
+
+
+def method_of(name: Name, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> Method:
+    """Make a method by its name in `METHODS`; what `lora_rank` and `mask_share` are is said there.
+
+    >>> method_of("full", ApexConfig()).plain, method_of("apex", ApexConfig()).plain
+    (True, False)
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r}: need one of {', '.join(METHODS)}")
+    return METHODS[name](config, lora_rank=lora_rank, mask_share=mask_share)
 
 
 @torch.no_grad()

@@ -1,0 +1,261 @@
+"""The Trainer of one stage: any `transformers.Trainer`, with the optimizer, schedule, loss and states of its stage."""
+
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, get_scheduler
+
+from apexlib.activations import ActivationRecorder, NotFiniteError
+from apexlib.training.checkpoints import (
+    Progress,
+    RunFolder,
+    checkpoint_folder,
+    complete_folder,
+    copy_parameters,
+    read_state,
+    save_plain,
+    write_state,
+)
+from apexlib.training.checks import first_not_finite, why_not_finite
+from apexlib.training.interruption import Interrupted, Stop
+from apexlib.training.methods import Method
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, as its Trainer sees it."""
+
+    number: int
+    start: int  # steps of the run before it
+    total: int  # steps of the whole run
+    method: Method
+    recorder: ActivationRecorder | None  # gathers the statistics behind the next plan
+    folder: RunFolder
+    progress: Progress  # of the run; the time of each step is added to it
+    checkpoints: frozenset[int]  # steps of the run after which a plain model is saved
+    stop: Stop
+
+
+def stage_trainer(base: type) -> type:
+    """Make a Trainer of the class `base` that trains one stage of a run; it takes that `stage` beside its own."""
+    return type("StageTrainer", (StageTraining, base, TrainerCallback), {})
+
+
+class StageTraining:
+    """What training one stage adds to a Trainer, which is its own callback: it times steps, saves, and can be stopped.
+
+    Its state is saved whole after a step, or before the first: parameters that train, optimizer, schedule, random
+    numbers, running loss, statistics; and is read where the Trainer would read its own checkpoint.
+    """
+
+    def __init__(self, *, stage: Stage, **rest: Any) -> None:
+        self.stage = stage
+        self.saved: dict[str, Any] | None = None  # the state to go on from
+        super().__init__(**rest)
+        self.add_callback(self)
+
+    @property
+    def run_step(self) -> int:
+        """How many steps of the whole run are done."""
+        return self.stage.start + self.state.global_step
+
+    # optimizer, schedule and loss
+
+    def create_optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
+        groups = self.stage.method.groups(self.model, self.args.learning_rate, self.args.weight_decay)
+        if groups is None:
+            return super().create_optimizer(*given, **named)
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        optimizer = optimizer or self.optimizer
+        whole = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=self.args.get_warmup_steps(self.stage.total),
+            num_training_steps=self.stage.total,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        later = [lambda step, rate=rate: rate(step + self.stage.start) for rate in whole.lr_lambdas]
+        self.lr_scheduler = LambdaLR(optimizer, later)
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **named: Any) -> Any:
+        try:
+            result = super().compute_loss(model, inputs, *given, **named)
+        except NotFiniteError as error:
+            name = first_not_finite(model.named_parameters())
+            self.halt(f"{name} is not finite" if name else str(error))
+        if not model.training:
+            return result
+        loss, *rest = result if isinstance(result, tuple) else (result,)
+        if not loss.isfinite():
+            self.halt(why_not_finite(model, inputs, loss))
+        if self.stage.recorder is not None and (balance := self.stage.method.config.balance_weight):
+            term = balance * self.stage.recorder.imbalance
+            if self.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None:
+                term = term / self.current_gradient_accumulation_steps  # else the Trainer divides
+            loss = loss + term
+        return (loss, *rest) if rest else loss
+
+    def training_step(self, *given: Any, **named: Any) -> Tensor:
+        loss = super().training_step(*given, **named)
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:  # a scaler skips such a step itself
+            gradients = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            if name := first_not_finite(gradients):
+                self.halt(f"the gradient of {name} is not finite")
+        return loss
+
+    def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
+        before = _random_state()
+        try:
+            return super().evaluate(*given, **named)
+        except Interrupted:
+            _set_random_state(before)
+            self.save_state(evaluated=False)
+            raise
+
+    def halt(self, reason: str) -> None:
+        """End the run: a number is not finite."""
+        raise FloatingPointError(f"step {self.run_step}: {reason}; what was saved before is kept")
+
+    def check_weights(self) -> None:
+        """Halt if a weight is not finite: that of a token which no batch held shows in no loss."""
+        if name := first_not_finite(self.model.named_parameters()):
+            self.halt(f"{name} is not finite")
+
+    # what happens around its steps
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        if self.saved is not None:
+            self._restore_loop()
+        if self.run_step == 0:
+            self._save_checkpoint_if_asked()
+
+    def on_step_begin(self, args, state, control, **_) -> None:
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, **_) -> None:
+        self.stage.method.change_gradients(self.model)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self.stage.progress.seconds.append(time.perf_counter() - self._began)
+        self._save_checkpoint_if_asked()
+        if self.stage.stop.asked():
+            control.should_save = True
+
+    def on_save(self, args, state, control, **_) -> None:
+        if state.global_step < state.max_steps:
+            self.stage.stop.check(f"after step {self.run_step}")
+
+    def on_prediction_step(self, args, state, control, **_) -> None:
+        self.stage.stop.check(f"in the evaluation after step {self.run_step}")
+
+    # saving and going on
+
+    def save_state(self, *, evaluated: bool) -> None:
+        """Save the state of the stage under way; `evaluated`: whether what was due after the last step is done."""
+        self.check_weights()
+        state = self._whole_state(evaluated)
+        if not self.args.should_save:
+            return
+        with complete_folder(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
+            write_state(state, folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.stage.progress.save(folder)
+        if limit := self.args.save_total_limit:
+            self.stage.folder.forget_steps(keep=limit)
+
+    def _save_checkpoint_if_asked(self) -> None:
+        if self.run_step not in self.stage.checkpoints:
+            return
+        self.check_weights()
+        if self.args.should_save:
+            with complete_folder(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
+                save_plain(self.model, self.processing_class, folder)
+
+    def _whole_state(self, evaluated: bool) -> dict[str, Any]:
+        """All that going on takes; what differs between the processes of a run comes from each of them."""
+        scaler, recorder = self.accelerator.scaler, self.stage.recorder
+        own = {"random": _random_state(), "loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}
+        own |= {"recorder": None if recorder is None else recorder.state()}
+        processes = [own]
+        if self.args.world_size > 1:
+            processes = [None] * self.args.world_size
+            torch.distributed.all_gather_object(processes, own)
+        return {
+            "parameters": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "last_logged": self._globalstep_last_logged,
+            "evaluated": evaluated,
+            "processes": processes,
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        return self.saved["processes"][self.args.process_index]
+
+    def _restore_loop(self) -> None:
+        """Once training has begun again: the running mean of the loss, and an evaluation that was cut short."""
+        own = self._own_state()
+        self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
+        self._total_loss_scalar = own["total_loss"]
+        self._globalstep_last_logged = self.saved["last_logged"]
+        if not self.saved["evaluated"]:
+            _set_random_state(own["random"])
+            self._evaluate(None, None, skip_scheduler=True)
+            own["random"] = _random_state()
+
+    # where the Trainer would write and read its own checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # then the stage is saved
+            self.save_state(evaluated=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.saved = read_state(folder)
+        copy_parameters(self.model, self.saved["parameters"], folder)
+        if self.stage.recorder is not None:
+            self.stage.recorder.load_state(self._own_state()["recorder"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(self.saved["optimizer"])
+            self.lr_scheduler.load_state_dict(self.saved["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _set_random_state(self._own_state()["random"])
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
