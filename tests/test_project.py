@@ -16,7 +16,8 @@ from readme import rendered
 
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import read_claims
-from apexlib.suite.notebooks import read_notebook, read_profile
+from apexlib.suite.notebooks import read_notebook
+from apexlib.suite.profiles import read_profile
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -91,7 +92,7 @@ def test_importing_the_library_stays_light():
 
 
 def test_figures_ledger_and_runner_need_no_torch():
-    modules = "apexlib.suite.overview, apexlib.suite.figures, apexlib.suite.ledger, apexlib.suite.runner"
+    modules = ", ".join(f"apexlib.suite.{n}" for n in ("overview", "figures", "ledger", "runner", "command_line"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
