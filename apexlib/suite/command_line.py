@@ -197,12 +197,10 @@ def _difference(options: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from apexlib.activations import activation_statistics, check_top
-    from apexlib.analysis.difference import imbalance_table
+    from apexlib import activation_statistics, batches, imbalance_table, load_corpus, pack, save_table
+    from apexlib.activations import check_top
     from apexlib.progress import hide_progress
-    from apexlib.provenance import save_table
-    from apexlib.text.corpora import corpus_hash, load_corpus
-    from apexlib.text.datasets import batches, pack
+    from apexlib.text.corpora import corpus_hash
 
     check_top(options.top)
     if hide_progress():
@@ -220,8 +218,7 @@ def _difference(options: argparse.Namespace) -> int:
 
 
 def _spectrum(options: argparse.Namespace) -> int:
-    from apexlib.analysis.spectrum import spectrum_table, update_table
-    from apexlib.provenance import save_table
+    from apexlib import save_table, spectrum_table, update_table
 
     model = _weights(options.model, options.revision)
     facts = {"model": options.model, "revision": options.revision}
@@ -250,14 +247,10 @@ def _weights(model: str, revision: str | None) -> Any:
 def _train(options: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+    from apexlib import ApexConfig, collate, encode_chat, load_chat, load_corpus, pack, save_table, train_in_stages
     from apexlib.evaluation import pad_token
     from apexlib.files import atomic_folder
     from apexlib.progress import hide_progress
-    from apexlib.provenance import save_table
-    from apexlib.selection import ApexConfig
-    from apexlib.text.corpora import load_chat, load_corpus
-    from apexlib.text.datasets import collate, encode_chat, pack
-    from apexlib.training.stages import train_in_stages
 
     given = _settings(options.settings)
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
@@ -308,8 +301,8 @@ def _settings(path: Path) -> dict[str, Any]:
 def _plan(options: argparse.Namespace) -> int:
     import torch
 
-    from apexlib.analysis.budget import calibrate, plan_budget
-    from apexlib.selection import ApexConfig
+    from apexlib import ApexConfig, plan_budget
+    from apexlib.analysis.budget import calibrate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = plan_budget(
@@ -328,7 +321,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from apexlib.certificate import verify_folder
+    from apexlib import verify_folder
 
     checks = verify_folder(options.folder)
     for row in checks.itertuples():

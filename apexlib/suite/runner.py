@@ -116,14 +116,10 @@ def notebooks_of_claims(numbers: Sequence[int], profile: str, root: Path) -> lis
 
 def find_root(root: Path | None = None) -> Path:
     """Find the project around the working directory, else the one this file belongs to."""
-    if root is not None:
-        return Path(root).resolve()
-    with suppress(FileNotFoundError):
-        return project_root()
     try:
+        return Path(root).resolve() if root else project_root()
+    except FileNotFoundError:
         return project_root(Path(__file__).parent)
-    except FileNotFoundError as error:
-        raise ReproduceError(str(error)) from None
 
 
 class _State:
@@ -250,14 +246,14 @@ class _Job:
 
     def inputs(self, notebook: Notebook) -> dict[str, Any]:
         """Collect everything the notebook's results depend on, under names that a user knows."""
-        trees = [tree for cell in notebook.cells if (tree := _tree(cell)) != _tree("")]
+        trees = [tree for cell in notebook.cells if (tree := normalised(cell)) != normalised("")]
         values = resolve(notebook, self.profile, self.settings)
         return {
             **{f"code cell {number}": content_hash(tree) for number, tree in enumerate(trees, 2)},
             **{f"parameter {name}": value for name, value in values.items()},
             "what it writes": content_hash(notebook.writes),
             **{path: self.state.hash(path) for path in notebook.needs},
-            **code_of_source(notebook.cells),
+            **_reached(notebook, self.root),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
             "Python": platform.python_version(),
         }
@@ -332,12 +328,10 @@ class _Job:
         return facts
 
 
-def _tree(source: str) -> str:
-    """A cell's code as it counts: without comments and formatting, unless it has lines of IPython's own."""
-    try:
-        return normalised(source)
-    except SyntaxError:
-        return source
+def _reached(notebook: Notebook, root: Path) -> dict[str, str]:
+    """Hash the definitions that a notebook can reach, in the library that its kernel will import."""
+    package = root / "apexlib"
+    return code_of_source(notebook.cells, package) if package.is_dir() else code_of_source(notebook.cells)
 
 
 def _matching(prefix: str, names: Collection[str]) -> list[str]:
