@@ -15,7 +15,7 @@ from transformers import Trainer
 
 import apexlib
 from apexlib import ExpansionPlan
-from apexlib.__main__ import main
+from apexlib.suite.command_line import main
 from apexlib.text.tokenizer import train_tokenizer
 
 
@@ -178,11 +178,13 @@ def test_two_processes_killed_go_on_to_the_same_bits(folder, tmp_path):
     ("text", "message"),
     [
         ("model: [", "while parsing"),
-        ("model: m\ntraining: [output_dir]", "training: need a mapping of names, got list"),
+        ("model: m\ntraining: [output_dir]", "t.yaml, training: need a mapping, got ['output_dir']"),
         ("- 1", "need a mapping with model"),
-        ("model: m\nmodell: n", "unknown modell; known: model, revision"),
-        ("kind: text", "need model (a name or path) and training.output_dir"),
-        ("model: m\nkind: prose\ntraining: {output_dir: o}", "kind 'prose': need text or chat"),
+        ("model: m\nmodell: n", "unknown key 'modell' in "),
+        ("kind: text", "t.yaml: need model"),
+        ("model: m\ntraining: {lr: 1}", "t.yaml, training: need output_dir"),
+        ("model: m\nlength: '9'\ntraining: {output_dir: o}", "t.yaml, length: need a valid integer, got '9'"),
+        ("model: m\nkind: prose\ntraining: {output_dir: o}", "t.yaml, kind: need 'text' or 'chat', got 'prose'"),
         ("model: m\ntraining: {output_dir: o, lr: 1}", "unexpected keyword argument 'lr'"),
     ],
 )

@@ -20,7 +20,8 @@ from readme import rendered
 
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import read_claims
-from apexlib.suite.notebooks import read_notebook, read_profile, resolve
+from apexlib.suite.notebooks import read_notebook
+from apexlib.suite.profiles import read_profile, resolve
 from apexlib.suite.runner import plan_profile
 from apexlib.suite.variants import VARIANTS
 
@@ -99,7 +100,7 @@ def test_importing_the_library_stays_light():
 
 
 def test_figures_ledger_and_runner_need_no_torch():
-    modules = "apexlib.suite.overview, apexlib.suite.figures, apexlib.suite.ledger, apexlib.suite.runner"
+    modules = ", ".join(f"apexlib.suite.{n}" for n in ("overview", "figures", "ledger", "runner", "command_line"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -229,8 +230,8 @@ notebooks:
   04_continued_pretraining: {methods: [full, apex], learning_rates: [0.003], seeds: [0], context: 64, steps: 4,
     batch_size: 4, assessment_samples: 8, evaluations: 2, test_blocks: 8, retention_blocks: 8}
   05_effective_rank: {constructed_draws: 2, strengths: [0.5], context: 64, hidden_blocks: 8}
-  06_ablations: {variants: [apex, halve], seeds: [0], steps: 6, batch_size: 8, assessment_samples: 16, difficulties: [1],
-    train_examples: 64, valid_examples: 28, test_examples: 28, max_new_tokens: 2, retention_context: 64,
+  06_ablations: {variants: [apex, halve], seeds: [0], steps: 6, batch_size: 8, assessment_samples: 16,
+    difficulties: [1], train_examples: 64, valid_examples: 28, test_examples: 28, max_new_tokens: 2, retention_context: 64,
     retention_blocks: 8}
 """
 
