@@ -231,8 +231,8 @@ notebooks:
     batch_size: 4, assessment_samples: 8, evaluations: 2, test_blocks: 8, retention_blocks: 8}
   05_effective_rank: {constructed_draws: 2, strengths: [0.5], context: 64, hidden_blocks: 8}
   06_ablations: {variants: [apex, halve], seeds: [0], steps: 6, batch_size: 8, assessment_samples: 16,
-    difficulties: [1], train_examples: 64, valid_examples: 28, test_examples: 28, max_new_tokens: 2, retention_context: 64,
-    retention_blocks: 8}
+    difficulties: [1], train_examples: 64, valid_examples: 28, test_examples: 28, max_new_tokens: 2,
+    retention_context: 64, retention_blocks: 8}
 """
 
 

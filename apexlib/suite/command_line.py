@@ -237,6 +237,9 @@ def _spectrum(options: argparse.Namespace) -> int:
 
 def _weights(model: str, revision: str | None) -> Any:
     """A folder as it is, so that its matrices are read one by one; a name on the Hub as a model."""
+    from apexlib.suite.folders import locate
+
+    model = locate(model)
     if Path(model).is_dir() or Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
         return model
     from transformers import AutoModelForCausalLM
