@@ -1,5 +1,6 @@
 """The comparisons: what a run measures, how a learning rate is chosen, what is kept."""
 
+import json
 import math
 
 import numpy as np
@@ -12,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
-from apexlib.suite import trials
+from apexlib.suite import runs, trials
 from apexlib.suite.bases import base_models, check_bases, measured_models, models_table, reference_losses
 from apexlib.suite.comparison import Comparison, choose_rates, compare, grid_trials, rates_table
 from apexlib.suite.folders import locate, relative
-from apexlib.suite.inputs import data_files
+from apexlib.suite.inputs import conversations, data_files, documents, examples, text_blocks
 from apexlib.suite.runs import continued_run, instruction_run, instruction_setting, pretraining_run, untouched_run
 from apexlib.suite.tables import above_first, beside_untouched, token_ratios, tokens_to_reach
 from apexlib.suite.variants import VARIANTS
@@ -24,6 +25,7 @@ from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, pack
 from apexlib.text.skills import skills, skills_text
 from apexlib.text.tokenizer import train_tokenizer
+from apexlib.training.interruption import Interrupted
 from apexlib.training.methods import method_of
 
 CHAT = {"source": "skills", "train": 40, "valid": 14, "test": 28, "difficulties": [1]}
@@ -40,8 +42,8 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    documents = skills_text(400)
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    texts = skills_text(400)
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
     return folder
 
 
@@ -138,6 +140,43 @@ def test_the_same_run_twice_gives_the_same_numbers(settings, tmp_path):
     )
     costs = {"seconds_per_step", "peak_memory_mb"}
     assert {k: v for k, v in first.items() if k not in costs} == {k: v for k, v in second.items() if k not in costs}
+
+
+@pytest.mark.parametrize("variant", ["full", "apex"])
+def test_a_run_out_of_time_goes_on_to_the_numbers_of_one_left_alone(variant, settings, tmp_path, monkeypatch):
+    asked, interrupted = {"variant": variant, "chat": CHAT, **settings}, 0
+    whole = instruction_run(folder=tmp_path / "whole", **asked)
+    for seconds in (0.02 * 1.3**attempt for attempt in range(40)):
+        monkeypatch.setattr(runs, "time_left", lambda seconds=seconds: seconds)
+        try:
+            parts = instruction_run(folder=tmp_path / "parts", **asked)
+            break
+        except Interrupted:
+            interrupted += 1
+    assert interrupted
+    costs = {"seconds_per_step", "peak_memory_mb"}
+    assert {k: v for k, v in parts.items() if k not in costs} == {k: v for k, v in whole.items() if k not in costs}
+
+
+def test_pretraining_out_of_time_goes_on_to_the_same_log(base, tmp_path, monkeypatch):
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "vocab_size": len(AutoTokenizer.from_pretrained(base))}
+    asked = {"corpus": str(base / "text.txt"), "skill_documents": 0, "context": 16, "checkpoints": [0, 20], "steps": 20}
+    asked |= {"tokenizer": str(base), "config": config, "batch_size": 4, "learning_rate": 1e-3, "seed": 0}
+    whole, interrupted = pretraining_run(folder=tmp_path / "whole", **asked), 0
+    for seconds in (0.02 * 1.3**attempt for attempt in range(40)):
+        monkeypatch.setattr(runs, "time_left", lambda seconds=seconds: seconds)
+        try:
+            parts = pretraining_run(folder=tmp_path / "parts", **asked)
+            break
+        except Interrupted:
+            interrupted += 1
+    assert interrupted
+    assert parts == whole
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "step-00020").state_dict() for name in ("whole", "parts")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_path):
@@ -337,3 +376,51 @@ def test_a_choice_at_the_end_of_the_grid_is_marked():
     assert table.index.tolist() == ["full", "apex"]
     assert table["chosen"].tolist() == [0.1, 0.2]
     assert table["at_the_end"].tolist() == [True, False]
+
+
+@pytest.fixture
+def files(project):
+    """Text and conversations of three tasks in a project, each as a file to train on and one that is held out."""
+    whole = list(dict.fromkeys(skills_text(400)))[:200]
+    for name, some in (("train", whole[:160]), ("valid", whole[160:])):
+        (project / f"text-{name}.txt").write_text("\n<|endoftext|>\n".join(some), encoding="utf-8")
+    for name, span in (("train", range(60)), ("test-all", range(1000, 1012))):
+        rows = []
+        for n in span:
+            sums = {"task": "svamp", "answer": str(n + 1)}, f"{n} + 1", f"{n} + 1 = {n + 1}\n#### {n + 1}"
+            letter = {"task": "arc_easy", "answer": "AB"[n % 2], "choices": ["even", "odd"]}
+            choice = letter, f"{n}\nA. even\nB. odd", f"{'AB'[n % 2]}. {['even', 'odd'][n % 2]}"
+            written = {"task": "gsm8k", "answer": str(n)}, f"what is {n}?", f"it is\n#### {n}"
+            for own, asked, told in (sums, choice, written):
+                turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+                rows.append(json.dumps({"messages": turns, **own}))
+        (project / f"chat-{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return project, whole
+
+
+def test_text_may_come_from_a_pattern_of_files(files, base):
+    project, names = files
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = {split: documents("text-*.txt", split) for split in ("train", "valid", "test")}
+    assert set(found["test"]) == set(names[160:])
+    assert {text for part in found.values() for text in part} == set(names)
+    for split, texts in found.items():
+        expected = pack(texts, tokenizer, 16).blocks
+        np.testing.assert_array_equal(text_blocks(tokenizer, "text-*.txt", split, 16).blocks, expected)
+    assert list((project / "data" / "cache").rglob("*"))  # tokenised once
+
+
+def test_conversations_may_come_from_a_pattern_of_files_and_are_scored_each_in_its_way(files, base, tmp_path):
+    chat = {**CHAT, "source": "chat-*.jsonl", "train": None, "valid": None, "test": None, "max_length": 128}
+    asked = examples(chat, "test")
+    assert len(asked) == 3 * 12
+    assert {row["family"] for row in asked if "answer" in row} == {"arithmetic", "arc_easy"}  # gsm8k: its loss only
+    assert all(row["answer"] == row["messages"][-1]["content"] for row in asked if "choices" in row)
+    train, valid = ({row["messages"][0]["content"] for row in examples(chat, split)} for split in ("train", "valid"))
+    assert not train & valid
+    assert len(train | valid) == 3 * 60
+    retention = {"corpus": "text-*.txt", "context": 16, "blocks": 4}
+    result = untouched_run(folder=tmp_path, base=str(base), chat=chat, retention=retention)
+    assert len(result["correct"]) == 2 * 12
+    assert set(result["families"]) == {"arithmetic", "arc_easy"}
+    assert len(conversations(AutoTokenizer.from_pretrained(base), {**chat, "train": 5}, "train")) == 5

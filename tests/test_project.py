@@ -218,9 +218,9 @@ TOY = """
 description: The study at toy values.
 extends: study
 notebooks:
-  00_base_model: {skill_documents: 1000, vocabulary: 512, context: 64, batch_size: 8, d_model: [32, 48], layers: [2, 2],
-    heads: [4, 4], groups: [4, 2], d_ff: [64, 128], steps: [64, 64], learning_rate: 0.01, valid_blocks: 32, seeds: [0],
-    rivals: [unigram]}
+  00_base_model: {corpus: stdlib-code, skill_documents: 1000, vocabulary: 512, context: 64, batch_size: 8,
+    d_model: [32, 48], layers: [2, 2], heads: [4, 4], groups: [4, 2], d_ff: [64, 128], steps: [64, 64],
+    learning_rate: 0.01, valid_blocks: 32, seeds: [0], rivals: [unigram]}
   01_parameter_difference: {context: 64, assessment_blocks: 32, evaluation_blocks: 16, channel_fractions: [0.1],
     head_fractions: [0.25], draws: 1}
   02_expansion_step_by_step: {context: 64, assessment_blocks: 64, steps: 8}

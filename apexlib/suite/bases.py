@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apexlib.evaluation import perplexity
-from apexlib.suite.folders import relative
 from apexlib.suite.inputs import load_model
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.references import ngram_loss, unigram_loss
@@ -24,16 +23,11 @@ _SAMPLE = 4096  # training blocks whose tokens are counted for "unigram"
 def measured_models(
     trained: Sequence[Mapping[str, Any]], held_out: Collection[Mapping[str, Tensor]], *, revision: str | None = None
 ) -> pd.DataFrame:
-    """Measure models on held-out text: `trained` has `model`, `seed`, `step`, `tokens` and `path` of each.
-
-    Columns: those, with `path` from the project's root, `parameters`, and `loss` in nats per token.
-    """
+    """Measure the `parameters` and the held-out `loss`, in nats per token, of models given as rows with a `path`."""
     rows = []
     for row in trained:
         network = load_model(row["path"], revision=revision)
-        measures = {"parameters": network.num_parameters(), "loss": perplexity(network, held_out)["loss"]}
-        named = relative(row["path"]) if isinstance(row["path"], Path) else row["path"]
-        rows.append({**row, **measures, "path": named})
+        rows.append({**row, "parameters": network.num_parameters(), "loss": perplexity(network, held_out)["loss"]})
     return pd.DataFrame(rows)[["model", "seed", "step", "tokens", "parameters", "loss", "path"]]
 
 
