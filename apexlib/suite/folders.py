@@ -42,8 +42,3 @@ def folders(profile: str, root: Path | None = None) -> Folders:
         cache=data / "cache",
         runs=data / "runs" / profile,
     )
-
-
-def source_files() -> list[Path]:
-    """The library's files."""
-    return sorted(Path(__file__).parents[1].rglob("*.py"))
