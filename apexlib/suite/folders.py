@@ -46,11 +46,6 @@ def folders(profile: str, root: Path | None = None) -> Folders:
     )
 
 
-def source_files() -> list[Path]:
-    """The library's files."""
-    return sorted(Path(__file__).parents[1].rglob("*.py"))
-
-
 def home() -> Path:
     """The project's folder; outside a project, the working directory."""
     with suppress(FileNotFoundError):

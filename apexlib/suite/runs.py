@@ -19,19 +19,12 @@ from apexlib.files import content_hash
 from apexlib.memory import peak_mb, reset_peak
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
 from apexlib.suite.pretraining import pretrain
+from apexlib.suite.trials import time_left
 from apexlib.suite.variants import VARIANTS
 from apexlib.text.corpora import corpus_hash
 from apexlib.text.datasets import batches, collate
 from apexlib.text.skills import SPLITS
 from apexlib.training.stages import train_in_stages
-
-try:
-    from apexlib.suite.trials import time_left
-except ImportError:  # until trials tell it
-
-    def time_left() -> float | None:
-        """Seconds until the runner's time is over; None without a limit."""
-        return None
 
 
 def pretraining_run(
