@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 import apexlib.text.datasets as datasets_module
 from apexlib.text.corpora import cached, corpus_hash, load_chat, load_corpus
 from apexlib.text.datasets import IGNORED, PackedTokens, batches, collate, encode_chat, pack
+from apexlib.text.questions import scored
 from apexlib.text.skills import SPLITS, skills, skills_text, split_of
 from apexlib.text.tokenizer import train_tokenizer
 
@@ -200,7 +201,7 @@ def test_a_bad_parquet_row_is_named(tmp_path):
         ("stdlib", {"revision": COMMIT}, ValueError, "revision and subset are for data sets on the Hub"),
     ],
 )
-def test_a_source_that_is_none_is_refused(source, options, error, message):
+def test_a_source_that_is_not_there_is_refused(source, options, error, message):
     with pytest.raises(error, match=message):
         load_corpus(source, **options)
 
@@ -764,6 +765,9 @@ def test_a_batch_without_a_label_is_refused():
     assert join([blind, seeing])["labels"].tolist() == [[IGNORED, IGNORED], [1, IGNORED]]
     with pytest.raises(ValueError, match="2 items has no label to learn from"):
         join([blind, blind])
+    for labels in (torch.tensor([1, 2, 3]), torch.tensor([1])):
+        with pytest.raises(ValueError, match="an item has more or fewer labels than tokens"):
+            join([seeing, blind | {"labels": labels}])
     with pytest.raises(ValueError, match="pad_token_id=None"):
         collate(None)
     with pytest.raises(ValueError, match="side 'middle'"):
@@ -809,3 +813,17 @@ def test_a_real_instruction_set(shared, tokenizer):
     _, report = encode_chat(examples, tokenizer, max_length=1024)
     assert report.kept[0] + report.dropped_prompt[0] + report.dropped_answer[0] == 1187
     assert 0.2 < report.trained_share[0] < 0.8
+
+
+def test_a_real_set_of_several_files(shared, caplog):
+    pattern = str(shared / "instruct" / "*.jsonl")
+    found = {split: load_chat(pattern, split=split) for split in SPLITS}
+    assert not caplog.text  # its README says that no test question is in train
+    assert (len(found["test"]), len(found["train"]) + len(found["valid"])) == (8384, 27349)
+    assert 0.04 < len(found["valid"]) / 27349 < 0.06
+    assert len({example["task"] for example in found["test"][:200]}) >= 5
+    families = Counter(scored(example)["family"] for example in found["test"])
+    assert families["arithmetic"] == 611
+    choices = [scored(example) for example in found["test"] if "choices" in example]
+    assert all(example["answer"] in example["choices"] for example in choices)
+    assert all(example["answer"] == example["messages"][-1]["content"] for example in choices)

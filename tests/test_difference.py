@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from apexlib.activations import activation_statistics
-from apexlib.analysis.difference import biography, imbalance_table, masking_curve, weight_difference
+from apexlib.analysis.difference import biography, imbalance_table, masking_curve, silenced, weight_difference
 from apexlib.architectures import model_components
 from apexlib.evaluation import perplexity
 from apexlib.selection import ExpansionPlan, LayerPlan
@@ -49,6 +49,35 @@ def test_masking_equals_zeroing_the_columns_of_the_output_projection(variant, co
         assert curve["loss"].iloc[1] == pytest.approx(expected, abs=1e-10)
         assert curve["increase"].tolist() == pytest.approx([0, expected - base], abs=1e-10)
     assert perplexity(model, [batch])["loss"] == base  # nothing stays masked
+
+
+@pytest.mark.parametrize("component", ["head", "channel"])
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox"])
+def test_silenced_units_are_silent_inside_the_block_only(variant, component, tiny_model, batch):
+    model = tiny_model(variant, dtype=torch.float64).eval()
+    before = model(**batch).logits
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    parts = [part for part in model_components(model) if part.component == component]
+    for units in ({0: [1], 1: [0, 1]}, {1: [0]}, {0: []}):  # a layer that is not named is left alone
+        every = {layer: units.get(layer, []) for layer in (0, 1)}
+        expected = removed(tiny_model(variant, dtype=torch.float64).eval(), component, every)(**batch).logits
+        with silenced(model, parts, units):
+            torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-10)
+        assert torch.equal(model(**batch).logits, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_silencing_ends_with_the_block_however_it_ends(tiny_model):
+    model = tiny_model("llama")
+    parts = [part for part in model_components(model) if part.component == "head"]
+    with pytest.raises(KeyboardInterrupt), silenced(model, parts, {0: [0]}):
+        raise KeyboardInterrupt
+    for unit in (-1, parts[0].units):
+        wrong = {0: [0], 1: [unit]}
+        message = f"layer 1 has no head {unit}: need 0 to {parts[0].units - 1}"
+        with pytest.raises(ValueError, match=message), silenced(model, parts, wrong):
+            pass
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_random_masks_differ_by_seed_and_are_nested(tiny_model, batch):

@@ -90,12 +90,19 @@ def masking_curve(
 
 @contextmanager
 def silenced(model: PreTrainedModel, parts: Iterable[Component], units: Mapping[int, Sequence[int]]) -> Iterator[None]:
-    """Set the outputs of `units[layer]` to zero inside the block, for the components `parts` (one per layer)."""
+    """Set the outputs of `units[layer]` to zero inside the block; weights stay as they are.
+
+    `parts` are the heads or the channels of `model_components(model)`, one part per layer; a layer that `units` leaves
+    out stays as it is. A unit is silenced where its output projection reads it, in training and in evaluation mode.
+    """
     handles = []
     try:
         for part in parts:
+            chosen = list(units.get(part.layer, ()))
+            if unknown := [unit for unit in chosen if not 0 <= unit < part.units]:
+                raise ValueError(f"layer {part.layer} has no {part.component} {unknown[0]}: need 0 to {part.units - 1}")
             module = model.get_submodule(part.reader.module)
-            features = part.reader.index[list(units[part.layer])].flatten()
+            features = part.reader.index[chosen].flatten()
             keep = torch.ones(part.reader.index.numel(), dtype=module.weight.dtype, device=module.weight.device)
             keep[features.to(keep.device)] = 0
             handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep, *args[1:])))
@@ -115,7 +122,7 @@ def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel
     """
     before, after = (_loaded(source) for source in (base, tuned))
     parts, others = model_components(before), model_components(after)
-    if [_place(part) for part in parts] != [_place(part) for part in others]:
+    if list(map(_layout, parts)) != list(map(_layout, others)):
         raise ValueError("base and tuned have different layers or units: need two versions of one model")
     return pd.concat([_moved(before, after, part) for part in parts], ignore_index=True)
 
@@ -160,7 +167,7 @@ def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
 
 
-def _place(part: Component) -> tuple[object, ...]:
+def _layout(part: Component) -> tuple[object, ...]:
     return part.layer, part.component, part.units, [(slot.module, slot.index.shape) for slot in part.slots.values()]
 
 

@@ -31,10 +31,9 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
         value, output = (_slices(model, part.slots[role]) for role in ("value", "output"))
         for unit in range(part.units):
             for copy in range(output.shape[1]):
-                factors = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
-                first, second = factors
-                where = {"layer": part.layer, "unit": unit, "copy": copy}
-                rows.append(where | measures(singular_values(first @ second.T)))
+                first, second = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
+                row = {"layer": part.layer, "unit": unit, "copy": copy}
+                rows.append(row | measures(singular_values(first @ second.T)))
     return pd.DataFrame(rows)
 
 
@@ -49,19 +48,16 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
     tokens, was_training, mask = 0, model.training, None
 
-    def add(place: int, states: Tensor) -> None:
+    def add(number: int, states: Tensor) -> None:
         flat = states.detach().flatten(0, -2)
         flat = (flat if mask is None else flat[mask.to(flat.device)]).double()
-        grams[place] = grams[place] + (flat.T @ flat).cpu()
+        grams[number] = grams[number] + (flat.T @ flat).cpu()
 
-    def enters(_: torch.nn.Module, args: tuple) -> None:
-        add(0, args[0])
+    def leaves(number: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
+        add(number, output[0] if isinstance(output, tuple) else output)
 
-    def leaves(place: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
-        add(place, output[0] if isinstance(output, tuple) else output)
-
-    handles = [layers[0].register_forward_pre_hook(enters)]
-    handles += [layer.register_forward_hook(partial(leaves, place)) for place, layer in enumerate(layers, start=1)]
+    handles = [layers[0].register_forward_pre_hook(lambda _, args: add(0, args[0]))]
+    handles += [layer.register_forward_hook(partial(leaves, number)) for number, layer in enumerate(layers, start=1)]
     model.eval()
     try:
         with torch.no_grad():

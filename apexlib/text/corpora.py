@@ -18,7 +18,7 @@ from typing import Any
 
 from apexlib.files import atomic_write, content_hash
 from apexlib.text.rows import Row, hub_rows, object_rows, text_field, text_rows
-from apexlib.text.skills import SPLITS, skills, split_of
+from apexlib.text.skills import SPLITS, check_split, skills, split_of
 
 Source = str | Path | Sequence[str | Path]
 Located = str | list[Path]  # the name of embedded data or of a data set on the Hub, or files
@@ -26,8 +26,8 @@ Located = str | list[Path]  # the name of embedded data or of a data set on the 
 EMBEDDED = ("stdlib", "stdlib-code", "stdlib-prose")
 
 _log = logging.getLogger(__name__)
-_NO_MODULES = {"encodings", "pydoc_data", "turtledemo"}  # character tables; the topics, read below; demos
-_NO_FOLDERS = {"test", "tests", "idle_test"}
+_SKIPPED_MODULES = {"encodings", "pydoc_data", "turtledemo"}  # character tables; the topics, read below; demos
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test"}
 _HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|valid)(?:[-_.]|$)")  # in the name of one of several files
 
 
@@ -62,7 +62,7 @@ def load_corpus(
     """
     source = _locate(source, EMBEDDED, revision, subset)
     if source in EMBEDDED:
-        _check_split(split, SPLITS)
+        check_split(split)
         return [text for text, part in _stdlib(source, cache) if part == split]
     homes: dict[str, str] = {}  # the split of each document, in order
     read = blank = 0
@@ -173,7 +173,7 @@ def _stdlib_modules(root: Path) -> dict[str, str]:
         folder_names = path.relative_to(root).parts[:-1]
         top = folder_names[0] if folder_names else path.stem
         # the interpreter's own list leaves out what an installation adds, such as its build configuration
-        if top not in sys.stdlib_module_names - _NO_MODULES or _NO_FOLDERS & set(folder_names):
+        if top not in sys.stdlib_module_names - _SKIPPED_MODULES or _SKIPPED_FOLDERS & set(folder_names):
             continue
         try:
             text = importlib.util.decode_source(path.read_bytes())  # by its PEP 263 declaration
@@ -221,14 +221,14 @@ def _docstrings(text: str) -> Iterator[str]:
 def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Bring a row to `messages` and check them."""
     if "messages" in row:
-        given, extras = row["messages"], {name: value for name, value in row.items() if name != "messages"}
+        given, used = row["messages"], {"messages"}
     elif "instruction" in row:
-        question = text_field(row, "instruction", where)
-        if row.get("input"):
-            question += "\n\n" + text_field(row, "input", where)
+        used = {"instruction", "input", "output"}
+        asked = [
+            text_field(row, name, where) for name in ("instruction", "input") if row.get(name) or name == "instruction"
+        ]
         answer = text_field(row, "output", where)
-        given = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        extras = {name: value for name, value in row.items() if name not in ("instruction", "input", "output")}
+        given = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": answer}]
     else:
         raise ValueError(f"{where}: no field 'messages' or 'instruction'; it has {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(given, list) or not given:
@@ -248,7 +248,7 @@ def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: the last message is by {messages[-1]['role']}; need the assistant's answer")
-    return {"messages": messages, **extras}
+    return {"messages": messages} | {name: value for name, value in row.items() if name not in used}
 
 
 def _locate(source: Source, embedded: tuple[str, ...], revision: str | None, subset: str | None) -> Located:
@@ -282,17 +282,13 @@ def _files(source: Source) -> list[Path]:
 
 
 def _rows(
-    source: Located,
-    read: Callable[[Path], Iterator[Row]],
-    split: str,
-    revision: str | None,
-    subset: str | None,
+    source: Located, read: Callable[[Path], Iterator[Row]], split: str, revision: str | None, subset: str | None
 ) -> Iterator[tuple[str, dict[str, Any], Callable[[str], str]]]:
     """Rows of files or of a data set on the Hub, each with what tells the split of its content."""
     if isinstance(source, str):
         yield from ((*row, lambda _: split) for row in hub_rows(source, revision, subset, split))
         return
-    _check_split(split, (*SPLITS, "all"))
+    check_split(split, (*SPLITS, "all"))
     for file in source:
         split_for = split_of if len(source) == 1 else functools.partial(_split_among_several, file.name)
         yield from ((*row, split_for) for row in read(file))
@@ -303,11 +299,6 @@ def _split_among_several(name: str, content: str) -> str:
     if _HELD_OUT.search(name):
         return "test"
     return "valid" if split_of(content) == "valid" else "train"
-
-
-def _check_split(split: str, allowed: tuple[str, ...]) -> None:
-    if split not in allowed:
-        raise ValueError(f"split {split!r}: need one of {', '.join(allowed)}")
 
 
 def _some(found: list[Any], split: str, total: int, source: Located) -> list[Any]:

@@ -177,12 +177,8 @@ def batches(
         raise ValueError(f"batch_size={batch_size}, limit={limit}: need at least one item")
     if collator is None and isinstance(dataset, ChatTokens):
         raise ValueError("conversations differ in length: need collator=collate(pad_token_id)")
-    n_items = min(len(dataset), limit or len(dataset))
-    join = collator or default_collate
-    return [
-        join([dataset[i] for i in range(start, min(start + batch_size, n_items))])
-        for start in range(0, n_items, batch_size)
-    ]
+    items, join = range(min(len(dataset), limit or len(dataset))), collator or default_collate
+    return [join([dataset[i] for i in items[start : start + batch_size]]) for start in items[::batch_size]]
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -199,6 +195,8 @@ def _name(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of: int | None) -> Item:
     tokens, labels = ([item[name].long() for item in items] for name in ("input_ids", "labels"))
+    if any(len(ids) != len(goals) for ids, goals in zip(tokens, labels, strict=True)):
+        raise ValueError("an item has more or fewer labels than tokens: need one for each")
     length = max(map(len, tokens))
     length += -length % (multiple_of or 1)
 
@@ -207,11 +205,8 @@ def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of
         ends = [(0, n) if side == "right" else (n, 0) for n in missing]
         return torch.stack([pad(row, end, value=fill) for row, end in zip(rows, ends, strict=True)])
 
-    batch = {
-        "input_ids": join(tokens, pad_token_id),
-        "attention_mask": join([torch.ones_like(row) for row in tokens], 0),
-    }
-    batch["labels"] = join(labels, IGNORED)
+    mask = [torch.ones_like(row) for row in tokens]
+    batch = {"input_ids": join(tokens, pad_token_id), "attention_mask": join(mask, 0), "labels": join(labels, IGNORED)}
     if (batch["labels"] == IGNORED).all():
         raise ValueError(f"a batch of {len(items)} items has no label to learn from: need one other than {IGNORED}")
     return batch

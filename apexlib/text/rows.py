@@ -1,4 +1,4 @@
-"""Rows of data files and of data sets on the Hub, each with its place in words, so that an error can name it."""
+"""Rows of data files and of data sets on the Hub, each with words for where it stands, so that an error can name it."""
 
 import codecs
 import gzip

@@ -58,8 +58,7 @@ def skills(
     >>> task["messages"][0]["content"], task["answer"]
     ('Reverse: wind girl.', 'girl wind')
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: need one of {', '.join(SPLITS)}")
+    check_split(split)
     if n < 1:
         raise ValueError(f"n={n}: need at least one task")
     cells = [
@@ -91,6 +90,12 @@ def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
         raise ValueError(f"n={n}, per_document={per_document}: need at least one document with one task")
     pairs = [f"{t['messages'][0]['content']}\n{t['answer']}" for t in skills("train", n * per_document, seed=seed)]
     return ["\n\n".join(pairs[i * per_document : (i + 1) * per_document]) for i in range(n)]
+
+
+def check_split(split: str, allowed: tuple[str, ...] = SPLITS) -> None:
+    """Raise ValueError for what is not among the splits."""
+    if split not in allowed:
+        raise ValueError(f"split {split!r}: need one of {', '.join(allowed)}")
 
 
 def split_of(text: str, *, held_out: float = 0.05) -> str:
