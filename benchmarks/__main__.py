@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     suffix = "-quick" if options.quick else "" if options.device == "cpu" else f"-{options.device}"
-    place = folders(options.name or f"bench{suffix}")
+    paths = folders(options.name or f"bench{suffix}")
     started = time.perf_counter()
     studies = step_studies(options.device, options.quick, options.compile)
     rounds = 3 if options.quick else 7
@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         tables["targets"] = targets(measured, extra, tables["forecast"])
     facts = {"quick": options.quick, "seconds": round(time.perf_counter() - started)}
     for name, table in tables.items():
-        print(save_table(table, name, place.results, **facts))
-    draw(tables, place.figures)
+        print(save_table(table, name, paths.results, **facts))
+    draw(tables, paths.figures)
     small = ["--rows", "256", "--columns", "704"] if options.quick else []
-    effective_rank.main([*small, "--threads", str(options.threads), "--out", str(place.results)])
+    effective_rank.main([*small, "--threads", str(options.threads), "--out", str(paths.results)])
     return 0
 
 

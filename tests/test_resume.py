@@ -1,12 +1,16 @@
 """A run that is stopped, however and wherever, goes on to the bits of one that was not; or says why it does not."""
 
+import itertools
+import math
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import faults
 import pandas as pd
@@ -23,11 +27,10 @@ from apexlib.activations import ActivationRecorder
 from apexlib.files import exclusive
 from apexlib.operators import OPERATORS, MonarchOperator
 from apexlib.selection import ApexConfig
-from apexlib.training import checkpoints
+from apexlib.training import checkpoints, interruption
 from apexlib.training.checkpoints import fault, position
-from apexlib.training.interruption import Interrupted
-
-METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
+from apexlib.training.interruption import TIME_IS_OVER, Interrupted
+from apexlib.training.methods import METHODS
 
 
 class Crash(Exception):  # noqa: N818
@@ -125,7 +128,7 @@ PHASES = {  # what is called there, and which of its calls
     "evaluation": ((Trainer, "prediction_step"), 2),
     "evaluation at a stage's end": ((Trainer, "prediction_step"), 4),
     "fuse": ((expansion, "_unsplit"), 1),
-    "saving": ((checkpoints, "write_tables"), 2),
+    "saving": ((checkpoints.Progress, "save"), 2),
 }
 
 
@@ -149,6 +152,18 @@ def test_a_signal_saves_in_every_phase(phase, number, whole, tmp_path, monkeypat
     assert signal.getsignal(number) is before
     if phase != "assessment":
         assert list(tmp_path.glob("st*-*"))
+    assert digest(run(tmp_path, trainer_class=Fragile, save_strategy="no", resume=True)) == whole
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3, 5, 9, 14])  # in assessment, steps, evaluations and after stages
+def test_the_end_of_time_saves_as_a_signal_does(asked, whole, tmp_path, monkeypatch):
+    clock = itertools.chain([0], range(1, asked + 1), itertools.repeat(math.inf))  # asked + 1 times there is time left
+    with monkeypatch.context() as patch:
+        patch.setattr(interruption, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+        with pytest.raises(Interrupted, match=r"time is over .*: saved; resume=True .* goes on") as stopped:
+            run(tmp_path, trainer_class=Fragile, save_strategy="no", seconds=3600)
+    assert stopped.value.code == TIME_IS_OVER
+    assert str(pickle.loads(pickle.dumps(stopped.value))) == str(stopped.value)
     assert digest(run(tmp_path, trainer_class=Fragile, save_strategy="no", resume=True)) == whole
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,13 +10,17 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
+from apexlib.analysis.budget import plan_budget
 from apexlib.expansion import expand, fuse, is_expanded, parameter_groups
 from apexlib.selection import ApexConfig, ExpansionPlan, select
+from apexlib.text.datasets import PackedTokens
 from apexlib.text.tokenizer import train_tokenizer
-from apexlib.training.methods import keep_largest, method_of
+from apexlib.training.checkpoints import checkpoint_folder
+from apexlib.training.checks import check_data
+from apexlib.training.methods import METHODS, Method, keep_largest, method_of
 from apexlib.training.stages import data_order, train_in_stages
+from benchmarks.workloads import Case, workload
 
-METHODS = ["apex", "direct", "full", "lora", "hft", "gmt"]
 SMALL = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6, assessment_samples=8)
 
 
@@ -42,7 +47,9 @@ def arguments(folder, **changes):
 
 def run(tiny_model, folder, method="apex", config=SMALL, variant="llama", dataset=None, **changes):
     options = {
-        name: changes.pop(name) for name in ("eval_dataset", "data_collator", "trainer_class") if name in changes
+        name: changes.pop(name)
+        for name in ("eval_dataset", "data_collator", "trainer_class", "checkpoints")
+        if name in changes
     }
     model = tiny_model(variant)
     return train_in_stages(
@@ -350,6 +357,9 @@ def test_statistics_that_would_rank_nan_are_refused(tiny_model, tmp_path):
         ),
         ({"dataset": without_labels(Blocks())}, "train_dataset: no label of step 1 .*; 64 of 64 examples have none"),
         ({"dataset": [{"text": "a"}] * 64}, "train_dataset: example 0 has no input_ids but text: need it tokenised"),
+        ({"checkpoints": [0, 7, -1], "method": "full"}, r"checkpoints \[-1, 7\]: need steps from 0 to 6"),
+        ({"checkpoints": [2]}, "checkpoints: the model of Apex is not plain while it trains; need none"),
+        ({"checkpoints": [2], "method": "lora"}, "checkpoints: the model of Lora is not plain while it trains"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "need one that depends on the step"),
     ],
     ids=lambda value: str(value)[:30],
@@ -358,6 +368,69 @@ def test_what_cannot_be_done_is_refused_before_training(changes, message, tiny_m
     with pytest.raises(ValueError, match=message):
         run(tiny_model, tmp_path / "new", **changes)
     assert not list(tmp_path.glob("new/stage-*"))
+
+
+def test_plain_models_are_kept_after_the_steps_asked_for_in_every_stage(tiny_model, tmp_path):
+    class Noting(Trainer):
+        def training_step(self, *given, **named):
+            weights[len(weights)] = self.model.lm_head.weight.detach().clone()
+            return super().training_step(*given, **named)
+
+    weights = {}
+    record = run(tiny_model, tmp_path, "hft", checkpoints=[0, 2, 3, 5, 6], trainer_class=Noting)
+    weights[6] = record.model.lm_head.weight
+    assert sorted(path.name for path in tmp_path.glob("st*-*")) == [
+        *("stage-0", "stage-1"),
+        *(f"step-{step:05d}" for step in (0, 2, 3, 5, 6)),
+    ]
+    for step in (0, 2, 3, 5, 6):
+        kept = AutoModelForCausalLM.from_pretrained(checkpoint_folder(tmp_path, step))
+        assert torch.equal(kept.lm_head.weight, weights[step]), step
+    model = tiny_model("llama")
+    args = arguments(tmp_path)
+    train_in_stages(model, Blocks(), args, SMALL, method="hft", overwrite=True)
+    assert sorted(path.name for path in tmp_path.glob("st*-*")) == ["stage-0", "stage-1"]
+
+
+class BitFit(Method):
+    """Biases and norms only."""
+
+    def begin(self, model, stage, statistics):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() == 1)
+        return model
+
+
+def test_a_method_from_outside_is_trained_planned_and_measured(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "bitfit", BitFit)
+    record = run(tiny_model, tmp_path, "bitfit", checkpoints=[3])
+    assert {name.split(".")[-2].rstrip("12") for name in changed(record, tiny_model("llama"))} <= {
+        *("norm", "input_layernorm", "post_attention_layernorm")
+    }
+    trains = int(record.trainable["trainable"].iloc[0])
+    assert trains == 5 * 16  # norms of two layers and the last one, at width 16
+    table = plan_budget(tiny_model("llama").config, batch=1, length=8).set_index("method")
+    assert table.loc["bitfit", "trainable"] == trains
+    assert table.loc["bitfit", "share"] == pytest.approx(record.trainable["share"].iloc[0])
+    case = Case("Llama", "model", 16, 24, 2, 4, 48, 2, 8)
+    work = workload(case, "bitfit")
+    work.step()
+    assert sum(p.numel() for p in work.model.parameters() if p.requires_grad) == trains
+
+
+def test_a_packed_corpus_is_checked_as_its_examples_would_be():
+    blocks = np.arange(60, dtype=np.int32).reshape(12, 5) % 40
+    packed, order = PackedTokens(blocks.ravel(), 5), list(range(12))
+    rows = [packed[row] for row in range(12)]
+    narrow = PackedTokens(blocks.astype(np.uint16).ravel(), 5)
+    assert check_data(packed, None, order, 4) == check_data(narrow, None, order, 4)
+    for data in (packed, rows):
+        for held_out in (packed, rows[3:4]):
+            with pytest.raises(ValueError, match="examples are in the training data too"):
+                check_data(data, held_out, order, 4)
+    other = PackedTokens(np.where(blocks == 7, 8, blocks).ravel(), 5)
+    hashes = {check_data(data, None, order, 4)["train"] for data in (packed, other, PackedTokens(blocks.ravel(), 4))}
+    assert len(hashes) == 3
 
 
 def test_time_per_step_leaves_out_what_is_no_step(tiny_model, tmp_path, monkeypatch):

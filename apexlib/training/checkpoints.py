@@ -148,10 +148,8 @@ class RunFolder:
         if run.get("format") != _FORMAT or not isinstance(run.get("identity"), dict):
             raise ValueError(f"{self.path / RUN}: need format {_FORMAT} with an identity, got {run.get('format')!r}")
         then, now = _flat(run["identity"]), _flat(json.loads(json.dumps(identity)))
-        changed = [
-            f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)
-        ]
-        if changed:
+        pairs = {key: (then.get(key), now.get(key)) for key in now | then}
+        if changed := [f"{key} was {before}, is {after}" for key, (before, after) in pairs.items() if before != after]:
             raise ValueError(f"{self.path}: cannot resume another run: {'; '.join(changed[:5])}")
         old, new = (facts.get("versions", {}) for facts in (run.get("provenance", {}), provenance()))
         if old != new:
@@ -172,13 +170,17 @@ class Progress:
         numbers = {name: value for name, value in vars(self).items() if name != "assessed"}
         (folder / "progress.json").write_text(json.dumps(numbers), encoding="utf-8")
         if self.assessed:
-            write_tables(self.assessed, folder / "assessed.parquet")
+            tables = [table.assign(stage=stage) for stage, table in enumerate(self.assessed)]
+            pd.concat(tables).to_parquet(folder / "assessed.parquet", index=False)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
-        assessed = folder / "assessed.parquet"
-        return cls(**read_object(folder / "progress.json"), assessed=read_tables(assessed) if assessed.exists() else [])
+        progress = cls(**read_object(folder / "progress.json"))
+        if (folder / "assessed.parquet").exists():
+            for _, table in pd.read_parquet(folder / "assessed.parquet").groupby("stage", sort=True):
+                progress.assessed.append(table.drop(columns="stage").reset_index(drop=True))
+        return progress
 
 
 def write_state(value: Any, folder: Path) -> None:
@@ -222,22 +224,10 @@ def copy_parameters(model: torch.nn.Module, saved: Mapping[str, Tensor], where: 
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(f"{where}: {odd[0]} is {'not saved' if odd[0] in own else 'no parameter that trains'}")
     for name, p in own.items():
-        if (saved[name].shape, saved[name].dtype) != (p.shape, p.dtype):
-            raise ValueError(
-                f"{where}: {name} is {saved[name].dtype} {tuple(saved[name].shape)}, need {tuple(p.shape)}"
-            )
+        found, need = ((tensor.dtype, tuple(tensor.shape)) for tensor in (saved[name], p))
+        if found != need:
+            raise ValueError(f"{where}: {name} is {found}, need {need}")
         p.data.copy_(saved[name])
-
-
-def write_tables(tables: list[pd.DataFrame], path: Path) -> None:
-    """Write tables of equal columns to one file."""
-    pd.concat([table.assign(stage=stage) for stage, table in enumerate(tables)]).to_parquet(path, index=False)
-
-
-def read_tables(path: Path) -> list[pd.DataFrame]:
-    """Read what `write_tables` wrote."""
-    groups = pd.read_parquet(path).groupby("stage", sort=True)
-    return [table.drop(columns="stage").reset_index(drop=True) for _, table in groups]
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

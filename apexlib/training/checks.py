@@ -1,8 +1,7 @@
 """What of a run is refused before it starts, what names it, and what is checked while it trains and after."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -41,23 +40,16 @@ def decisive_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def check_run(
-    args: TrainingArguments,
-    method: Method,
-    *,
-    stages: int,
-    steps: int,
-    per_step: int,
-    examples: int,
-    checkpoints: Collection[int],
+    args: TrainingArguments, method: Method, stages: int, steps: int, per_step: int, examples: int, kept: Iterable[int]
 ) -> None:
-    """Refuse a run that cannot be done as it is asked for."""
+    """Refuse a run that cannot be done as it is asked for; `kept`: the steps after which a plain model is kept."""
     if examples < per_step:
         raise ValueError(f"train_dataset: {examples} examples, fewer than the {per_step} of one step")
     if steps < stages:
         raise ValueError(f"{steps} steps for {stages} stages: need at least one step a stage (data set of {examples})")
-    if outside := sorted(step for step in checkpoints if not 0 <= step <= steps):
+    if outside := sorted(step for step in kept if not 0 <= step <= steps):
         raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
-    if checkpoints and not method.plain:
+    if kept and not method.plain:
         raise ValueError(f"checkpoints: the model of {type(method).__name__} is not plain while it trains; need none")
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if schedule not in _BY_STEP:
@@ -70,36 +62,27 @@ def check_run(
         raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What reading a data set once tells: a hash of all, of each example's tokens, and who has no label to learn."""
-
-    hash: str
-    tokens: Sequence[bytes]
-    silent: frozenset[int]
-
-
 def check_data(train: Dataset, evaluation: Dataset | None, order: Sequence[int], per_step: int) -> dict[str, str | int]:
     """Read every example of both sets once and hash them; examples in both, and steps without a label, are refused."""
     evaluated = evaluation is not None and len(evaluation) > 0
-    learnt = _read(train, "train_dataset", compare=evaluated)
-    for step, start in enumerate(range(0, len(order) if learnt.silent else 0, per_step), 1):
-        if learnt.silent.issuperset(order[start : start + per_step]):
-            none = f"{len(learnt.silent)} of {len(train)} examples have none"
+    whole, tokens, silent = _read(train, "train_dataset", compare=evaluated)
+    for step, start in enumerate(range(0, len(order) if silent else 0, per_step), 1):
+        if silent.issuperset(order[start : start + per_step]):
+            none = f"{len(silent)} of {len(train)} examples have none"
             raise ValueError(f"train_dataset: no label of step {step} is anything but −100; {none}")
-    hashes = {"examples": len(train), "train": learnt.hash}
+    hashes = {"examples": len(train), "train": whole}
     if not evaluated:
         return hashes
-    held_out, seen = _read(evaluation, "eval_dataset", compare=True), set(learnt.tokens)
-    if shared := sum(tokens in seen for tokens in held_out.tokens):
+    (hashes["evaluation"], held_out, silent), seen = _read(evaluation, "eval_dataset", compare=True), set(tokens)
+    if shared := sum(tokens in seen for tokens in held_out):
         raise ValueError(f"eval_dataset: {shared} of its {len(evaluation)} examples are in the training data too")
-    if len(held_out.silent) == len(evaluation):
+    if len(silent) == len(evaluation):
         raise ValueError(f"eval_dataset: no label of its {len(evaluation)} examples is anything but −100")
-    return hashes | {"evaluation": held_out.hash}
+    return hashes
 
 
-def _read(dataset: Dataset, name: str, *, compare: bool) -> _Contents:
-    """Read a data set once; the tokens of each example are hashed only to `compare` them."""
+def _read(dataset: Dataset, name: str, *, compare: bool) -> tuple[str, list[bytes], set[int]]:
+    """Read a data set once: a hash of all, of each example's tokens, to `compare` them, and rows without a label."""
     whole, tokens, silent = blake2b(digest_size=16), [], set()
     if type(dataset) is PackedTokens:  # one array whose tokens all train: a corpus of a gigabyte in a second
         blocks = dataset.blocks
@@ -107,37 +90,26 @@ def _read(dataset: Dataset, name: str, *, compare: bool) -> _Contents:
         rows = max(1, _CHUNK // blocks.shape[1])
         for start in range(0, len(blocks), rows):
             whole.update(np.ascontiguousarray(blocks[start : start + rows], dtype=np.int32))
-        tokens = [_digest(block) for block in blocks] if compare else []
-        return _Contents(whole.hexdigest(), tokens, frozenset())
+        return whole.hexdigest(), [_digest(block) for block in blocks] if compare else [], silent
     for row in range(len(dataset)):
         item = dataset[row]
         if "input_ids" not in item:
             found = ", ".join(map(str, item))
             raise ValueError(f"{name}: example {row} has no input_ids but {found}: need it tokenised")
-        for part in _bytes_of(item):
-            whole.update(part)
+        for key in sorted(item):
+            value = np.asarray(item[key])
+            whole.update(f"{key} {value.dtype}{value.shape}".encode())
+            whole.update(repr(item[key]).encode() if value.dtype == object else value.tobytes())
         if compare:
             tokens.append(_digest(item["input_ids"]))
         labels = item.get("labels")
         if labels is not None and not (np.asarray(labels)[1:] != IGNORED).any():  # the first predicts nothing
             silent.add(row)
-    return _Contents(whole.hexdigest(), tokens, frozenset(silent))
+    return whole.hexdigest(), tokens, silent
 
 
 def _digest(tokens: Any) -> bytes:
     return blake2b(np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
-
-
-def _bytes_of(item: Mapping[str, Any]) -> Iterator[bytes]:
-    """All that an example holds."""
-    for name in sorted(item):
-        yield repr(name).encode()
-        value = np.asarray(item[name])
-        if value.dtype == object:
-            yield repr(item[name]).encode()
-        else:
-            yield f"{value.dtype}{value.shape}".encode()
-            yield value.tobytes()
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -123,7 +123,8 @@ class HalfFineTuning(Method):
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         model.requires_grad_(True)
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + stage)
-        for matrices in _matrices_by_block(model).values():
+        for block in model.get_submodule(family_of(model).layers):
+            matrices = [parameter for parameter in block.parameters() if parameter.dim() == 2]
             for index in torch.randperm(len(matrices), generator=generator)[: len(matrices) // 2].tolist():
                 matrices[index].requires_grad_(False)
         return model
@@ -173,13 +174,3 @@ def keep_largest(gradient: Tensor, share: float) -> Tensor:
         threshold = flat.float().kthvalue(flat.numel() - kept + 1).values
         gradient.mul_(gradient.abs() >= threshold)
     return gradient
-
-
-def _matrices_by_block(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """Weight matrices of each decoder layer, by the layer's name."""
-    layers = family_of(model).layers
-    blocks: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith(f"{layers}.") and parameter.dim() == 2:
-            blocks.setdefault(name.removeprefix(f"{layers}.").split(".")[0], []).append(parameter)
-    return blocks

@@ -84,12 +84,8 @@ def train_in_stages(
 
         trainer_class = Trainer
     config = config or ApexConfig()
-    trainer = partial(
-        stage_trainer(trainer_class),
-        eval_dataset=eval_dataset,
-        data_collator=data_collator,
-        processing_class=processing_class,
-    )
+    around = {"eval_dataset": eval_dataset, "data_collator": data_collator, "processing_class": processing_class}
+    trainer = partial(stage_trainer(trainer_class), **around)
     with Stop(args, seconds) as stop:
         run = _Run(model, method_of(method, config, **options), args, train_dataset, eval_dataset, checkpoints)
         identity = {"method": method, "options": options, "trainer": trainer_class.__name__, **run.identity()}
@@ -121,9 +117,9 @@ class _Run:
         self.checkpoints = frozenset(checkpoints)
         self.stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.total = _total_steps(args, len(train), self.per_step)
-        sizes = {"stages": self.stages, "steps": self.total, "per_step": self.per_step, "examples": len(train)}
-        check_run(args, method, **sizes, checkpoints=self.checkpoints)
+        by_epochs = max(1, math.floor(args.num_train_epochs * len(train) / self.per_step))
+        self.total = args.max_steps if args.max_steps > 0 else by_epochs
+        check_run(args, method, self.stages, self.total, self.per_step, len(train), self.checkpoints)
         self.borders = [round(self.total * stage / self.stages) for stage in range(self.stages + 1)]
         seed = args.seed if args.data_seed is None else args.data_seed
         self.order = data_order(len(train), self.total * self.per_step, seed)
@@ -182,12 +178,13 @@ class _Run:
         if method.assesses:
             differentiable = config.balance_weight > 0
             recorder = ActivationRecorder(model, top=config.fraction, training_only=True, differentiable=differentiable)
+        rows = self.order[start * self.per_step : end * self.per_step]
         around = (method, recorder, self.folder, self.progress, self.checkpoints, stop)
         trainer = trainer_class(
             stage=Stage(number, start, self.total, *around),
             model=trained,
             args=_stage_arguments(args, end - start, resumed=saved is not None),
-            train_dataset=_take(self.data, self.order[start * self.per_step : end * self.per_step]),
+            train_dataset=self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows),
         )
         trainer.remove_callback(PrinterCallback)
         before = fingerprints(trained)
@@ -230,12 +227,10 @@ class _Run:
     def record(self) -> TrainingRecord:
         """Sum up the finished run."""
         done = self.progress
-        log = pd.concat(
-            [_stage_log(rows, stage, self.borders[stage]) for stage, rows in enumerate(done.histories)],
-            ignore_index=True,
-        )
-        plans, assessed, trainable = tuple(self.method.plans), tuple(done.assessed), pd.DataFrame(done.trainable)
-        return TrainingRecord(self.model, log, plans, assessed, trainable, median(done.seconds))
+        tables = [_stage_log(rows, stage, self.borders[stage]) for stage, rows in enumerate(done.histories)]
+        log, trainable = pd.concat(tables, ignore_index=True), pd.DataFrame(done.trainable)
+        plans, statistics = tuple(self.method.plans), tuple(done.assessed)
+        return TrainingRecord(self.model, log, plans, statistics, trainable, median(done.seconds))
 
 
 def data_order(size: int, count: int, seed: int) -> list[int]:
@@ -247,16 +242,6 @@ def data_order(size: int, count: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
     return torch.cat(epochs)[:count].tolist()
-
-
-def _total_steps(args: TrainingArguments, size: int, per_step: int) -> int:
-    if args.max_steps > 0:
-        return args.max_steps
-    return max(1, math.floor(args.num_train_epochs * size / per_step))
-
-
-def _take(dataset: Dataset, rows: list[int]) -> Dataset:
-    return dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
 
 
 def _stage_arguments(args: TrainingArguments, steps: int, *, resumed: bool) -> TrainingArguments:

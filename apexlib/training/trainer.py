@@ -11,19 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, get_scheduler
+from transformers import TrainerCallback
 
 from apexlib.activations import ActivationRecorder, NotFiniteError
-from apexlib.training.checkpoints import (
-    Progress,
-    RunFolder,
-    checkpoint_folder,
-    complete_folder,
-    copy_parameters,
-    read_state,
-    save_plain,
-    write_state,
-)
+from apexlib.training import checkpoints
+from apexlib.training.checkpoints import Progress, RunFolder
 from apexlib.training.checks import first_not_finite, why_not_finite
 from apexlib.training.interruption import Interrupted, Stop
 from apexlib.training.methods import Method
@@ -40,7 +32,7 @@ class Stage:
     recorder: ActivationRecorder | None  # gathers the statistics behind the next plan
     folder: RunFolder
     progress: Progress  # of the run; the time of each step is added to it
-    checkpoints: frozenset[int]  # steps of the run after which a plain model is saved
+    kept: frozenset[int]  # steps of the run after which a plain model is saved
     stop: Stop
 
 
@@ -79,16 +71,9 @@ class StageTraining:
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        optimizer = optimizer or self.optimizer
-        whole = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=self.args.get_warmup_steps(self.stage.total),
-            num_training_steps=self.stage.total,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
-        )
+        whole = super().create_scheduler(self.stage.total, optimizer)
         later = [lambda step, rate=rate: rate(step + self.stage.start) for rate in whole.lr_lambdas]
-        self.lr_scheduler = LambdaLR(optimizer, later)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, later)
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **named: Any) -> Any:
@@ -170,20 +155,21 @@ class StageTraining:
         state = self._whole_state(evaluated)
         if not self.args.should_save:
             return
-        with complete_folder(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
-            write_state(state, folder)
+        with checkpoints.complete_folder(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
+            checkpoints.write_state(state, folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self.stage.progress.save(folder)
         if limit := self.args.save_total_limit:
             self.stage.folder.forget_steps(keep=limit)
 
     def _save_checkpoint_if_asked(self) -> None:
-        if self.run_step not in self.stage.checkpoints:
+        if self.run_step not in self.stage.kept:
             return
         self.check_weights()
         if self.args.should_save:
-            with complete_folder(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
-                save_plain(self.model, self.processing_class, folder)
+            target = checkpoints.checkpoint_folder(self.stage.folder.path, self.run_step)
+            with checkpoints.complete_folder(target) as folder:
+                checkpoints.save_plain(self.model, self.processing_class, folder)
 
     def _whole_state(self, evaluated: bool) -> dict[str, Any]:
         """All that going on takes; what differs between the processes of a run comes from each of them."""
@@ -226,8 +212,8 @@ class StageTraining:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.saved = read_state(folder)
-        copy_parameters(self.model, self.saved["parameters"], folder)
+        self.saved = checkpoints.read_state(folder)
+        checkpoints.copy_parameters(self.model, self.saved["parameters"], folder)
         if self.stage.recorder is not None:
             self.stage.recorder.load_state(self._own_state()["recorder"])
 

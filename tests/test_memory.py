@@ -1,0 +1,40 @@
+"""Memory is measured as the system tells it, and where it does not tell, nothing is made up."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from apexlib.memory import peak_mb, reset_peak, resident_mb
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells it in /proc")
+
+
+@linux
+def test_the_peak_counts_what_was_held_since_it_was_reset():
+    before = reset_peak()
+    array = np.ones(50_000_000, dtype=np.uint8)
+    del array
+    assert 45 < peak_mb() - before < 80
+    assert reset_peak() < before + 30
+    assert peak_mb() < before + 40
+
+
+@linux
+def test_another_process_can_be_asked():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert 0 < resident_mb(child.pid) < resident_mb(os.getpid()) + 200
+        child.communicate(b"\n")
+
+
+def test_what_the_system_does_not_tell_is_nan():
+    assert math.isnan(resident_mb(2**31 - 1))
+    assert math.isnan(resident_mb(entry="VmNothing"))
+
+
+def test_measuring_needs_no_torch():
+    code = "import sys, apexlib.memory as memory; memory.reset_peak(); memory.peak_mb(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
