@@ -1054,5 +1054,6 @@ def test_a_notebook_that_is_not_as_committed_gets_one_note(project, no_kernel, c
 
 
 def test_the_runner_starts_light():
-    code = "import sys, apexlib.suite.runner; sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    heavy = "sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    code = f"import sys, apexlib.suite.runner, apexlib.suite.command_line as c; c._parser(()); {heavy}"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

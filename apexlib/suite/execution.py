@@ -39,11 +39,8 @@ def execute(
     """Run `notebook` in its folder with the parameters `values`, under more `environment` variables, into `copy`."""
     import papermill
 
-    for name in (
-        "papermill",
-        "asyncio",
-    ):  # the one repeats what is said here, the other complains of interrupts
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would repeat what is said here
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would complain of what an interrupt cuts off
     before = {path: stamps(root, path) for path in notebook.writes}
     follower = _Follower(notebook)
     out_of_time = False

@@ -70,7 +70,7 @@ class Parameter:
     default: Any
     help: str = ""
 
-    def convert(self, value: Any) -> Any:
+    def convert(self, value: Any, where: str = "") -> Any:
         """Return `value` if it is of this parameter's kind, an int as a float where a float is due.
 
         >>> Parameter("lr", "float | None", 0.1).convert(1)
@@ -91,7 +91,7 @@ class Parameter:
                     float(value)
                     hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4"
             got = f"{reprlib.repr(value)} ({type(value).__name__})"
-            raise ReproduceError(f"parameter {self.name}: need {self.kind}, got {got}{hint}") from None
+            raise ReproduceError(f"{where}parameter {self.name}: need {self.kind}, got {got}{hint}") from None
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,7 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
             raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`")
         if parameter.name in found:
             raise ReproduceError(f"{here}: {parameter.name} is there already")
-        try:
-            found[parameter.name] = replace(parameter, default=parameter.convert(parameter.default))
-        except ReproduceError as error:
-            raise ReproduceError(f"{here}, {error}") from None
+        found[parameter.name] = replace(parameter, default=parameter.convert(parameter.default, f"{here}, "))
     first = next(iter(found.values()), None)
     if first is None or (first.name, first.kind) != ("profile", "str"):
         raise ReproduceError(f'{where}: need `profile: str = "cpu"` as the first parameter')
