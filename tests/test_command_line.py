@@ -216,7 +216,7 @@ def test_without_the_notebooks_extra_train_says_what_is_missing(tmp_path, capsys
     monkeypatch.delitem(sys.modules, "apexlib.suite.notebooks", raising=False)
     monkeypatch.delitem(sys.modules, "apexlib.suite.profiles", raising=False)
     assert main(["train", str(tmp_path / "t.yaml")]) == 2
-    assert re.fullmatch(r"error: .*pydantic.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: .*pydantic.*; need pip install 'apexlib\[notebooks\]'\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", ["reproduce", "difference", "spectrum", "train", "plan", "verify"])

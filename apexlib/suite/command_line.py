@@ -25,8 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"error: {error}; need pip install 'apexlib[notebooks]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
@@ -281,6 +284,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _settings(path: Path) -> dict[str, Any]:
     """Read a training file: what it may say, with defaults, and nothing else."""
+    from pydantic import Field
+
     from apexlib.suite.notebooks import Strict, validated
     from apexlib.suite.profiles import load_yaml
 
@@ -288,10 +293,10 @@ def _settings(path: Path) -> dict[str, Any]:
         model: str
         revision: str | None = None
         kind: Literal["text", "chat"] = "text"
-        data: dict[str, Any] = {}
+        data: dict[str, Any] = Field(default_factory=dict)
         length: int = 512
         method: str = "apex"
-        apex: dict[str, Any] = {}
+        apex: dict[str, Any] = Field(default_factory=dict)
         training: dict[str, Any]
 
     settings = dict(validated(Settings, load_yaml(path, str(path)), str(path)))

@@ -30,7 +30,7 @@ class Execution:
     problem: str
     seconds: float
     peak_memory_mb: int | None  # resident, of the kernel's own process
-    out_of_time: bool = False  # whether it ended since the deadline had passed; then `problem` says what is left
+    out_of_time: bool = False  # the deadline passed before it was done; `problem` says what is left
 
 
 def execute(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from apexlib.suite.folders import folders
 from apexlib.suite.notebooks import Notebook, ReproduceError, Strict, unknown, validated
@@ -13,7 +14,7 @@ from apexlib.suite.notebooks import Notebook, ReproduceError, Strict, unknown, v
 class _ProfileFile(Strict):
     description: str
     extends: str | None = None  # the profile whose values these go on from
-    notebooks: dict[str, dict[str, Any] | None] = {}
+    notebooks: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     runnable: bool = True
     why: str = ""  # said when it is not runnable
 
