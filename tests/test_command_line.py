@@ -184,6 +184,7 @@ def test_two_processes_killed_go_on_to_the_same_bits(folder, tmp_path):
         ("- 1", "need a mapping with model"),
         ("model: m\nmodell: n", "unknown key 'modell' in "),
         ("kind: text", "t.yaml: need model"),
+        ("model: m\nmethod: apx\ntraining: {output_dir: o}", "t.yaml, method: need 'apex', 'full'"),
         ("model: m\ntraining: {lr: 1}", "t.yaml, training: need output_dir"),
         ("model: m\nlength: '9'\ntraining: {output_dir: o}", "t.yaml, length: need a valid integer, got '9'"),
         ("model: m\nkind: prose\ntraining: {output_dir: o}", "t.yaml, kind: need 'text' or 'chat', got 'prose'"),

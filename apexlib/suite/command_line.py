@@ -295,7 +295,7 @@ def _settings(path: Path) -> dict[str, Any]:
         kind: Literal["text", "chat"] = "text"
         data: dict[str, Any] = Field(default_factory=dict)
         length: int = 512
-        method: str = "apex"
+        method: Literal[_methods()] = "apex"
         apex: dict[str, Any] = Field(default_factory=dict)
         training: dict[str, Any]
 

@@ -73,9 +73,8 @@ def stamps(root: Path, path: str) -> Stamps:
     """Stat the file `path` below `root` or, if `path` ends in "/", every visible file in that folder."""
     files = [root / path]
     if path.endswith("/"):
-        hidden = re.compile(r"(^|/)\.")
-        found = {file.relative_to(root / path).as_posix(): file for file in (root / path).rglob("*")}
-        files = [found[name] for name in sorted(found) if not hidden.search(name)]
+        names = {file: file.relative_to(root / path).as_posix() for file in (root / path).rglob("*")}
+        files = [file for file, name in names.items() if not re.search(r"(^|/)\.", name)]
     stats = {file.relative_to(root).as_posix(): file.stat() for file in files if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 

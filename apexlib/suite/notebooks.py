@@ -35,9 +35,8 @@ def validated(model: type[Model], content: Any, where: str) -> Model:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-    # a name that is wrong explains why another is missing
-    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+        # wrong names come first: they explain why others are missing
+        first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         raise unknown("key", path[-1], model.model_fields, where)
