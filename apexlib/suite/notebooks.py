@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -27,11 +27,8 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Model = TypeVar("Model", bound=Strict)
-
-
-def validated(model: type[Model], content: Any, where: str) -> Model:
-    """Make a `model` of what stands in a file; what is wrong first is named in one line."""
+def validated(model: type[Strict], content: Any, where: str) -> Any:
+    """Make a `model` of what stands in a file; what is wrong is said in one line, beginning with `where`."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
