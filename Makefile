@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
 #   make reproduce [PROFILE=smoke|cpu|study|study-110m|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
+#   make reproduce ARGS="--budget 9m"              start nothing after 9 minutes; "Error 3": work is left, run again to go on
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)

@@ -294,11 +294,6 @@ def changed(reason: str, *notebooks: str) -> dict[str, str]:
             id="parameter",
         ),
         pytest.param(
-            lambda p: edit(p.root / "apexlib/__init__.py", "the", "The"),
-            changed("changed: apexlib.__init__", "00"),
-            id="library",
-        ),
-        pytest.param(
             lambda p: edit(p.root / "notebooks/00_make.ipynb", '/a.csv": [', '/a.csv": ["step", '),
             changed("changed: what it writes", "00"),
             id="promise",
@@ -379,6 +374,14 @@ def test_comments_formatting_and_prose_are_no_code(project, no_kernel, change):
 def test_changed_code_is_named_by_its_cell(project, no_kernel, change, cell):
     rewrite(project.root / "notebooks" / "03_beside.ipynb", change)
     assert project.plan()["03"] == ("run", f"changed: {cell}")
+
+
+def test_the_library_that_counts_is_the_one_that_the_kernel_imports(project, no_kernel):
+    edit(project.root / "apexlib" / "__init__.py", "the", "The")
+    status, reason = project.plan()["00"]
+    assert status == "run"
+    assert reason.startswith("changed: apexlib.")
+    assert project.plan()["03"] == ("skip", "up to date")  # it imports nothing of it
 
 
 def test_a_definition_that_a_notebook_reaches_is_named(project, no_kernel, monkeypatch):
@@ -859,7 +862,6 @@ def test_right_values_arrive_as_they_are(small, monkeypatch):
         ({"notebooks": {"00_onyl": {}}}, "unknown notebook '00_onyl' in profile cpu: did you mean 00_only?"),
         ({"notebooks": {"00_only": {}}, "note": 1}, "unknown key 'note' in cpu.yaml"),
         ({"notebook": {"00_only": {}}}, "unknown key 'notebook' in cpu.yaml: did you mean notebooks?"),
-        ({"notebooks": {"00_only": {}}, "name": "x"}, "unknown key 'name' in cpu.yaml"),
         ({"notebooks": ["00_only"]}, "cpu.yaml, notebooks: need a mapping, got ['00_only']"),
         ({"notebooks": {}}, "cpu.yaml: need both description and notebooks"),
         ({"runnable": "no", "notebooks": {"00_only": {}}}, "cpu.yaml, runnable: need a valid boolean, got 'no'"),
@@ -922,6 +924,10 @@ def test_a_profile_file_of_ones_own(small, capsys):
         assert main(["--profile", name]) == 2
         assert said in capsys.readouterr().err
     assert main(["--profile", "gone.yaml"]) == 2
+    assert "profile file gone.yaml: not found" in capsys.readouterr().err
+    (small.root / "named.yaml").write_text("description: mine\nname: cpu\nnotebooks: {00_only: {n: 9}}\n")
+    assert main(["--profile", "named.yaml"]) == 2  # the file's name is the profile's
+    assert "unknown key 'name' in named.yaml" in capsys.readouterr().err
     (small.root / "bad.yaml").write_text("description: [\n")
     assert main(["--profile", "bad.yaml"]) == 2
     assert "error: bad.yaml: while parsing" in capsys.readouterr().err
@@ -1054,5 +1060,6 @@ def test_a_notebook_that_is_not_as_committed_gets_one_note(project, no_kernel, c
 
 
 def test_the_runner_starts_light():
-    code = "import sys, apexlib.suite.runner; sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    heavy = "sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    code = f"import sys, apexlib.suite.runner, apexlib.suite.command_line as c; c._parser(()); {heavy}"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

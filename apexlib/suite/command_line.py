@@ -25,8 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"error: {error}; need pip install 'apexlib[notebooks]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
@@ -49,7 +52,9 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--only", action="append", default=[], metavar="01", help="just this notebook (repeatable)")
     which.add_argument("--from", dest="start", metavar="01", help="this notebook and all after it")
-    which.add_argument("--claim", type=int, action="append", metavar="3", help="what this claim needs (repeatable)")
+    which.add_argument(
+        "--claim", dest="claims", type=int, action="append", default=[], metavar="3", help="what it needs (repeatable)"
+    )
     sub.add_argument("--budget", type=_seconds, default=math.inf, metavar="30m", help="time after which nothing starts")
     sub.add_argument("--force", action="store_true", help="run them even if nothing changed")
     sub.add_argument("--set", action="append", default=[], metavar="01.NAME=VALUE", help="a parameter (repeatable)")
@@ -126,8 +131,8 @@ def _reproduce(options: argparse.Namespace) -> int:
         if not equals or "." not in key:
             raise ValueError(f"--set {text}: need NOTEBOOK.PARAMETER=VALUE")
         settings[key] = load_yaml(value, f"--set {text}")
-    only = runner.notebooks_of_claims(options.claim, options.profile, root) if options.claim else options.only
-    chosen = {"root": root, "only": only, "start": options.start, "settings": settings, "force": options.force}
+    chosen = {name: getattr(options, name) for name in ("only", "start", "claims", "force")}
+    chosen |= {"root": root, "settings": settings}
     if options.dry_run:
         steps = runner.plan_profile(options.profile, **chosen)
         width = max(len(step.notebook) for step in steps)
@@ -147,7 +152,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
-    return _show_verdicts(options.claim, options.profile, root) if options.claim else 0
+    return _show_verdicts(options.claims, options.profile, root) if options.claims else 0
 
 
 def _terminate(*_: Any) -> None:
@@ -282,6 +287,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _settings(path: Path) -> dict[str, Any]:
     """Read a training file: what it may say, with defaults, and nothing else."""
+    from pydantic import Field
+
     from apexlib.suite.notebooks import Strict, validated
     from apexlib.suite.profiles import load_yaml
 
@@ -289,10 +296,10 @@ def _settings(path: Path) -> dict[str, Any]:
         model: str
         revision: str | None = None
         kind: Literal["text", "chat"] = "text"
-        data: dict[str, Any] = {}
+        data: dict[str, Any] = Field(default_factory=dict)
         length: int = 512
-        method: str = "apex"
-        apex: dict[str, Any] = {}
+        method: Literal[_methods()] = "apex"
+        apex: dict[str, Any] = Field(default_factory=dict)
         training: dict[str, Any]
 
     settings = dict(validated(Settings, load_yaml(path, str(path)), str(path)))

@@ -30,7 +30,7 @@ class Execution:
     problem: str
     seconds: float
     peak_memory_mb: int | None  # resident, of the kernel's own process
-    out_of_time: bool = False  # whether it ended since the deadline had passed; then `problem` says what is left
+    out_of_time: bool = False  # the deadline passed before it was done; `problem` says what is left
 
 
 def execute(
@@ -39,11 +39,8 @@ def execute(
     """Run `notebook` in its folder with the parameters `values`, under more `environment` variables, into `copy`."""
     import papermill
 
-    for name in (
-        "papermill",
-        "asyncio",
-    ):  # the one repeats what is said here, the other complains of interrupts
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would repeat what is said here
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would complain of what an interrupt cuts off
     before = {path: stamps(root, path) for path in notebook.writes}
     follower = _Follower(notebook)
     out_of_time = False
@@ -76,9 +73,8 @@ def stamps(root: Path, path: str) -> Stamps:
     """Stat the file `path` below `root` or, if `path` ends in "/", every visible file in that folder."""
     files = [root / path]
     if path.endswith("/"):
-        hidden = re.compile(r"(^|/)\.")
-        found = {file.relative_to(root / path).as_posix(): file for file in (root / path).rglob("*")}
-        files = [found[name] for name in sorted(found) if not hidden.search(name)]
+        names = {file: file.relative_to(root / path).as_posix() for file in (root / path).rglob("*")}
+        files = [file for file, name in names.items() if not re.search(r"(^|/)\.", name)]
     stats = {file.relative_to(root).as_posix(): file.stat() for file in files if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -27,17 +27,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Model = TypeVar("Model", bound=Strict)
-
-
-def validated(model: type[Model], content: Any, where: str) -> Model:
-    """Make a `model` of what stands in a file; what is wrong first is named in one line."""
+def validated(model: type[Strict], content: Any, where: str) -> Any:
+    """Make a `model` of what stands in a file; what is wrong is said in one line, beginning with `where`."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-    # a name that is wrong explains why another is missing
-    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+        # wrong names come first: they explain why others are missing
+        first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         raise unknown("key", path[-1], model.model_fields, where)
@@ -70,7 +66,7 @@ class Parameter:
     default: Any
     help: str = ""
 
-    def convert(self, value: Any) -> Any:
+    def convert(self, value: Any, where: str = "") -> Any:
         """Return `value` if it is of this parameter's kind, an int as a float where a float is due.
 
         >>> Parameter("lr", "float | None", 0.1).convert(1)
@@ -91,7 +87,7 @@ class Parameter:
                     float(value)
                     hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4"
             got = f"{reprlib.repr(value)} ({type(value).__name__})"
-            raise ReproduceError(f"parameter {self.name}: need {self.kind}, got {got}{hint}") from None
+            raise ReproduceError(f"{where}parameter {self.name}: need {self.kind}, got {got}{hint}") from None
 
 
 @dataclass(frozen=True)
@@ -208,10 +204,7 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
             raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`")
         if parameter.name in found:
             raise ReproduceError(f"{here}: {parameter.name} is there already")
-        try:
-            found[parameter.name] = replace(parameter, default=parameter.convert(parameter.default))
-        except ReproduceError as error:
-            raise ReproduceError(f"{here}, {error}") from None
+        found[parameter.name] = replace(parameter, default=parameter.convert(parameter.default, f"{here}, "))
     first = next(iter(found.values()), None)
     if first is None or (first.name, first.kind) != ("profile", "str"):
         raise ReproduceError(f'{where}: need `profile: str = "cpu"` as the first parameter')

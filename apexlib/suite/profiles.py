@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from apexlib.suite.folders import folders
 from apexlib.suite.notebooks import Notebook, ReproduceError, Strict, unknown, validated
@@ -13,7 +14,7 @@ from apexlib.suite.notebooks import Notebook, ReproduceError, Strict, unknown, v
 class _ProfileFile(Strict):
     description: str
     extends: str | None = None  # the profile whose values these go on from
-    notebooks: dict[str, dict[str, Any] | None] = {}
+    notebooks: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     runnable: bool = True
     why: str = ""  # said when it is not runnable
 
@@ -68,18 +69,12 @@ def read_profile(profile: str, folder: Path, *, extended_by: tuple[str, ...] = (
 def resolve(notebook: Notebook, profile: Profile, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return every parameter's value: the notebook's own, then the profile's, then that of `settings`."""
     values = {name: parameter.default for name, parameter in notebook.parameters.items()}
-    changes = ((f"profile {profile.name}", profile.notebooks), ("--set", settings))
-    for where, name, value in (
-        (f"{origin}, {notebook.name}", name, value)
-        for origin, of_notebooks in changes
-        for name, value in of_notebooks.get(notebook.name, {}).items()
-    ):
-        if name == "profile":
-            raise ReproduceError(f"{where}: parameter profile is set by the runner")
-        if name not in notebook.parameters:
-            raise unknown("parameter", name, notebook.parameters, where)
-        try:
-            values[name] = notebook.parameters[name].convert(value)
-        except ReproduceError as error:
-            raise ReproduceError(f"{where}, {error}") from None
+    for origin, changes in ((f"profile {profile.name}", profile.notebooks), ("--set", settings)):
+        where = f"{origin}, {notebook.name}"
+        for name, value in changes.get(notebook.name, {}).items():
+            if name == "profile":
+                raise ReproduceError(f"{where}: parameter profile is set by the runner")
+            if name not in notebook.parameters:
+                raise unknown("parameter", name, notebook.parameters, where)
+            values[name] = notebook.parameters[name].convert(value, f"{where}, ")
     return values | {"profile": profile.name}

@@ -50,18 +50,20 @@ def run_profile(
     root: Path | None = None,
     only: Sequence[str] = (),
     start: str | None = None,
+    claims: Sequence[int] = (),
     force: bool = False,
     settings: Mapping[str, Any] | None = None,
     budget: float = math.inf,
 ) -> list[Step]:
     """Run the notebooks of `profile` (a name or a YAML file) whose inputs or results changed since they last ran.
 
-    `only` and `start` are beginnings of notebook names; `settings` maps "notebook.parameter" to a value. Once `budget`
-    seconds are over, no notebook is started, and the one under way starts no further training. Raises `ReproduceError`
-    before anything has run, `RunError` after all that depends on no failed or unfinished notebook has.
+    `only` and `start` are beginnings of notebook names, or `claims` numbers of the ledger whose notebooks are run;
+    `settings` maps "notebook.parameter" to a value. Once `budget` seconds are over, no notebook is started, and the one
+    under way starts no further training. Raises `ReproduceError` before anything has run, `RunError` after all that
+    depends on no failed or unfinished notebook has.
     """
     deadline = time.time() + budget
-    job = _Job(profile, root, only=only, start=start, settings=settings)
+    job = _Job(profile, root, only=only, start=start, claims=claims, settings=settings)
     steps: list[Step] = []
     with job.alone():
         manifest = job.folders.results / "manifest.json"
@@ -94,24 +96,6 @@ def plan_profile(profile: str = "cpu", *, force: bool = False, **chosen: Any) ->
         else:
             steps.append(Step(name, "skip", "up to date"))
     return steps
-
-
-def notebooks_of_claims(numbers: Sequence[int], profile: str, root: Path) -> list[str]:
-    """Name the notebooks that claims of the ledger need, with all those whose results these need."""
-    chosen = read_profile(profile, root / "notebooks" / "profiles")
-    known = read_notebooks(root / "notebooks", chosen.notebooks, chosen.name)
-    try:
-        claims = choose(read_claims(root / "data" / "claims.yaml"), numbers)
-    except (OSError, ValueError) as error:
-        raise ReproduceError(str(error)) from None
-    found, wanted = set(), [name for claim in claims for name in claim.notebooks]
-    while wanted:
-        if (name := wanted.pop()) not in known:
-            raise unknown("notebook", name, known, f"data/claims.yaml with profile {chosen.name}")
-        if name not in found:
-            found.add(name)
-            wanted += [writer for path in known[name].needs if (writer := writer_of(path, known))]
-    return sorted(found)
 
 
 def find_root(root: Path | None = None) -> Path:
@@ -162,6 +146,7 @@ class _Job:
         *,
         only: Sequence[str] = (),
         start: str | None = None,
+        claims: Sequence[int] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.root = find_root(root)
@@ -176,6 +161,8 @@ class _Job:
             self.selected = [name for name in names if name in wanted]
         elif start is not None:
             self.selected = names[names.index(_matching(start, names)[0]) :]
+        elif claims:
+            self.selected = self._needed_by(claims)
         self.settings: dict[str, dict[str, Any]] = {}
         for key, value in (settings or {}).items():
             prefix, _, parameter = key.partition(".")
@@ -186,6 +173,20 @@ class _Job:
         for name in self.selected:
             self._check_needs(self.notebooks[name])
         self.state = _State(self.root, self.folders.runs / "state.json")
+
+    def _needed_by(self, claims: Sequence[int]) -> list[str]:
+        """Name the notebooks that claims of the ledger need, with all those whose results these need."""
+        try:
+            chosen = choose(read_claims(self.root / "data" / "claims.yaml"), claims)
+        except (OSError, ValueError) as error:
+            raise ReproduceError(str(error)) from None
+        wanted = [name for claim in chosen for name in claim.notebooks]
+        for name in wanted:  # grows on the way
+            if name not in self.notebooks:
+                raise unknown("notebook", name, self.notebooks, f"data/claims.yaml with profile {self.profile.name}")
+            writers = map(self.writer, self.notebooks[name].needs)
+            wanted += [writer for writer in writers if writer and writer not in wanted]
+        return sorted(set(wanted))
 
     def _check_needs(self, notebook: Notebook) -> None:
         for path in notebook.needs:
@@ -225,23 +226,12 @@ class _Job:
 
     def edited(self) -> list[str]:
         """Name the notebooks that differ from those committed; none where git cannot tell."""
-        paths = [str(notebook.path) for notebook in self.notebooks.values()]
         # without a lock on the index: killed in there, git would leave it
-        status = [
-            "git",
-            "--no-optional-locks",
-            "-C",
-            str(self.root),
-            "status",
-            "--porcelain",
-            "-z",
-            "-uno",
-            "--",
-            *paths,
-        ]
+        status = ["git", "--no-optional-locks", "status", "--porcelain", "-z", "--untracked-files=no", "--"]
+        status += [str(notebook.path) for notebook in self.notebooks.values()]
         with suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(status, capture_output=True, text=True, timeout=20, check=True).stdout
-            return sorted(Path(line[3:]).stem for line in found.split("\0") if line)
+            found = subprocess.run(status, cwd=self.root, capture_output=True, text=True, timeout=20, check=True)
+            return sorted(Path(line[3:]).stem for line in found.stdout.split("\0") if line)
         return []
 
     def inputs(self, notebook: Notebook) -> dict[str, Any]:
