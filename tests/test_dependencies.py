@@ -177,6 +177,7 @@ import sys
 from importlib import import_module
 from lib import modules
 from lib.handed import *
+from lib.lazy import *
 
 def by_attribute(name):
     return getattr(modules, name)(1)
@@ -193,6 +194,9 @@ def by_table(name):
 def by_loaded():
     return sys.modules["lib.modules"].ignored(1)
 
+def by_asking():
+    return sys.modules.get("lib.modules")
+
 def aside(x):
     return x + 93
 """,
@@ -205,8 +209,40 @@ class Kind:
 class Special(Kind):
     number = 94
 
+class Meta(type):
+    def __new__(cls, *parts):
+        made = super().__new__(cls, *parts)
+        Kind.known.append(made)
+        return made
+
+class Made(metaclass=Meta):
+    number = 95
+
 def count():
     return [kind.number for kind in Kind.known]
+""",
+    "relative.py": """
+import typing
+from . import modules
+from .lazy import late
+
+if typing.TYPE_CHECKING:
+    OTHERWISE = 0
+else:
+    OTHERWISE = 1
+
+try:
+    TRIED = 1
+except ImportError:
+    TRIED = 0
+
+def hand(function):
+    return function
+
+handed = hand(print)
+
+def run():
+    return modules.ignored(late(OTHERWISE)) + TRIED + handed()
 """,
     "swapped.py": """
 from math import floor as one, ceil as two
@@ -286,7 +322,15 @@ ELSEWHERE = {
     "a module by a name": ("dynamic.by_name", "kinds.py", "return 0.5", "return 0.6"),
     "globals": ("dynamic.by_table", "dynamic.py", "x + 93", "x - 93"),
     "a loaded module": ("dynamic.by_loaded", "modules.py", "x + 80", "x + 81"),
+    "a loaded module that may be there": ("dynamic.by_asking", "modules.py", "x + 80", "x + 81"),
     "a star": ("dynamic.aside", "handed.py", "x + 50", "x - 50"),
+    "another star": ("dynamic.aside", "lazy.py", "x + 91", "x - 91"),
+    "a module that an import brings by its place": ("relative.run", "modules.py", "x + 80", "x - 80"),
+    "a function that an import brings by its place": ("relative.run", "lazy.py", "x + 90", "x - 90"),
+    "what stands there for a program that runs": ("relative.run", "relative.py", "OTHERWISE = 1", "OTHERWISE = 2"),
+    "what is tried": ("relative.run", "relative.py", "TRIED = 1", "TRIED = 2"),
+    "what a function is handed to": ("relative.run", "relative.py", "hand(print)", "hand(repr)"),
+    "a class that its metaclass enters in a list": ("subclasses.count", "subclasses.py", "number = 95", "number = 96"),
     "a subclass that its base enters in a list": ("subclasses.count", "subclasses.py", "number = 94", "number = 95"),
     "names of another package that change places": (
         "swapped.both",

@@ -56,11 +56,16 @@ class _Module:
         self.statements: dict[str, list[ast.stmt]] = {_REST: []}
         self.parts: dict[str, Part] = {}
         self.imports: dict[str, Target] = {}
-        for node in tree.body:
+        waiting = [*tree.body]
+        while waiting:
+            node = waiting.pop(0)
             test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
-            if test.endswith("TYPE_CHECKING"):
-                self.imports |= Part([node], package).imports
-            elif not test.startswith("__name__ =="):
+            if test.removeprefix("typing.") == "TYPE_CHECKING":
+                self.imports |= Part(node.body, package).imports
+                waiting[:0] = node.orelse
+            elif test == "__name__ == '__main__'":
+                waiting[:0] = node.orelse
+            else:
                 for part in defined(node) or [_REST]:
                     self.statements.setdefault(part, []).append(node)
         for part in self.statements if name == package else [_REST]:  # a package may hand on what a function imports
@@ -135,8 +140,8 @@ class _Library:
             if target := read.imports.get(chain[0]) or module.imports.get(chain[0]):
                 origins.add(f"{chain} {sorted(parts) or target}")
         found = found.union(*map(self.loaded, read.loads))
-        if "*" in read.imports:
-            found |= self.find(read.imports["*"][0])
+        for bound, (target, *_) in read.imports.items():
+            found |= self.find(target) if bound.startswith("*") else set()
         for asked in read.asked:
             found |= self.find(asked) if asked else {(root, _ALL) for root in self.roots}
         if part == _REST:
@@ -185,6 +190,7 @@ class _Library:
         """Whether a decorator or a base class of the library may enter a definition somewhere when it is made."""
         for node in module.statements[name]:
             marks = [getattr(each, "func", each) for each in getattr(node, "decorator_list", ())]
+            marks += [each.value for each in getattr(node, "keywords", ())]  # a metaclass
             if any(self.resolve(module, chain, {}) for chain in Part(marks).chains):
                 return True
             for base in map(chain_of, getattr(node, "bases", ())):

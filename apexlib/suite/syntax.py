@@ -7,6 +7,7 @@ from typing import Any
 Target = tuple[str, ...]  # what an imported name stands for: a module, or a module and a name in it
 
 _IMPORTERS = ("import_module", "__import__")
+_LOADED = ("sys", "modules")
 _LOGS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 _BARS = ("progress", "tqdm", "trange", "set_description")
 
@@ -73,10 +74,9 @@ class Part(ast.NodeVisitor):
 
     def visit_Import(self, node: ast.Import) -> str:
         for each in node.names:
+            top = each.name.split(".")[0]
             self.loads.add(each.name)
-            self.imports[each.asname or each.name.split(".")[0]] = (
-                each.name if each.asname else each.name.split(".")[0],
-            )
+            self.imports[each.asname or top] = (each.name if each.asname else top,)
         return ""  # what it binds counts where it is used
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> str:
@@ -84,7 +84,7 @@ class Part(ast.NodeVisitor):
         module = ".".join([*around, *filter(None, [node.module])])
         for each in node.names:
             self.loads.add(f"{module}.{each.name}")
-            self.imports[each.asname or each.name] = (module, each.name)
+            self.imports[f"* {module}" if each.name == "*" else each.asname or each.name] = (module, each.name)
         return ""
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Any:
@@ -111,18 +111,18 @@ class Part(ast.NodeVisitor):
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> Any:
-        *before, name = chain_of(node.func) or ("",)
-        if (name in _LOGS and "log" in "".join(before[-1:]).lower()) or (*before, name) == ("warnings", "warn"):
+        *before, name = chain = chain_of(node.func) or ("",)
+        if (name in _LOGS and "log" in "".join(before[-1:]).lower()) or chain == ("warnings", "warn"):
             _leave_out(lambda _: True, node)
         elif name in _BARS:
             _leave_out(_is_text, node)
-        elif name in _IMPORTERS and node.args:
+        elif node.args and (name in _IMPORTERS or chain == (*_LOADED, "get")):
             self._ask(node.args[0])
             return (name, self._field([*node.args, *node.keywords]))
         return self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
-        if chain_of(node.value) == ("sys", "modules"):
+        if chain_of(node.value) == _LOADED:
             self._ask(node.slice)
         return self.generic_visit(node)
 
