@@ -1,8 +1,8 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
-#   make reproduce [PROFILE=smoke|cpu|gpu|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
+#   make reproduce [PROFILE=smoke|cpu|study|study-110m|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
+#   make reproduce ARGS="--budget 9m"              start nothing after 9 minutes; "Error 3": work is left, run again to go on
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
-#   make test-evidence                             the evidence script at toy size, on corpora beside the project
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce bench test test-long test-evidence lint format readme lab setup lock clean
+.PHONY: reproduce bench test test-long lint format readme lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -27,9 +27,6 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(WORKERS) --dist worksteal $(ARGS)
-
-test-evidence: $(STAMP)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m evidence $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

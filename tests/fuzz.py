@@ -21,11 +21,12 @@ import torch
 from conftest import build
 
 from apexlib import ApexConfig, ExpansionPlan, LayerPlan, save_fused, verify_folder
-from apexlib.__main__ import _settings
 from apexlib.files import write_json
+from apexlib.suite.command_line import _settings
 from apexlib.suite.ledger import read_claims
-from apexlib.suite.notebooks import read_notebook, read_profile
-from apexlib.suite.runner import _Ledger
+from apexlib.suite.notebooks import read_notebook
+from apexlib.suite.profiles import read_profile
+from apexlib.suite.runner import _State
 from apexlib.text.corpora import load_chat, load_corpus
 from apexlib.training.checkpoints import RunFolder, complete_folder, fault, read_state, write_state
 
@@ -77,8 +78,10 @@ def loaders(folder: Path) -> list[Loader]:
         pd.DataFrame({"stage": [0], "activation": [0.1]}).to_parquet(state / "assessed.parquet")
         write_json({"histories": []}, state / "progress.json")
     shutil.copytree(folder / "step-0-1", folder / "unsealed")
-    past = {"inputs": {"source": "0"}, "record": {"artifacts": {"a.csv": "0"}}}
-    write_json({"format": 1, "notebooks": {"00": past}, "files": {"a.csv": [1, 2, "0"]}}, folder / "ledger.json")
+    state = _State(folder, folder / "state.json")
+    state.notebooks["00"] = {"inputs": {"source": "0"}, "record": {"artifacts": {"a.csv": "0"}}}
+    state.files["a.csv"] = [1, 2, "0"]
+    state.save()
     write_json({"format": 1, "identity": {"steps": 3}, "provenance": {}}, folder / "run" / "run.json")
     with warnings.catch_warnings():
         save_fused(build("llama", num_hidden_layers=1), folder / "fused")
@@ -97,7 +100,7 @@ def loaders(folder: Path) -> list[Loader]:
         Loader("training file", folder / "train.yaml", _settings),
         Loader("state of a run", folder / "unsealed" / "state.json", lambda path: read_state(path.parent)),
         Loader("tensors of a run", folder / "unsealed" / "state.safetensors", lambda path: read_state(path.parent)),
-        Loader("memory of the runner", folder / "ledger.json", lambda path: _Ledger(folder, path)),
+        Loader("memory of the runner", folder / "state.json", lambda path: _State(folder, path)),
         Loader("identity of a run", folder / "run" / "run.json", _resume),
         *(
             Loader("checkpoint", path, lambda path: _refuse(fault(path.parent)), sealed=path.name != "manifest.json")

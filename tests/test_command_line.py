@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -15,7 +17,7 @@ from transformers import Trainer
 
 import apexlib
 from apexlib import ExpansionPlan
-from apexlib.__main__ import main
+from apexlib.suite.command_line import main
 from apexlib.text.tokenizer import train_tokenizer
 
 
@@ -178,11 +180,14 @@ def test_two_processes_killed_go_on_to_the_same_bits(folder, tmp_path):
     ("text", "message"),
     [
         ("model: [", "while parsing"),
-        ("model: m\ntraining: [output_dir]", "training: need a mapping of names, got list"),
+        ("model: m\ntraining: [output_dir]", "t.yaml, training: need a mapping, got ['output_dir']"),
         ("- 1", "need a mapping with model"),
-        ("model: m\nmodell: n", "unknown modell; known: model, revision"),
-        ("kind: text", "need model (a name or path) and training.output_dir"),
-        ("model: m\nkind: prose\ntraining: {output_dir: o}", "kind 'prose': need text or chat"),
+        ("model: m\nmodell: n", "unknown key 'modell' in "),
+        ("kind: text", "t.yaml: need model"),
+        ("model: m\nmethod: apx\ntraining: {output_dir: o}", "t.yaml, method: need 'apex', 'full'"),
+        ("model: m\ntraining: {lr: 1}", "t.yaml, training: need output_dir"),
+        ("model: m\nlength: '9'\ntraining: {output_dir: o}", "t.yaml, length: need a valid integer, got '9'"),
+        ("model: m\nkind: prose\ntraining: {output_dir: o}", "t.yaml, kind: need 'text' or 'chat', got 'prose'"),
         ("model: m\ntraining: {output_dir: o, lr: 1}", "unexpected keyword argument 'lr'"),
     ],
 )
@@ -193,6 +198,40 @@ def test_a_wrong_training_file_is_one_line(text, message, tmp_path, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_methods_to_plan_for_are_those_that_there_are(capsys):
+    from apexlib.training.methods import Name
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    assert ", ".join(get_args(Name)) in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "model", "--method", "apex", "apx"])
+    assert "invalid choice: 'apx' (choose from 'apex', 'full'" in capsys.readouterr().err
+
+
+def test_without_the_notebooks_extra_train_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "t.yaml").write_text("model: m")
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, "apexlib.suite.notebooks", raising=False)
+    monkeypatch.delitem(sys.modules, "apexlib.suite.profiles", raising=False)
+    assert main(["train", str(tmp_path / "t.yaml")]) == 2
+    assert re.fullmatch(r"error: .*pydantic.*; need pip install 'apexlib\[notebooks\]'\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["reproduce", "difference", "spectrum", "train", "plan", "verify"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: python -m apexlib {command} " in capsys.readouterr().out
+
+
+def test_the_exit_codes_are_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert all(f"{code}: " in told for code in ("0", "1", "2", "3", "130, 143"))
 
 
 def test_verify_tells_a_sound_folder_from_a_damaged_one(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The comparisons: what a run measures, how a learning rate is chosen, what is kept."""
 
+import json
 import math
 
 import numpy as np
@@ -12,22 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
-from apexlib.plan import ApexConfig
-from apexlib.suite import experiments, trials
-from apexlib.suite.experiments import (
-    VARIANTS,
-    choose_rates,
-    compare,
-    continued_run,
-    grid_trials,
-    instruction_run,
-    pretraining_run,
-    tokens_to_reach,
-    untouched_run,
-)
+from apexlib.suite import runs, trials
+from apexlib.suite.bases import base_models, check_bases, measured_models, models_table, reference_losses
+from apexlib.suite.comparison import Comparison, choose_rates, compare, grid_trials, rates_table
+from apexlib.suite.folders import locate, relative
+from apexlib.suite.inputs import conversations, data_files, documents, examples, text_blocks
+from apexlib.suite.runs import continued_run, instruction_run, instruction_setting, pretraining_run, untouched_run
+from apexlib.suite.tables import above_first, beside_untouched, token_ratios, tokens_to_reach
+from apexlib.suite.variants import VARIANTS
+from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, pack
 from apexlib.text.skills import skills, skills_text
 from apexlib.text.tokenizer import train_tokenizer
+from apexlib.training.interruption import Interrupted
 from apexlib.training.methods import method_of
 
 CHAT = {"source": "skills", "train": 40, "valid": 14, "test": 28, "difficulties": [1]}
@@ -44,8 +42,8 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    documents = skills_text(400)
-    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    texts = skills_text(400)
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
     return folder
 
 
@@ -66,11 +64,11 @@ def test_every_variant_is_a_method_with_a_valid_configuration():
 
 
 def test_ablations_change_one_thing_each():
-    default = vars(ApexConfig())
     several = {"apex-2.4%", "apex-all"}
     for name in VARIANTS.keys() - several:
-        changed = [field for field, value in VARIANTS[name].changes.items() if default[field] != value]
-        assert len(changed) <= 1, name
+        start = vars(VARIANTS["stages-3" if name == "halve" else "apex"].config(stages=2, seed=0, samples=1))
+        own = vars(VARIANTS[name].config(stages=2, seed=0, samples=1))
+        assert sum(own[field] != value for field, value in start.items()) <= 1, name
 
 
 def test_an_unknown_variant_is_named():
@@ -144,13 +142,48 @@ def test_the_same_run_twice_gives_the_same_numbers(settings, tmp_path):
     assert {k: v for k, v in first.items() if k not in costs} == {k: v for k, v in second.items() if k not in costs}
 
 
+@pytest.mark.parametrize("variant", ["full", "apex"])
+def test_a_run_out_of_time_goes_on_to_the_numbers_of_one_left_alone(variant, settings, tmp_path, monkeypatch):
+    asked, interrupted = {"variant": variant, "chat": CHAT, **settings}, 0
+    whole = instruction_run(folder=tmp_path / "whole", **asked)
+    for seconds in (0.02 * 1.3**attempt for attempt in range(40)):
+        monkeypatch.setattr(runs, "time_left", lambda seconds=seconds: seconds)
+        try:
+            parts = instruction_run(folder=tmp_path / "parts", **asked)
+            break
+        except Interrupted:
+            interrupted += 1
+    assert interrupted
+    costs = {"seconds_per_step", "peak_memory_mb"}
+    assert {k: v for k, v in parts.items() if k not in costs} == {k: v for k, v in whole.items() if k not in costs}
+
+
+def test_pretraining_out_of_time_goes_on_to_the_same_log(base, tmp_path, monkeypatch):
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "vocab_size": len(AutoTokenizer.from_pretrained(base))}
+    asked = {"corpus": str(base / "text.txt"), "skill_documents": 0, "context": 16, "checkpoints": [0, 20], "steps": 20}
+    asked |= {"tokenizer": str(base), "config": config, "batch_size": 4, "learning_rate": 1e-3, "seed": 0}
+    whole, interrupted = pretraining_run(folder=tmp_path / "whole", **asked), 0
+    for seconds in (0.02 * 1.3**attempt for attempt in range(40)):
+        monkeypatch.setattr(runs, "time_left", lambda seconds=seconds: seconds)
+        try:
+            parts = pretraining_run(folder=tmp_path / "parts", **asked)
+            break
+        except Interrupted:
+            interrupted += 1
+    assert interrupted
+    assert parts == whole
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "step-00020").state_dict() for name in ("whole", "parts")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_path):
     text = {"corpus": str(base / "text.txt"), "context": 16, "blocks": 6}
     result = continued_run(folder=tmp_path, variant="apex", evaluations=2, text=text, **settings)
     assert [point["tokens"] for point in result["curve"]] == [0, 2 * 4 * 16, 4 * 4 * 16]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    from apexlib.text.corpora import load_corpus
-
     held_out = pack(load_corpus(base / "text.txt", split="test"), tokenizer, 16)
     for folder, point in ((base, result["curve"][0]), (tmp_path / "stage-1", result["curve"][-1])):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -191,9 +224,9 @@ def fake(folder, variant, learning_rate, seed, base):
 
 def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "default_workers", lambda: 1)
-    monkeypatch.setattr(experiments, "_root", lambda: tmp_path)
-    how = {"bases": {0: tmp_path / "b", 1: tmp_path / "b"}, "folder": tmp_path, "grid_seeds": [0]}
-    found = compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **how)
+    monkeypatch.chdir(tmp_path)
+    given = {"bases": {0: tmp_path / "b", 1: tmp_path / "b"}, "folder": tmp_path, "grid_seeds": [0]}
+    found = compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given)
     runs = found.runs.set_index(["method", "seed", "learning_rate"])["chosen"]
     assert runs[runs].index.tolist() == [("full", 0, 0.1), ("apex", 0, 0.2), ("full", 1, 0.1), ("apex", 1, 0.2)]
     assert len(runs) == 6
@@ -203,19 +236,191 @@ def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, mo
     assert found.rates.loc[found.rates["chosen"], "loss"].tolist() == [0, 0]
 
     before = (tmp_path / "calls").read_text()
-    assert compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **how).runs.equals(found.runs)
+    assert compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given).runs.equals(found.runs)
     assert (tmp_path / "calls").read_text() == before
     # another grid makes another rate the best one: its model was removed, so that run is made again
-    other = compare(fake, ["apex"], learning_rates=[0.1], **how)
+    other = compare(fake, ["apex"], learning_rates=[0.1], **given)
     assert (tmp_path / "calls").read_text()[len(before) :].split() == ["apex-lr0.1-seed1", "apex-lr0.1-seed0"]
     assert sorted(other.runs["seed"]) == [0, 1]
     assert other.runs["chosen"].all()
 
 
-def test_a_trial_reads_its_base_from_the_root_wherever_it_is_made(tmp_path, monkeypatch):
-    (tmp_path / "models" / "base").mkdir(parents=True)
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty project, in whose folder of notebooks we are."""
     (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(experiments, "_root", lambda: tmp_path)
+    (tmp_path / "pyproject.toml").touch()
     monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path
+
+
+def test_a_trial_reads_its_base_from_the_root_wherever_it_is_made(project):
+    (project / "models" / "base").mkdir(parents=True)
     (trial,) = grid_trials(["full"], [1e-3], [0], {0: "models/base"})
     assert [path.is_dir() for path in trial.reads] == [True]
+
+
+def test_a_trial_reads_the_files_that_its_settings_name(project):
+    names = ["a.txt", "b.txt", "chat.jsonl"]
+    for name in names:
+        (project / name).touch()
+    settings = {"text": {"corpus": "[ab].txt"}, "chat": {"source": "chat.jsonl"}, "retention": {"corpus": "stdlib"}}
+    assert data_files(settings) == tuple(project / name for name in names)
+    (trial,) = grid_trials(["full"], [1e-3], [0], {0: "base"}, **settings)
+    assert trial.reads[1:] == data_files(settings)
+
+
+def test_what_is_located_is_named_by_its_path_from_the_root(project):
+    (project / "models").mkdir()
+    (project / "text-a.txt").touch()
+    assert locate("models") == str(project / "models")
+    assert locate("text-*.txt") == str(project / "text-*.txt")
+    assert [locate(name) for name in ("gpt2", "owner/name", "stdlib")] == ["gpt2", "owner/name", "stdlib"]
+    assert relative(locate("models")) == "models"
+    assert relative(project.parent / "elsewhere") == str(project.parent / "elsewhere")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Models of two sizes, the larger one trained for fewer steps, on two seeds and on one."""
+    rows = [("small", seed, step, 1) for seed in (0, 1) for step in (0, 10)] + [("large", 0, 5, 2)]
+    table = pd.DataFrame(rows, columns=["model", "seed", "step", "parameters"])
+    table["path"] = table["model"] + table["seed"].astype(str) + "-" + table["step"].astype(str)
+    table.assign(loss=2.0, tokens=table["step"]).to_csv(tmp_path / "models.csv", index=False)
+    return tmp_path
+
+
+def test_a_base_is_the_last_checkpoint_of_its_own_size(results):
+    assert base_models(results, "small", [1, 0]) == {1: "small1-10", 0: "small0-10"}
+    assert base_models(results, "large", [0]) == {0: "large0-5"}
+    for model, seeds in (("large", [0, 1]), ("huge", [1])):
+        with pytest.raises(ValueError, match=rf"model '{model}': no base model for seeds \[1\]; .*'small': \[0, 1\]"):
+            base_models(results, model, seeds)
+    assert models_table(results, "owner/name")[["path", "is_final"]].to_numpy().tolist() == [["owner/name", True]]
+
+
+def test_a_base_that_does_not_beat_the_strongest_reference_is_refused(results):
+    models = models_table(results)
+    check_bases(models, {})
+    check_bases(models, {"unigram": 4.0, "trigram": 2.1})
+    models.loc[models["step"] == 0, "loss"] = 9.0  # before training nothing is asked of it
+    check_bases(models, {"unigram": 4.0})
+    with pytest.raises(ValueError, match=r"held-out loss not below that of token triples, 2\.000:(.|\n)*large"):
+        check_bases(models, {"unigram": 4.0, "trigram": 2.0})
+
+
+def test_references_are_ordered_by_what_they_know(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train, held_out = (pack(load_corpus(base / "text.txt", split=split), tokenizer, 16) for split in ("train", "test"))
+    found = reference_losses(["trigram", "unigram", "bigram"], train, held_out.blocks, len(tokenizer))
+    assert list(found) == ["trigram", "unigram", "bigram"]
+    assert found["trigram"] < found["bigram"] < found["unigram"] < math.log(len(tokenizer))
+    counts = np.bincount(train.blocks[:4096].ravel(), minlength=len(tokenizer)) + 1
+    assert found["unigram"] == pytest.approx(-np.log(counts / counts.sum())[held_out.blocks].mean())
+    with pytest.raises(ValueError, match=r"unknown reference 'fourgram'; known: unigram, bigram, trigram"):
+        reference_losses(["fourgram"], train, held_out.blocks, len(tokenizer))
+
+
+def test_models_are_measured_where_they_lie(base, project):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    held_out = batches(pack(load_corpus(base / "text.txt", split="test"), tokenizer, 16), 4)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(project / "models" / "one")
+    row = {"model": "one", "seed": 3, "step": 2, "tokens": 7, "path": "models/one"}
+    (found,) = measured_models([row], held_out).to_dict("records")
+    assert {name: found[name] for name in row} == row
+    assert found["parameters"] == model.num_parameters()
+    assert found["loss"] == pytest.approx(perplexity(model, held_out)["loss"])
+
+
+def test_untouched_models_stand_beside_the_tuned_ones(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "default_workers", lambda: 1)
+    asked = {"chat": CHAT, "retention": settings["retention"]}
+    tuning = Comparison(pd.DataFrame({"method": ["apex"], "chosen": True, "path": "run"}), {"run": {}}, pd.DataFrame())
+    found = beside_untouched(tuning, {3: settings["base"]}, tmp_path, **asked)
+    base, tuned = found.runs.to_dict("records")
+    assert (base["method"], base["seed"], base["learning_rate"], base["chosen"]) == ("base", 3, 0, True)
+    assert (base["path"], tuned["path"]) == (relative(settings["base"]), "run")
+    assert found.results[base["path"]] == untouched_run(folder=tmp_path, base=settings["base"], **asked)
+
+
+def test_the_arguments_of_a_run_come_from_the_parameters_of_a_notebook():
+    chat = {"source": "skills", "train_examples": 1, "valid_examples": 2, "test_examples": 3, "difficulties": [1]}
+    chat |= {"max_length": 4, "max_new_tokens": 5}
+    text = {"retention_corpus": "stdlib", "retention_context": 6, "retention_blocks": 7}
+    steps = {"steps": 8, "batch_size": 9, "stages": 10, "assessment_samples": 11}
+    found = instruction_setting({**chat, **text, **steps, "profile": "cpu", "pd": pd})
+    assert {name: found[name] for name in steps} == steps
+    assert found["retention"] == {"corpus": "stdlib", "context": 6, "blocks": 7}
+    assert set(found["chat"]) == set(CHAT)
+    assert [found["chat"][split] for split in ("train", "valid", "test")] == [1, 2, 3]
+
+
+def test_a_ratio_is_of_the_tokens_that_full_training_took():
+    curves = [("full", 0, 0, 4.0), ("full", 0, 20, 2.0), ("apex", 0, 0, 4.0), ("apex", 0, 20, 0.0)]
+    curves += [("full", 1, 0, 4.0), ("full", 1, 20, 2.0), ("apex", 1, 0, 4.0), ("apex", 1, 20, 3.0)]
+    table = pd.DataFrame(curves, columns=["method", "seed", "tokens", "loss"])
+    found = token_ratios(table, ["full", "apex"], [0, 1])
+    assert found["ratio"].tolist() == [1.0, 1.0, 0.5, math.inf]
+
+
+def test_differences_are_within_a_seed():
+    table = pd.DataFrame({"variant": ["apex", "dense"] * 2, "seed": [0, 0, 1, 1], "loss": [1.0, 1.5, 10.0, 9.0]})
+    found = above_first(table, ["apex", "dense"], "loss").set_index(["method", "seed"])["above"]
+    assert found.to_dict() == {("apex", 0): 0, ("apex", 1): 0, ("dense", 0): 0.5, ("dense", 1): -1.0}
+
+
+def test_a_choice_at_the_end_of_the_grid_is_marked():
+    rates = pd.DataFrame({"method": ["full"] * 3 + ["apex"] * 3, "learning_rate": [0.1, 0.2, 0.3] * 2, "loss": 1.0})
+    table = rates_table(rates.assign(chosen=[True, False, False, False, True, False]))
+    assert table.index.tolist() == ["full", "apex"]
+    assert table["chosen"].tolist() == [0.1, 0.2]
+    assert table["at_the_end"].tolist() == [True, False]
+
+
+@pytest.fixture
+def files(project):
+    """Text and conversations of three tasks in a project, each as a file to train on and one that is held out."""
+    whole = list(dict.fromkeys(skills_text(400)))[:200]
+    for name, some in (("train", whole[:160]), ("valid", whole[160:])):
+        (project / f"text-{name}.txt").write_text("\n<|endoftext|>\n".join(some), encoding="utf-8")
+    for name, span in (("train", range(60)), ("test-all", range(1000, 1012))):
+        rows = []
+        for n in span:
+            sums = {"task": "svamp", "answer": str(n + 1)}, f"{n} + 1", f"{n} + 1 = {n + 1}\n#### {n + 1}"
+            letter = {"task": "arc_easy", "answer": "AB"[n % 2], "choices": ["even", "odd"]}
+            choice = letter, f"{n}\nA. even\nB. odd", f"{'AB'[n % 2]}. {['even', 'odd'][n % 2]}"
+            written = {"task": "gsm8k", "answer": str(n)}, f"what is {n}?", f"it is\n#### {n}"
+            for own, asked, told in (sums, choice, written):
+                turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+                rows.append(json.dumps({"messages": turns, **own}))
+        (project / f"chat-{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return project, whole
+
+
+def test_text_may_come_from_a_pattern_of_files(files, base):
+    project, names = files
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    found = {split: documents("text-*.txt", split) for split in ("train", "valid", "test")}
+    assert set(found["test"]) == set(names[160:])
+    assert {text for part in found.values() for text in part} == set(names)
+    for split, texts in found.items():
+        expected = pack(texts, tokenizer, 16).blocks
+        np.testing.assert_array_equal(text_blocks(tokenizer, "text-*.txt", split, 16).blocks, expected)
+    assert list((project / "data" / "cache").rglob("*"))  # tokenised once
+
+
+def test_conversations_may_come_from_a_pattern_of_files_and_are_scored_each_in_its_way(files, base, tmp_path):
+    chat = {**CHAT, "source": "chat-*.jsonl", "train": None, "valid": None, "test": None, "max_length": 128}
+    asked = examples(chat, "test")
+    assert len(asked) == 3 * 12
+    assert {row["family"] for row in asked if "answer" in row} == {"arithmetic", "arc_easy"}  # gsm8k: its loss only
+    assert all(row["answer"] == row["messages"][-1]["content"] for row in asked if "choices" in row)
+    train, valid = ({row["messages"][0]["content"] for row in examples(chat, split)} for split in ("train", "valid"))
+    assert not train & valid
+    assert len(train | valid) == 3 * 60
+    retention = {"corpus": "text-*.txt", "context": 16, "blocks": 4}
+    result = untouched_run(folder=tmp_path, base=str(base), chat=chat, retention=retention)
+    assert len(result["correct"]) == 2 * 12
+    assert set(result["families"]) == {"arithmetic", "arc_easy"}
+    assert len(conversations(AutoTokenizer.from_pretrained(base), {**chat, "train": 5}, "train")) == 5

@@ -1,15 +1,19 @@
 """The frame: lock, environment and borders between modules agree with what the project says of itself."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from graphlib import TopologicalSorter
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -17,7 +21,10 @@ from readme import rendered
 
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import read_claims
-from apexlib.suite.notebooks import read_notebook, read_profile
+from apexlib.suite.notebooks import read_notebook
+from apexlib.suite.profiles import read_profile, resolve
+from apexlib.suite.runner import plan_profile
+from apexlib.suite.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -47,6 +54,7 @@ ARROWS = {
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
 LIMIT = 400
+SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 
 def room_of(module):
@@ -100,7 +108,7 @@ def test_importing_the_library_stays_light():
 
 
 def test_figures_ledger_and_runner_need_no_torch():
-    modules = "apexlib.suite.overview, apexlib.suite.figures, apexlib.suite.ledger, apexlib.suite.runner"
+    modules = ", ".join(f"apexlib.suite.{n}" for n in ("overview", "figures", "ledger", "runner", "command_line"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
@@ -150,13 +158,37 @@ def test_notebooks_are_clean_and_thin(path):
     assert not missing, "the opening does not mention what the notebook writes"
 
 
+def code_cells(path):
+    """The code cells of a notebook after its parameters, each as its lines without blank ones and comments."""
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    stripped = [[line.strip() for line in cell.source.splitlines()] for cell in cells[1:]]
+    return [[line for line in lines if line and not line.startswith("#")] for lines in stripped]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_cell_is_longer_than_25_lines(path):
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            assert len(cell.source.splitlines()) <= 25, cell.source.splitlines()[0]
+
+
+def test_no_two_notebooks_share_a_block_of_more_than_three_lines():
+    blocks = {}
+    for path in NOTEBOOKS:
+        for lines in code_cells(path):
+            for start in range(len(lines) - 3):
+                blocks.setdefault(tuple(lines[start : start + 4]), set()).add(path.stem)
+    assert not {block: names for block, names in blocks.items() if len(names) > 1}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_notebooks_import_exists(path):
     for cell in nbformat.read(path, 4).cells:
         for node in ast.walk(ast.parse(cell.source if cell.cell_type == "code" else "")):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "apexlib":
                 module = import_module(node.module)
-                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)], node.module
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not [name for name in missing if not find_spec(f"{node.module}.{name}")], node.module
 
 
 def test_the_cpu_profile_is_the_notebooks_own_values():
@@ -164,6 +196,82 @@ def test_the_cpu_profile_is_the_notebooks_own_values():
     assert {name: {} for name in (path.stem for path in NOTEBOOKS)} == {
         name: values or {} for name, values in profile.notebooks.items()
     }
+
+
+@pytest.mark.parametrize("profile", ["study", "study-110m"])
+def test_the_study_resolves_and_is_planned(profile):
+    read = read_profile(profile, ROOT / "notebooks" / "profiles")
+    found = {path.stem: resolve(read_notebook(path, profile), read, {}) for path in NOTEBOOKS}
+    bases, largest = found["00_base_model"], profile.removeprefix("study-").replace("study", "25m")
+    assert bases["names"][-1] == largest
+    for name in ("03_instruction_tuning", "04_continued_pretraining", "06_ablations"):
+        assert found[name]["model"] == largest
+        assert set(found[name].get("methods", found[name].get("variants"))) <= set(VARIANTS)
+    assert [step.notebook for step in plan_profile(profile)] == [path.stem for path in NOTEBOOKS]
+
+
+def test_the_models_of_the_study_have_the_sizes_that_their_names_say():
+    for profile in ("study", "study-110m"):
+        read = read_profile(profile, ROOT / "notebooks" / "profiles")
+        given = resolve(read_notebook(NOTEBOOKS[0], profile), read, {})
+        for index, name in enumerate(given["names"]):
+            width, layers, heads, groups, channels = (given[key][index] for key in SHAPE)
+            head = width // heads
+            layer = width * head * (2 * heads + 2 * groups) + 3 * width * channels
+            millions = (layers * layer + given["vocabulary"] * width) / 1e6
+            assert millions == pytest.approx(int(name.removesuffix("m")), rel=0.1), name
+
+
+TOY = """
+description: The study at toy values.
+extends: study
+notebooks:
+  00_base_model: {corpus: stdlib-code, skill_documents: 1000, vocabulary: 512, context: 64, batch_size: 8,
+    d_model: [32, 48], layers: [2, 2], heads: [4, 4], groups: [4, 2], d_ff: [64, 128], steps: [64, 64],
+    learning_rate: 0.01, valid_blocks: 32, seeds: [0], rivals: [unigram]}
+  01_parameter_difference: {context: 64, assessment_blocks: 32, evaluation_blocks: 16, channel_fractions: [0.1],
+    head_fractions: [0.25], draws: 1}
+  02_expansion_step_by_step: {context: 64, assessment_blocks: 64, steps: 8}
+  03_instruction_tuning: {methods: [full, apex], learning_rates: [0.003], seeds: [0], steps: 4, batch_size: 8,
+    assessment_samples: 16, difficulties: [1], train_examples: 64, valid_examples: 28, test_examples: 28,
+    max_new_tokens: 2, retention_context: 64, retention_blocks: 8}
+  04_continued_pretraining: {methods: [full, apex], learning_rates: [0.003], seeds: [0], context: 64, steps: 4,
+    batch_size: 4, assessment_samples: 8, evaluations: 2, test_blocks: 8, retention_blocks: 8}
+  05_effective_rank: {constructed_draws: 2, strengths: [0.5], context: 64, hidden_blocks: 8}
+  06_ablations: {variants: [apex, halve], seeds: [0], steps: 6, batch_size: 8, assessment_samples: 16,
+    difficulties: [1], train_examples: 64, valid_examples: 28, test_examples: 28, max_new_tokens: 2,
+    retention_context: 64, retention_blocks: 8}
+"""
+
+
+@pytest.fixture
+def toy_study(tmp_path):
+    """A copy of the project's notebooks with the study at toy values."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(ROOT / "apexlib", tmp_path / "apexlib", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").mkdir()
+    for name in ("pyproject.toml", "data/claims.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "notebooks" / "profiles" / "toy.yaml").write_text(TOY, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_study_is_planned_at_toy_values(toy_study):
+    read = read_profile("toy", toy_study / "notebooks" / "profiles")
+    for path in NOTEBOOKS:
+        values = resolve(read_notebook(path, "toy"), read, {})
+        assert values["profile"] == "toy"
+        assert values.get("context", 64) == 64, path.stem
+    assert len(plan_profile("toy", root=toy_study)) == len(NOTEBOOKS)
+
+
+@pytest.mark.slow
+def test_the_study_runs_at_toy_values(toy_study):
+    run = [sys.executable, "-m", "apexlib", "reproduce", "--profile", "toy"]
+    done = subprocess.run(run, cwd=toy_study, env={**os.environ, "PYTHONPATH": str(toy_study)}, capture_output=True)
+    assert not done.returncode, done.stderr.decode()[-2000:]
+    table = pd.read_csv(toy_study / "data" / "results" / "toy" / "ablations.csv")
+    assert set(table["variant"]) == {"apex", "halve"}
 
 
 def test_the_last_notebook_draws_every_figure_and_reads_every_table_that_decides_a_claim():

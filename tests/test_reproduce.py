@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,18 @@ import pytest
 import yaml
 
 from apexlib.files import file_hash
-from apexlib.suite import execution
+from apexlib.suite import command_line, execution
 from apexlib.suite import runner as reproduce
 from apexlib.suite.notebooks import ReproduceError, read_notebook
-from apexlib.suite.runner import RunError, main, plan_profile, run_profile
+from apexlib.suite.profiles import read_profile
+from apexlib.suite.runner import RunError, plan_profile, run_profile
 
 PROFILE = 'profile: str = "cpu"  # whose folders'
+COMMAND = [sys.executable, "-m", "apexlib", "reproduce"]
+
+
+def main(arguments):
+    return command_line.main(["reproduce", *arguments])
 
 
 class Project:
@@ -279,7 +285,7 @@ def changed(reason: str, *notebooks: str) -> dict[str, str]:
     [
         pytest.param(
             lambda p: edit(p.root / "notebooks/01_use.ipynb", "% 2", "% 3"),
-            changed("changed: source", "01"),
+            changed("changed: code cell 2", "01"),
             id="source",
         ),
         pytest.param(
@@ -288,14 +294,9 @@ def changed(reason: str, *notebooks: str) -> dict[str, str]:
             id="parameter",
         ),
         pytest.param(
-            lambda p: edit(p.root / "apexlib/__init__.py", "the", "The"),
-            changed("changed: apexlib/__init__.py", "00", "01", "02", "03"),
-            id="library",
-        ),
-        pytest.param(
-            lambda p: (p.root / "requirements.lock").write_text("numpy==2\n"),
-            changed("changed: requirements.lock", "00", "01", "02", "03"),
-            id="lock",
+            lambda p: edit(p.root / "notebooks/00_make.ipynb", '/a.csv": [', '/a.csv": ["step", '),
+            changed("changed: what it writes", "00"),
+            id="promise",
         ),
         pytest.param(
             lambda p: p.table("a.csv").write_text("step,loss\n3,7\n"),
@@ -329,9 +330,79 @@ def test_the_plan_names_what_changed_and_whom_it_may_concern(project, no_kernel,
     assert (project.runs / "state.json").read_bytes() == state
 
 
-def test_the_runners_own_source_is_no_input(project, no_kernel):
+def test_what_of_the_library_a_notebook_does_not_reach_is_no_input(project, no_kernel):
     (project.root / "apexlib" / "reproduce.py").write_text("")
     assert set(project.run().values()) == {"up to date"}
+
+
+def code_cells(*cells: str) -> list:
+    return [nbformat.v4.new_code_cell(cell) for cell in cells]
+
+
+def rewrite(path: Path, change) -> None:
+    """Apply `change` to the code cells that follow the parameters."""
+    content = nbformat.read(path, as_version=4)
+    content.cells[2:] = change(content.cells[2:])
+    nbformat.write(content, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cells: code_cells(*(f"# why\n\n{cell.source}  # because" for cell in cells)),
+        lambda cells: code_cells(*(cell.source.replace("(", "(\n").replace('"', "'") for cell in cells)),
+        lambda cells: [*code_cells("# a cell of words"), *cells, *code_cells("")],
+        lambda cells: [*cells, nbformat.v4.new_markdown_cell("And so?")],
+    ],
+    ids=["comments", "formatting", "empty cells", "prose"],
+)
+def test_comments_formatting_and_prose_are_no_code(project, no_kernel, change):
+    rewrite(project.root / "notebooks" / "03_beside.ipynb", change)
+    rewrite(project.root / "notebooks" / "02_last.ipynb", change)
+    assert set(project.run().values()) == {"up to date"}
+
+
+@pytest.mark.parametrize(
+    ("change", "cell"),
+    [
+        (lambda cells: code_cells("1 - 1"), "code cell 2"),
+        (lambda cells: [*cells, *code_cells("2 + 2")], "code cell 3"),
+        (lambda cells: [*cells, *code_cells("%time 2")], "code cell 3"),
+        (lambda cells: [], "code cell 2"),
+    ],
+)
+def test_changed_code_is_named_by_its_cell(project, no_kernel, change, cell):
+    rewrite(project.root / "notebooks" / "03_beside.ipynb", change)
+    assert project.plan()["03"] == ("run", f"changed: {cell}")
+
+
+def test_the_library_that_counts_is_the_one_that_the_kernel_imports(project, no_kernel):
+    edit(project.root / "apexlib" / "__init__.py", "the", "The")
+    status, reason = project.plan()["00"]
+    assert status == "run"
+    assert reason.startswith("changed: apexlib.")
+    assert project.plan()["03"] == ("skip", "up to date")  # it imports nothing of it
+
+
+def test_a_definition_that_a_notebook_reaches_is_named(project, no_kernel, monkeypatch):
+    """As are the versions of what computes; a lock file is no version."""
+    (project.root / "requirements.lock").write_text("numpy==2\n")
+    assert {status for status, _ in project.plan().values()} == {"skip"}
+    spectrum, reached = "apexlib.analysis.spectrum.effective_rank", reproduce.code_of_source
+
+    def after_a_change(cells, package):
+        more = {spectrum: "new"} if "import apexlib" in "".join(cells) else {}
+        return reached(cells, package) | more
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "code_of_source", after_a_change)
+        assert project.plan()["00"] == ("run", f"changed: {spectrum}")
+        assert project.plan()["03"] == ("skip", "up to date")
+    version = reproduce.metadata.version
+    for name in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(reproduce.metadata, "version", lambda of, name=name: "0.0" if of == name else version(of))
+            assert project.plan()["03"] == ("run", f"changed: {name}")
 
 
 def test_dry_run_prints_a_table(project, no_kernel, monkeypatch, capsys):
@@ -526,9 +597,8 @@ def kernels_of(root: Path) -> list[str]:
 def test_an_interrupt_stops_the_kernel_too(number, code, tmp_path):
     project = Project(tmp_path).make().notebook("00_long", "import time\nopen('begun', 'w').close()\ntime.sleep(60)")
     project.profile(notebooks={"00_long": {}})
-    command = [sys.executable, "-m", "apexlib.suite.runner"]
     hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it from birth
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
+    with subprocess.Popen(COMMAND, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hear) as process:
         deadline = time.monotonic() + 60
         while not (tmp_path / "notebooks" / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -548,8 +618,7 @@ def test_a_full_disk_is_one_message_and_the_next_run_goes_on(tmp_path, monkeypat
     """No file may grow beyond 1500 bytes: neither the executed copy nor what the runner remembers fits."""
     project = Project(tmp_path).make().notebook("00_any", "1").profile(notebooks={"00_any": {}})
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
-    command = [sys.executable, "-m", "apexlib.suite.runner"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, check=False)
+    found = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert found.returncode == 1
     assert "File too large" in found.stderr
     assert "Traceback" not in found.stderr
@@ -568,11 +637,109 @@ def test_what_a_killed_runner_left_is_cleared(project, no_kernel):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "notebooks": [], "files": 1}']
+    "content", ["", "{", "[]", "null", '{"sha256": 1}', '{"sha256": "1", "notebooks": [], "files": 1}', "[" * 10**5]
 )
 def test_a_damaged_memory_makes_notebooks_run_again(project, no_kernel, content):
     (project.runs / "state.json").write_text(content)
     assert set(project.plan().values()) == {("run", "never run")}
+
+
+@pytest.mark.parametrize("old", ['"peak_memory_mb"', '"code cell 2"', '"artifacts"', "c0ffee"])
+def test_a_memory_damaged_anywhere_counts_as_nothing(project, no_kernel, old):
+    edit(project.runs / "state.json", old, old.replace("c", "k").replace("m", "n"))
+    assert set(project.plan().values()) == {("run", "never run")}
+
+
+# runs whose time is over
+
+LEFT = "3 of 4 trials are left: a, b, c"
+
+
+@pytest.fixture
+def long(tmp_path, monkeypatch):
+    """00 runs into its deadline the first time; 01 needs it, 02 does not."""
+    project = Project(tmp_path / "long").make()
+    project.notebook(
+        "00_trials",
+        """
+        import os, time
+        from pathlib import Path
+        from apexlib.suite.trials import OutOfTimeError
+        done = Path("../data/done")
+        deadline = float(os.environ.get("APEXLIB_DEADLINE", "inf"))
+        done.open("a").write("x")
+        if deadline < 2e10 and len(done.read_text()) < 2:
+            time.sleep(max(0, deadline - time.time()))
+            raise OutOfTimeError(["a", "b", "c"], 4)
+        Path("../data/t.csv").write_text("x\\n1\\n")
+        """,
+        writes={"data/t.csv": ["x"]},
+    )
+    project.notebook("01_needs", "1", needs=["data/t.csv"], writes={})
+    project.notebook("02_other", "1").notebook("03_other", "1")
+    project.profile(notebooks=dict.fromkeys(("00_trials", "01_needs", "02_other")))
+    (project.root / "data").mkdir()
+    monkeypatch.chdir(project.root)
+    return project
+
+
+def test_a_run_ends_when_its_time_is_over_and_the_next_call_goes_on(long, capsys):
+    assert main(["--budget", "6s"]) == 3
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert f"00_trials  unfinished  {LEFT}" in lines
+    assert "01_needs  not run  needs 00_trials" in lines
+    assert "02_other  not run  the time is over" in lines
+    left = "00_trials (unfinished), 01_needs (not run), 02_other (not run)"
+    assert last == f"time is over; left: {left}; run again to go on"
+    assert (long.root / "data" / "done").read_text() == "x"
+    assert long.plan()["00"] == ("run", "the last run did not finish")
+    assert main(["--budget", "10m"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("02_other  done  ")
+    assert main(["--budget", "0s"]) == 0  # nothing is left
+    assert set(long.plan().values()) == {("skip", "up to date")}
+
+
+def test_after_the_deadline_nothing_starts_and_what_is_up_to_date_still_counts(project, no_kernel):
+    edit(project.root / "notebooks" / "02_last.ipynb", "<svg/>", "<svg></svg>")
+    with pytest.raises(RunError) as error:
+        project.run(budget=0.0)
+    assert not error.value.failed
+    assert {step.notebook[:2]: (step.status, step.reason) for step in error.value.steps} == {
+        "00": ("up to date", ""),
+        "01": ("up to date", ""),
+        "02": ("not run", "the time is over"),
+        "03": ("up to date", ""),
+    }
+
+
+def test_a_failure_outweighs_work_that_is_left(long, capsys):
+    long.notebook("00_trials", "raise ValueError('no')", writes={"data/t.csv": []})
+    long.notebook("02_other", "from apexlib.suite.trials import OutOfTimeError\nraise OutOfTimeError(['a'], 2)")
+    assert main(["--budget", "1h"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: 00_trials (failed), 01_needs (not run), 02_other (unfinished)"
+    )
+
+
+def test_without_a_budget_there_is_no_deadline(long):
+    assert run_profile(root=long.root)[0].status == "done"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30m", 1800), ("9m", 540), ("8m30s", 510), ("2h", 7200), ("45s", 45), ("1h1m1s", 3661)]
+)
+def test_a_budget_is_read(small, monkeypatch, text, seconds):
+    seen = {}
+    monkeypatch.setattr(reproduce, "run_profile", lambda *_, **options: seen.update(options))
+    assert main(["--budget", text]) == 0
+    assert seen["budget"] == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "1.5h", "-3m", "30s8m", "3 m", "9min"])
+def test_a_wrong_budget_is_refused(small, capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--budget={text}"])
+    assert f"{text!r}: need a time such as 30m, 8m30s, 2h or 45s" in capsys.readouterr().err
 
 
 def test_a_kernel_that_does_not_start_says_why(tmp_path):
@@ -615,7 +782,7 @@ def test_every_promise_is_checked(tmp_path, monkeypatch, written, problem):
 
     monkeypatch.setattr("papermill.execute_notebook", papermill_does)
     notebook = read_notebook(tmp_path / "notebooks" / "00_any.ipynb", "cpu")
-    done = execution.execute(notebook, {}, root=tmp_path, copy=tmp_path / "runs" / "00_any.ipynb")
+    done = execution.execute(notebook, {}, root=tmp_path, copy=tmp_path / "runs" / "00_any.ipynb", environment={})
     assert done.problem == problem
 
 
@@ -649,7 +816,7 @@ def small(tmp_path, no_kernel, monkeypatch):
         ({"l": 7}, "cpu, 00_only, parameter l: need list[int], got 7 (int)"),
         ({"l": [1, "2"]}, "cpu, 00_only, parameter l: need list[int], got [1, '2'] (list)"),
         ({"profile": "gpu"}, "cpu, 00_only: parameter profile is set by the runner"),
-        ([1], "cpu.yaml, 00_only: need a mapping, got [1]"),
+        ([1], "cpu.yaml, notebooks.00_only: need a mapping, got [1]"),
     ],
 )
 def test_wrong_parameters_are_refused_in_one_line(small, capsys, values, said):
@@ -694,9 +861,10 @@ def test_right_values_arrive_as_they_are(small, monkeypatch):
     [
         ({"notebooks": {"00_onyl": {}}}, "unknown notebook '00_onyl' in profile cpu: did you mean 00_only?"),
         ({"notebooks": {"00_only": {}}, "note": 1}, "unknown key 'note' in cpu.yaml"),
-        ({"notebooks": ["00_only"]}, "cpu.yaml, notebooks: need dict, got ['00_only']"),
+        ({"notebook": {"00_only": {}}}, "unknown key 'notebook' in cpu.yaml: did you mean notebooks?"),
+        ({"notebooks": ["00_only"]}, "cpu.yaml, notebooks: need a mapping, got ['00_only']"),
         ({"notebooks": {}}, "cpu.yaml: need both description and notebooks"),
-        ({"runnable": "no", "notebooks": {"00_only": {}}}, "cpu.yaml, runnable: need bool, got 'no'"),
+        ({"runnable": "no", "notebooks": {"00_only": {}}}, "cpu.yaml, runnable: need a valid boolean, got 'no'"),
         ({"runnable": False}, "cpu.yaml: need `why`, since it is not runnable"),
         ({"runnable": False, "why": "Needs\n8 GPUs."}, "profile cpu is not run here: Needs 8 GPUs."),
     ],
@@ -705,6 +873,36 @@ def test_wrong_profiles_are_refused(small, capsys, content, said):
     small.profile(**content)
     assert main(["--force"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_profile_takes_over_anothers_values(small):
+    small.notebook("01_more", "1", parameters=f"{PROFILE}\nn: int = 1")
+    small.profile("base", notebooks={"00_only": {"n": 5, "lr": 0.5}, "01_more": {"n": 2}})
+    small.profile("large", extends="base", notebooks={"00_only": {"n": 7, "s": "x"}})
+    small.profile("larger", extends="large", notebooks={"00_only": {"lr": 0.25}, "01_more": None})
+    folder = small.root / "notebooks" / "profiles"
+    assert read_profile("large", folder).notebooks == {"00_only": {"n": 7, "lr": 0.5, "s": "x"}, "01_more": {"n": 2}}
+    larger = read_profile("larger", folder)
+    assert larger.notebooks == {"00_only": {"n": 7, "lr": 0.25, "s": "x"}, "01_more": {"n": 2}}
+    assert (larger.name, larger.description) == ("larger", "as written")
+    small.profile("same", extends="base")
+    assert read_profile("same", folder).notebooks == read_profile("base", folder).notebooks
+    assert set(small.plan(profile="larger")) == {"00", "01"}
+
+
+@pytest.mark.parametrize(
+    ("extends", "said"),
+    [
+        ("cpuu", "unknown profile 'cpuu' in mine.yaml, extends: did you mean cpu?"),
+        ("mine", "mine.yaml extends itself: mine.yaml → mine.yaml"),
+        ("other", "mine.yaml extends itself: mine.yaml → other.yaml → mine.yaml"),
+        (["cpu"], "mine.yaml, extends: need a valid string, got ['cpu']"),
+    ],
+)
+def test_a_profile_that_cannot_extend_is_refused(small, extends, said):
+    small.profile("other", extends="mine").profile("mine", extends=extends)
+    with pytest.raises(ReproduceError, match=re.escape(said)):
+        small.plan(profile="mine")
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_one(small, capsys):
@@ -726,6 +924,10 @@ def test_a_profile_file_of_ones_own(small, capsys):
         assert main(["--profile", name]) == 2
         assert said in capsys.readouterr().err
     assert main(["--profile", "gone.yaml"]) == 2
+    assert "profile file gone.yaml: not found" in capsys.readouterr().err
+    (small.root / "named.yaml").write_text("description: mine\nname: cpu\nnotebooks: {00_only: {n: 9}}\n")
+    assert main(["--profile", "named.yaml"]) == 2  # the file's name is the profile's
+    assert "unknown key 'name' in named.yaml" in capsys.readouterr().err
     (small.root / "bad.yaml").write_text("description: [\n")
     assert main(["--profile", "bad.yaml"]) == 2
     assert "error: bad.yaml: while parsing" in capsys.readouterr().err
@@ -781,14 +983,15 @@ def writing(paths):
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        (None, "need a mapping with needs, timeout_minutes, writes; got None"),
-        ({"needs": [], "writes": {}}, "need a mapping with"),
-        ({"needs": [], "writes": {}, "timeout_minutes": 0}, "need timeout_minutes > 0, got 0"),
-        ({"needs": "x", "writes": {}, "timeout_minutes": 1}, "need a list of needs and a mapping of writes"),
+        (None, "00_any.ipynb, metadata apexlib: need a mapping with needs, writes, timeout_minutes, got None"),
+        ({"needs": [], "writes": {}}, "00_any.ipynb, metadata apexlib: need timeout_minutes"),
+        ({**writing({}), "need": []}, "unknown key 'need' in 00_any.ipynb, metadata apexlib: did you mean needs?"),
+        ({"needs": [], "writes": {}, "timeout_minutes": 0}, "timeout_minutes: need > 0, got 0"),
+        ({"needs": "x", "writes": {}, "timeout_minutes": 1}, "needs: need a valid list, got 'x'"),
         (writing({"/etc/x": []}), "need paths relative to the project's root, got '/etc/x'"),
         (writing({"data/../../x": []}), "need paths relative to the project's root"),
-        (writing({"x.csv": "step"}), "need a list of column names, got 'step'"),
-        (writing({"x.svg": ["step"]}), "columns can be promised of a .csv only"),
+        (writing({"x.csv": "step"}), "writes.x.csv: need a valid list, got 'step'"),
+        (writing({"x.svg": ["step"]}), "writes: need columns of a .csv only, got {'x.svg': ['step']}"),
     ],
 )
 def test_declarations_are_checked(tmp_path, metadata, said):
@@ -802,7 +1005,7 @@ def test_declarations_are_checked(tmp_path, metadata, said):
 
 
 def test_notebooks_that_cannot_be_ordered_are_refused(small):
-    small.notebook("01_again", writes={"data/": []})
+    small.profile(notebooks={"00_only": {}, "01_again": {}}).notebook("01_again", writes={"data/": []})
     with pytest.raises(ReproduceError, match="01_again writes data/, which 00_only writes already"):
         small.plan()
     small.notebook("01_again", writes={"late/": []}).notebook("00_only", needs=["late/x"])
@@ -816,6 +1019,47 @@ def test_notebooks_that_cannot_be_ordered_are_refused(small):
         small.plan()
 
 
+# what a person does beside the runner
+
+
+def test_notebooks_that_the_profile_does_not_name_are_not_looked_into(small):
+    """A broken one, a copy that writes the same files, somebody else's without our declarations."""
+    (small.root / "notebooks" / "01_broken.ipynb").write_text("{")
+    shutil.copy(small.root / "notebooks" / "00_only.ipynb", small.root / "notebooks" / "00_only-Copy1.ipynb")
+    (small.root / "notebooks" / "02_foreign.ipynb").write_text(json.dumps(nbformat.v4.new_notebook()))
+    assert small.plan() == {"00": ("run", "never run")}
+    small.notebook("00_only", needs=["data/given.csv"])
+    with pytest.raises(ReproduceError, match=r"00_only needs data/given.csv.*no notebook writes"):
+        small.plan()
+
+
+def test_the_profile_that_a_notebook_was_left_with_does_not_matter(project, no_kernel):
+    edit(project.root / "notebooks" / "00_make.ipynb", 'profile: str = \\"cpu\\"', 'profile: str = \\"smoke\\"')
+    assert set(project.run().values()) == {"up to date"}
+
+
+def test_a_notebook_that_is_not_as_committed_gets_one_note(project, no_kernel, capsys):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *who, *arguments], cwd=project.root, check=True, capture_output=True)
+
+    git("init")
+    git("add", "notebooks/00_make.ipynb", "notebooks/01_use.ipynb", "notebooks/03_beside.ipynb")
+    git("commit", "-m", "a")
+    project.run()
+    assert "note" not in capsys.readouterr().err
+    for name in ("00_make", "03_beside"):
+        edit(project.root / "notebooks" / f"{name}.ipynb", "# Why?", "# Because")
+    (project.root / ".git" / "index.lock").touch()  # as if somebody committed just now
+    project.run()
+    assert capsys.readouterr().err.count("note: 00_make, 03_beside: not as committed\n") == 1
+    project.profile("one", notebooks={"02_last": {}})  # which does not name them
+    with suppress(ReproduceError):
+        run_profile("one", root=project.root)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_runner_starts_light():
-    code = "import sys, apexlib.suite.runner; sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    heavy = "sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
+    code = f"import sys, apexlib.suite.runner, apexlib.suite.command_line as c; c._parser(()); {heavy}"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

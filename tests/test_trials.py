@@ -1,17 +1,20 @@
 """Sets of runs: kept once finished, continued where they stopped, the same whoever runs them."""
 
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from apexlib.suite import trials
-from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, stored
+from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, stored, time_left
 
 
 def square(folder, number, fail=False, die=False):
@@ -55,14 +58,36 @@ def test_what_a_result_depends_on_makes_it_stale(here, tmp_path, monkeypatch):
     run_trials(square, trial, tmp_path)
     for change in (
         lambda: read.write_text("other"),
-        lambda: monkeypatch.setattr(trials, "_software", lambda: ["another version"]),
+        lambda: monkeypatch.setattr(trials, "_software", lambda run: ["another version"]),
     ):
         change()
-        assert stored(trial[0], tmp_path) is None
+        assert stored(square, trial[0], tmp_path) is None
         run_trials(square, trial, tmp_path)
-        assert stored(trial[0], tmp_path) is not None
+        assert stored(square, trial[0], tmp_path) is not None
     run_trials(square, [Trial("n1", {"number": 5}, (read,))], tmp_path)
     assert calls(tmp_path) == [1, 1, 1, 5]
+
+
+def other(folder):
+    """Be another function."""
+    return {"other": True}
+
+
+@pytest.mark.parametrize(("one", "two", "same"), [("+ 1  # why", "+ 1", True), ("+ 1", "+ 2", False)])
+def test_the_code_that_a_run_reaches_makes_it_stale(one, two, same, here, tmp_path, monkeypatch):
+    file = tmp_path / "reached_module.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    trial, results = Trial("a", {}), []
+    for code in (one, two):
+        file.write_text(f"def run(folder):\n    return {{'value': helper()}}\ndef helper():\n    return 0 {code}\n")
+        importlib.invalidate_caches()
+        monkeypatch.delitem(sys.modules, "reached_module", raising=False)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        run = importlib.import_module("reached_module").run
+        results.append(stored(run, trial, tmp_path / "out"))
+        run_trials(run, [trial], tmp_path / "out")
+    assert results == [None, {"value": 1} if same else None]
+    assert stored(other, trial, tmp_path / "out") is None
 
 
 def test_a_failure_spares_the_others_and_is_tried_again(here, tmp_path):
@@ -98,6 +123,92 @@ def test_no_trial_is_started_after_the_time_given(here, tmp_path):
     assert len(run_trials(square, some(1, 2, 3), tmp_path, seconds=60)) == 3
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_deadline_from_outside_ends_a_set_too(workers, here, tmp_path, monkeypatch):
+    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() - 1))
+    for seconds in (None, 60):
+        with pytest.raises(OutOfTimeError, match="1 of 1 trials are left: n1"):
+            run_trials(square, some(1), tmp_path, seconds=seconds, workers=workers)
+    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() + 60))
+    with pytest.raises(OutOfTimeError):
+        run_trials(square, some(1), tmp_path, seconds=-1, workers=workers)
+    assert 50 < time_left() < 61
+    assert calls(tmp_path) == []
+    assert len(run_trials(square, some(1), tmp_path, workers=workers)) == 1
+
+
+def test_without_a_deadline_time_has_no_end(monkeypatch):
+    monkeypatch.delenv("APEXLIB_DEADLINE", raising=False)
+    assert time_left() is None
+
+
+class Interrupted(KeyboardInterrupt):
+    """What a training raises that was told to leave."""
+
+    def __init__(self, code):
+        self.code = code
+        super().__init__(code)
+
+
+def patient(folder, goal, stop=3, at_once=False):
+    """Count up to a goal, one step a call unless `at_once`, and leave by `Interrupted`; tell the time that is left."""
+    file = folder / "count"
+    count = int(file.read_text()) if file.exists() else 0
+    while count < goal:
+        count += 1
+        file.write_text(str(count))
+        if not at_once and count < goal:
+            if stop == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Interrupted(stop) if stop else ValueError("it failed")
+    return {"count": count, "left": time_left()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_left_for_want_of_time_goes_on_where_it_was(workers, tmp_path):
+    trial = Trial("p", {"goal": 3})
+    for done in (1, 2):
+        with pytest.raises(OutOfTimeError, match="1 of 1 trials are left: p"):
+            run_trials(patient, [trial], tmp_path, workers=workers, seconds=60)
+        assert (tmp_path / "p" / "count").read_text() == str(done)
+    (result,) = run_trials(patient, [trial], tmp_path, workers=workers, seconds=60)
+    assert result["count"] == 3
+    assert 0 < result["left"] < 60
+    assert not (tmp_path / "p" / trials.BEGUN).exists()
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    trial = Trial("p", {"goal": 2, "stop": "die"})
+    with pytest.raises(RuntimeError, match="its process died"):
+        run_trials(patient, [trial], tmp_path, workers=2)
+    assert run_trials(patient, [trial], tmp_path, workers=2)[0]["count"] == 2
+
+
+def test_a_signal_stops_the_set_and_the_run_goes_on_next_time(here, tmp_path):
+    trial = Trial("p", {"goal": 2, "stop": 143})
+    with pytest.raises(Interrupted):
+        run_trials(patient, [trial], tmp_path)
+    assert run_trials(patient, [trial], tmp_path)[0]["count"] == 2
+
+
+@pytest.mark.parametrize("change", [{"goal": 4}, {"goal": 3, "at_once": True}])
+def test_a_run_with_other_settings_starts_anew(change, here, tmp_path):
+    with pytest.raises(OutOfTimeError):
+        run_trials(patient, [Trial("p", {"goal": 3})], tmp_path)
+    (tmp_path / "p" / "left").touch()
+    with suppress(OutOfTimeError):
+        run_trials(patient, [Trial("p", change)], tmp_path)
+    assert not (tmp_path / "p" / "left").exists()
+
+
+def test_a_run_that_failed_starts_anew(here, tmp_path):
+    trial = Trial("p", {"goal": 2, "stop": None})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="first p: ValueError: it failed"):
+            run_trials(patient, [trial], tmp_path)
+        assert (tmp_path / "p" / "count").read_text() == "1"
+
+
 def test_names_must_differ(tmp_path):
     with pytest.raises(ValueError, match=r"trials \['n1'\]: need a name of its own"):
         run_trials(square, some(1, 1), tmp_path)
@@ -109,7 +220,7 @@ def test_processes_side_by_side(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="1 of 4 trials failed, first n4"):
         run_trials(square, mixed, tmp_path)
     assert sorted(calls(tmp_path)) == [1, 2, 3, 4]
-    assert [stored(trial, tmp_path)["threads"] for trial in some(1, 2, 3)] == [1, 1, 1]
+    assert [stored(square, trial, tmp_path)["threads"] for trial in some(1, 2, 3)] == [1, 1, 1]
 
 
 def test_a_killed_process_is_reported_and_what_was_done_is_kept(tmp_path, monkeypatch):
@@ -117,7 +228,7 @@ def test_a_killed_process_is_reported_and_what_was_done_is_kept(tmp_path, monkey
     run_trials(square, some(1), tmp_path)
     with pytest.raises(RuntimeError, match=r"first n2: its process died.*out of memory\?"):
         run_trials(square, [*some(1), *some(2, die=True)], tmp_path)
-    assert stored(some(1)[0], tmp_path)["square"] == 1
+    assert stored(square, some(1)[0], tmp_path)["square"] == 1
 
 
 def linger(folder):

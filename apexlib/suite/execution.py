@@ -25,20 +25,25 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run of one notebook went; no `problem`: every cell completed and every artifact is there, new and whole."""
+    """What came of one notebook; no `problem`: every cell completed and every artifact is there, new and whole."""
 
     problem: str
     seconds: float
     peak_memory_mb: int | None  # resident, of the kernel's own process
+    out_of_time: bool = False  # the deadline passed before it was done; `problem` says what is left
 
 
-def execute(notebook: Notebook, values: Mapping[str, Any], *, root: Path, copy: Path) -> Execution:
-    """Run `notebook` in its folder with the parameters `values`; the executed notebook goes to `copy`."""
+def execute(
+    notebook: Notebook, values: Mapping[str, Any], *, root: Path, copy: Path, environment: Mapping[str, str]
+) -> Execution:
+    """Run `notebook` in its folder with the parameters `values`, under more `environment` variables, into `copy`."""
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would repeat what is said here
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would complain of what an interrupt cuts off
     before = {path: stamps(root, path) for path in notebook.writes}
-    watch = _Watch(notebook)
+    follower = _Follower(notebook)
+    out_of_time = False
     with copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
         try:
             executed = papermill.execute_notebook(
@@ -49,27 +54,27 @@ def execute(notebook: Notebook, values: Mapping[str, Any], *, root: Path, copy: 
                 language="python",
                 cwd=notebook.path.parent,
                 progress_bar=False,
-                kernel_manager_class=_own_kernel(root, copy.parent / ".ipython", log, watch),
-                timeout_func=lambda cell: max(0.1, watch.deadline - time.monotonic()),  # 0 would mean no limit
+                kernel_manager_class=_own_kernel(root, copy.parent / ".ipython", log, follower, environment),
+                timeout_func=lambda cell: max(0.1, follower.ends_by - time.monotonic()),  # 0 would mean no limit
                 iopub_timeout=60,  # for output still under way at the end of a cell; the default is too short
-                on_cell_start=watch.cell_starts,
-                on_cell_executed=watch.cell_ends,
+                on_cell_start=follower.cell_starts,
+                on_cell_executed=follower.cell_ends,
             )
             problem = _unfinished_cell(executed) or _broken_promise(notebook, before, root)
         except Exception as error:  # whatever stopped this notebook, others may still run
-            problem = _explain(error, watch, log)
+            out_of_time = getattr(error, "ename", "") == "OutOfTimeError"
+            problem = error.evalue if out_of_time else _explain(error, follower, log)
         finally:
-            watch.bar.close()
-    return Execution(problem, time.monotonic() - watch.began, watch.peak_memory_mb)
+            follower.bar.close()
+    return Execution(problem, time.monotonic() - follower.began, follower.peak_memory_mb, out_of_time)
 
 
 def stamps(root: Path, path: str) -> Stamps:
     """Stat the file `path` below `root` or, if `path` ends in "/", every visible file in that folder."""
     files = [root / path]
     if path.endswith("/"):
-        hidden = re.compile(r"(^|/)\.")
-        found = {file.relative_to(root / path).as_posix(): file for file in (root / path).rglob("*")}
-        files = [found[name] for name in sorted(found) if not hidden.search(name)]
+        names = {file: file.relative_to(root / path).as_posix() for file in (root / path).rglob("*")}
+        files = [file for file, name in names.items() if not re.search(r"(^|/)\.", name)]
     stats = {file.relative_to(root).as_posix(): file.stat() for file in files if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
@@ -88,15 +93,15 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-class _Watch:
+class _Follower:
     """Follow a notebook while it runs: the cell it is in, how long cells take, how much memory the kernel needs."""
 
     def __init__(self, notebook: Notebook) -> None:
         self.notebook = notebook
-        self.numbers: dict[int, int] = {}  # place in the executed copy → which of the notebook's own code cells
+        self.numbers: dict[int, int] = {}  # index in the executed copy → which of the notebook's own code cells
         self.index, self.source = 0, ""
         self.began = self.cell_began = time.monotonic()
-        self.deadline = math.inf  # known once the kernel has started
+        self.ends_by = math.inf  # known once the kernel has started
         self.kernel: Any = None
         self.peak_memory_mb: int | None = None
         self.bar = tqdm(total=notebook.n_code_cells, desc=notebook.name, unit="cell", leave=False, disable=None)
@@ -105,7 +110,7 @@ class _Watch:
         if _is_own_code(cell):
             self.index, self.source, self.cell_began = cell_index, cell.source, time.monotonic()
             if not self.numbers:
-                self.deadline = self.cell_began + 60 * self.notebook.timeout_minutes
+                self.ends_by = self.cell_began + 60 * self.notebook.timeout_minutes
             self.numbers[cell_index] = len(self.numbers) + 1
 
     def cell_ends(self, cell: Any, cell_index: int, **_: Any) -> None:
@@ -118,7 +123,7 @@ class _Watch:
             say(f"  code cell {self.numbers[cell_index]} of {self.notebook.n_code_cells} took {duration(seconds)}")
 
 
-def _own_kernel(root: Path, ipython: Path, log: TextIO, watch: _Watch) -> type:
+def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, more: Mapping[str, str]) -> type:
     """Make a kernel manager that starts this very interpreter, whatever kernels are installed; it can import `root`."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
@@ -130,6 +135,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, watch: _Watch) -> type:
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",  # bars would flood the executed copy
         "IPYTHONDIR": str(ipython),  # a user's own start-up files are not part of the run
+        **more,
     }
     environment = {name: value.replace("$", "$$") for name, value in environment.items()}  # each is a string.Template
 
@@ -138,7 +144,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, watch: _Watch) -> type:
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            watch.kernel = self
+            follower.kernel = self
 
         async def start_kernel(self, **options: Any) -> None:
             await super().start_kernel(stdout=log, stderr=log, **options)  # what no cell catches
@@ -152,8 +158,8 @@ def _unfinished_cell(executed: Any) -> str:
     for number, cell in enumerate(own, 1):
         if cell.source.strip() and (cell.metadata.papermill.status != "completed" or cell.execution_count is None):
             left = any(output.get("ename") == "SystemExit" for output in cell.outputs)
-            how = "left the notebook by sys.exit" if left else "was not run"
-            return f"code cell {number} of {len(own)} {how}{_quote(cell.source)}"
+            fate = "left the notebook by sys.exit" if left else "was not run"
+            return f"code cell {number} of {len(own)} {fate}{_quote(cell.source)}"
     return ""
 
 
@@ -178,25 +184,25 @@ def _broken_promise(notebook: Notebook, before: Mapping[str, Stamps], root: Path
     return ""
 
 
-def _explain(error: Exception, watch: _Watch, log: TextIO) -> str:
-    """Say which cell failed and how, with its source and the end of the traceback."""
+def _explain(error: Exception, follower: _Follower, log: TextIO) -> str:
+    """Say which cell failed and why, with its source and the end of the traceback."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    index, source, trace = watch.index, watch.source, ""
+    index, source, trace = follower.index, follower.source, ""
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, PapermillExecutionError):
         index, source, said = error.cell_index, error.source, f"{error.ename}: {error.evalue}".removesuffix(": ")
         trace = "\n".join(error.traceback)
-    elif isinstance(error, CellTimeoutError) and time.monotonic() >= watch.deadline:
-        said = f"not done after {watch.notebook.timeout_minutes:g} minutes, the notebook's timeout_minutes"
+    elif isinstance(error, CellTimeoutError) and time.monotonic() >= follower.ends_by:
+        said = f"not done after {follower.notebook.timeout_minutes:g} minutes, the notebook's timeout_minutes"
     else:
         log.seek(0)
         trace = "\n".join(line for line in log.read().splitlines() if not line.startswith("[IPKernelApp]"))
         said = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else said
     trace = "\n".join(trace.splitlines()[-20:])
-    number = watch.numbers.get(index)
-    where = f"code cell {number} of {watch.notebook.n_code_cells}" if number else "before the first cell"
+    number = follower.numbers.get(index)
+    where = f"code cell {number} of {follower.notebook.n_code_cells}" if number else "before the first cell"
     return _ANSI.sub("", f"{where}: {said}{_quote(source)}{_quote(trace)}")
 
 

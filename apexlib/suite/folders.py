@@ -1,7 +1,9 @@
-"""Where results lie: the project's root and the folders of a profile."""
+"""Where things lie: the project's root, the folders of a profile, what a result or a setting names by its path."""
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 
@@ -44,6 +46,20 @@ def folders(profile: str, root: Path | None = None) -> Folders:
     )
 
 
-def source_files() -> list[Path]:
-    """The library's files."""
-    return sorted(Path(__file__).parents[1].rglob("*.py"))
+def home() -> Path:
+    """The project's folder; outside a project, the working directory."""
+    with suppress(FileNotFoundError):
+        return project_root()
+    return Path.cwd()
+
+
+def locate(name: str | Path) -> str:
+    """A file or folder of the project, or a pattern of files, by its path from the root; any other name as it is."""
+    inside = home() / name
+    return str(inside) if inside.exists() or glob(str(inside)) else str(name)
+
+
+def relative(path: Path) -> str:
+    """The path from the project's root, if it lies below it: what `locate` finds again, wherever the project lies."""
+    path = Path(path).resolve()
+    return path.relative_to(home()).as_posix() if path.is_relative_to(home()) else str(path)

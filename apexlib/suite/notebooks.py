@@ -1,26 +1,60 @@
-"""What a notebook declares and what a profile sets: read, checked against each other before anything runs."""
+"""What a notebook declares: its parameters, what it needs and what it writes, read and checked before anything runs."""
 
 import ast
 import difflib
 import json
-import math
+import reprlib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from apexlib.files import content_hash
-from apexlib.suite.folders import folders
-
-_KINDS = ("int", "float", "str", "bool", "list[int]", "list[float]", "list[str]")
+_KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
+_KINDS |= {"list[int]": list[int], "list[float]": list[float], "list[str]": list[str]}
 _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}, or one of them `| None`"
 
 
 class ReproduceError(ValueError):
     """A run that cannot start: the message names the thing, its value and what is needed instead."""
+
+
+class Strict(BaseModel):
+    """What a file may say: the fields of a subclass, each of its very type, and nothing else."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def validated(model: type[Strict], content: Any, where: str) -> Any:
+    """Make a `model` of what stands in a file; what is wrong is said in one line, beginning with `where`."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        # wrong names come first: they explain why others are missing
+        first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        raise unknown("key", path[-1], model.model_fields, where)
+    if first["type"] == "missing":
+        raise ReproduceError(f"{where}: need {path[-1]}")
+    need = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").replace("greater than", ">")
+    if first["type"] in ("model_type", "dict_type"):  # pydantic's words would name our classes
+        need = "a mapping" if path else f"a mapping with {', '.join(model.model_fields)}"
+    thing = f"{where}, {'.'.join(path)}" if path else where
+    raise ReproduceError(f"{thing}: need {need}, got {reprlib.repr(first['input'])}")
+
+
+def unknown(what: str, name: Any, known: Collection[str], where: str = "") -> ReproduceError:
+    """Make the error for a name that is not among those `known`; it says which of them is nearest.
+
+    >>> unknown("profile", "smok", ["cpu", "smoke"])
+    ReproduceError("unknown profile 'smok': did you mean smoke?")
+    """
+    near = difflib.get_close_matches(str(name), known, n=1)
+    known_ones = f"did you mean {near[0]}?" if near else f"need one of {', '.join(sorted(known)) or 'none'}"
+    return ReproduceError(f"unknown {what} {name!r}{where and f' in {where}'}: {known_ones}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +66,7 @@ class Parameter:
     default: Any
     help: str = ""
 
-    def convert(self, value: Any) -> Any:
+    def convert(self, value: Any, where: str = "") -> Any:
         """Return `value` if it is of this parameter's kind, an int as a float where a float is due.
 
         >>> Parameter("lr", "float | None", 0.1).convert(1)
@@ -41,16 +75,19 @@ class Parameter:
         Traceback (most recent call last):
         apexlib.suite.notebooks.ReproduceError: parameter tied: need bool, got 'false' (str)
         """
+        kind = self.kind.removesuffix(" | None")
+        if value is None and kind != self.kind:
+            return None
         try:
-            return _as_kind(value, self.kind)
-        except TypeError:
+            return TypeAdapter(_KINDS[kind], config=Strict.model_config).validate_python(value)
+        except ValidationError:
             hint = ""
             if "float" in self.kind and isinstance(value, str):
                 with suppress(ValueError):
                     float(value)
                     hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4"
-            got = f"{value!r} ({type(value).__name__})"
-            raise ReproduceError(f"parameter {self.name}: need {self.kind}, got {got}{hint}") from None
+            got = f"{reprlib.repr(value)} ({type(value).__name__})"
+            raise ReproduceError(f"{where}parameter {self.name}: need {self.kind}, got {got}{hint}") from None
 
 
 @dataclass(frozen=True)
@@ -61,32 +98,36 @@ class Notebook:
     path: Path
     parameters: dict[str, Parameter]
     needs: tuple[str, ...]
-    writes: dict[str, tuple[str, ...]]  # path → columns its table must have
+    writes: dict[str, list[str]]  # path → columns its table must have
     timeout_minutes: float
-    source: str  # hash of all code after the parameters, and of what is needed and written; prose is left out
-    n_code_cells: int
+    cells: tuple[str, ...]  # the code after the parameters
+
+    @property
+    def n_code_cells(self) -> int:
+        return 1 + len(self.cells)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Which notebooks belong to a run and which parameters differ from those written in the notebooks."""
-
-    name: str
-    description: str
-    notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    runnable: bool = True
-    why: str = ""  # said when it is not runnable
+def _within_project(path: str) -> str:
+    if not path or PurePosixPath(path).is_absolute() or ".." in path.split("/"):
+        raise ValueError("paths relative to the project's root")
+    return path
 
 
-def unknown(what: str, name: Any, known: Collection[str], where: str = "") -> ReproduceError:
-    """Name something nobody knows, and its nearest relative.
+def _only_of_tables(writes: dict[str, list[str]]) -> dict[str, list[str]]:
+    if any(columns and not path.endswith(".csv") for path, columns in writes.items()):
+        raise ValueError("columns of a .csv only")
+    return writes
 
-    >>> unknown("profile", "smok", ["cpu", "smoke"])
-    ReproduceError("unknown profile 'smok': did you mean smoke?")
-    """
-    near = difflib.get_close_matches(str(name), known, n=1)
-    known_ones = f"did you mean {near[0]}?" if near else f"need one of {', '.join(sorted(known)) or 'none'}"
-    return ReproduceError(f"unknown {what} {name!r}{where and f' in {where}'}: {known_ones}")
+
+ProjectPath = Annotated[str, AfterValidator(_within_project)]
+
+
+class _Declaration(Strict):
+    """The notebook's metadata `apexlib`; `{profile}` in a path stands for the profile's name."""
+
+    needs: list[ProjectPath]
+    writes: Annotated[dict[ProjectPath, list[str]], AfterValidator(_only_of_tables)]
+    timeout_minutes: float = Field(gt=0)
 
 
 def read_notebook(path: Path, profile: str) -> Notebook:
@@ -98,33 +139,33 @@ def read_notebook(path: Path, profile: str) -> Notebook:
             for cell in content["cells"]
             if cell["cell_type"] == "code"
         ]
-        declared = content["metadata"].get("apexlib")
+        metadata = content["metadata"].get("apexlib")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReproduceError(f"{path.name}: need a notebook of format 4 ({type(error).__name__}: {error})") from None
     if not cells or "parameters" not in cells[0][0]:
         raise ReproduceError(f"{path.name}: need the tag 'parameters' on the first code cell")
-    needs, writes, timeout_minutes = _declarations(declared, path.name)
-    needs = tuple(name.replace("{profile}", profile) for name in needs)
-    writes = {name.replace("{profile}", profile): tuple(columns) for name, columns in writes.items()}
-    code = [source for _, source in cells[1:]]
+    declared = validated(_Declaration, metadata, f"{path.name}, metadata apexlib")
     return Notebook(
         name=path.stem,
         path=path,
         parameters=_parameters(cells[0][1], f"{path.name}, parameters cell"),
-        needs=needs,
-        writes=writes,
-        timeout_minutes=timeout_minutes,
-        source=content_hash(code, needs, writes),
-        n_code_cells=len(cells),
+        needs=tuple(name.replace("{profile}", profile) for name in declared.needs),
+        writes={name.replace("{profile}", profile): columns for name, columns in declared.writes.items()},
+        timeout_minutes=declared.timeout_minutes,
+        cells=tuple(source for _, source in cells[1:]),
     )
 
 
-def read_notebooks(folder: Path, profile: str) -> dict[str, Notebook]:
-    """Read all `NN_name.ipynb` of `folder` in their order, and check that each path has one, earlier, writer."""
-    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    if not paths:
-        raise ReproduceError(f"{folder}: need at least one notebook NN_name.ipynb")
-    notebooks = {path.stem: read_notebook(path, profile) for path in paths}
+def read_notebooks(folder: Path, names: Collection[str], profile: str) -> dict[str, Notebook]:
+    """Read the notebooks `NN_name` of those `names`, in their order; each path must have one, earlier, writer.
+
+    Whatever else lies in `folder` is not looked into.
+    """
+    known = [path.stem for path in folder.glob("[0-9][0-9]_*.ipynb")]
+    for name in names:
+        if name not in known:
+            raise unknown("notebook", name, known, f"profile {profile}")
+    notebooks = {name: read_notebook(folder / f"{name}.ipynb", profile) for name in sorted(names)}
     seen: list[Notebook] = []
     for notebook in notebooks.values():
         for path in notebook.writes:
@@ -132,68 +173,21 @@ def read_notebooks(folder: Path, profile: str) -> dict[str, Notebook]:
                 if any(_covers(path, written) or _covers(written, path) for written in other.writes):
                     raise ReproduceError(f"{notebook.name} writes {path}, which {other.name} writes already")
         for path in notebook.needs:
-            writer = writer_of(path, notebooks.values())
-            if writer is not None and writer not in seen:
-                raise ReproduceError(f"{notebook.name} needs {path}, which {writer.name} writes: need an earlier one")
+            writer = writer_of(path, notebooks)
+            if writer is not None and notebooks[writer] not in seen:
+                raise ReproduceError(f"{notebook.name} needs {path}, which {writer} writes: need an earlier one")
         seen.append(notebook)
     return notebooks
 
 
-def writer_of(path: str, notebooks: Collection[Notebook]) -> Notebook | None:
-    """Find the notebook that writes `path`, as such or within a folder."""
-    writers = (n for n in notebooks if any(_covers(written, path) for written in n.writes))
+def writer_of(path: str, notebooks: Mapping[str, Notebook]) -> str | None:
+    """Name the notebook that writes `path`, as such or within a folder."""
+    writers = (name for name, each in notebooks.items() if any(_covers(written, path) for written in each.writes))
     return next(writers, None)
 
 
-def read_profile(profile: str, folder: Path) -> Profile:
-    """Read the profile of that name in `folder`, or the YAML file of that path."""
-    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    path = known.get(profile)
-    if profile.endswith((".yaml", ".yml")):
-        path = Path(profile)
-        if not path.is_file():
-            raise ReproduceError(f"profile file {profile}: not found")
-        if path.stem in known and not path.samefile(known[path.stem]):
-            raise ReproduceError(f"{profile}: the project has a profile {path.stem}, need another file name")
-    if path is None:
-        raise unknown("profile", profile, known)
-    try:
-        folders(path.stem, folder)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ReproduceError(f"{path.name}: {' '.join(str(error).split())}") from None
-    fields = {"description": str, "runnable": bool, "why": str, "notebooks": dict}
-    content = _mapping(content, path.name)
-    for key, value in content.items():
-        if key not in fields:
-            raise unknown("key", key, fields, path.name)
-        if not isinstance(value, fields[key]):
-            raise ReproduceError(f"{path.name}, {key}: need {fields[key].__name__}, got {value!r}")
-    if "description" not in content or (not content.get("notebooks") and content.get("runnable", True)):
-        raise ReproduceError(f"{path.name}: need both description and notebooks")
-    if not content.get("runnable", True) and not content.get("why"):
-        raise ReproduceError(f"{path.name}: need `why`, since it is not runnable")
-    notebooks = {
-        name: _mapping(values, f"{path.name}, {name}") for name, values in content.pop("notebooks", {}).items()
-    }
-    return Profile(name=path.stem, notebooks=notebooks, **content)
-
-
-def resolve(notebook: Notebook, profile: Profile, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return every parameter's value: the notebook's own, then the profile's, then that of `settings`."""
-    values = {name: parameter.default for name, parameter in notebook.parameters.items()}
-    of_profile, of_settings = profile.notebooks[notebook.name], settings.get(notebook.name)
-    for origin, changes in ((f"profile {profile.name}", of_profile), ("--set", of_settings)):
-        for name, value in (changes or {}).items():
-            if name == "profile":
-                raise ReproduceError(f"{origin}, {notebook.name}: parameter profile is set by the runner")
-            if name not in notebook.parameters:
-                raise unknown("parameter", name, notebook.parameters, f"{origin}, {notebook.name}")
-            try:
-                values[name] = notebook.parameters[name].convert(value)
-            except ReproduceError as error:
-                raise ReproduceError(f"{origin}, {notebook.name}, {error}") from None
-    return values | {"profile": profile.name}
+def _covers(written: str, path: str) -> bool:
+    return path == written or (written.endswith("/") and path.startswith(written))
 
 
 def _parameters(source: str, where: str) -> dict[str, Parameter]:
@@ -210,14 +204,9 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
             raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`")
         if parameter.name in found:
             raise ReproduceError(f"{here}: {parameter.name} is there already")
-        try:
-            found[parameter.name] = Parameter(
-                parameter.name, parameter.kind, parameter.convert(parameter.default), parameter.help
-            )
-        except ReproduceError as error:
-            raise ReproduceError(f"{here}, {error}") from None
+        found[parameter.name] = replace(parameter, default=parameter.convert(parameter.default, f"{here}, "))
     first = next(iter(found.values()), None)
-    if first is None or (first.name, first.kind, first.default) != ("profile", "str", "cpu"):
+    if first is None or (first.name, first.kind) != ("profile", "str"):
         raise ReproduceError(f'{where}: need `profile: str = "cpu"` as the first parameter')
     return found
 
@@ -235,48 +224,3 @@ def _parameter(node: ast.stmt, last_line: str) -> Parameter | None:
         return None
     comment = last_line.encode()[node.end_col_offset :].decode()  # columns of `ast` count bytes
     return Parameter(node.target.id, kind, default, comment.strip(" #"))
-
-
-def _as_kind(value: Any, kind: str) -> Any:
-    if kind.endswith(" | None"):
-        return None if value is None else _as_kind(value, kind.removesuffix(" | None"))
-    if kind.startswith("list[") and isinstance(value, list):
-        return [_as_kind(item, kind[5:-1]) for item in value]
-    if kind == "float" and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if kind != "float" and type(value).__name__ == kind:
-        return value
-    raise TypeError
-
-
-def _declarations(declared: Any, where: str) -> tuple[list[str], dict[str, list[str]], float]:
-    here = f"{where}, metadata apexlib"
-    names = {"needs", "writes", "timeout_minutes"}
-    if not isinstance(declared, dict) or set(declared) != names:
-        raise ReproduceError(f"{here}: need a mapping with {', '.join(sorted(names))}; got {declared!r}")
-    needs, writes, minutes = declared["needs"], declared["writes"], declared["timeout_minutes"]
-    if type(minutes) not in (int, float) or not 0 < minutes < math.inf:
-        raise ReproduceError(f"{here}: need timeout_minutes > 0, got {minutes!r}")
-    if not isinstance(needs, list) or not isinstance(writes, dict):
-        raise ReproduceError(f"{here}: need a list of needs and a mapping of writes")
-    for path in (*needs, *writes):
-        if not isinstance(path, str) or not path or PurePosixPath(path).is_absolute() or ".." in path.split("/"):
-            raise ReproduceError(f"{here}: need paths relative to the project's root, got {path!r}")
-    for path, columns in writes.items():
-        if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-            raise ReproduceError(f"{here}, {path}: need a list of column names, got {columns!r}")
-        if columns and not path.endswith(".csv"):
-            raise ReproduceError(f"{here}, {path}: columns can be promised of a .csv only")
-    return needs, writes, minutes
-
-
-def _covers(written: str, path: str) -> bool:
-    return path == written or (written.endswith("/") and path.startswith(written))
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ReproduceError(f"{where}: need a mapping, got {value!r}")
-    return value

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -20,9 +20,12 @@ from tqdm.auto import tqdm
 from apexlib.files import content_hash, file_hash, write_json
 from apexlib.progress import hide_progress
 from apexlib.provenance import provenance
-from apexlib.suite.folders import source_files
+from apexlib.suite.dependencies import code_of
 
 RESULT = "trial.json"
+BEGUN = "begun.json"  # holds the key of a trial that has not finished
+DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
+_TIME_IS_OVER = 3  # code of a training's `Interrupted` that left for want of time
 
 Run = Callable[..., dict[str, Any]]
 
@@ -54,41 +57,59 @@ def run_trials(
 
     `run` is a function of a module; it returns what JSON can hold and may write to its folder, `folder/name`, in which
     `trial.json` then keeps result, settings and provenance. A trial is up to date while its settings, what it reads and
-    the library's source are those it was run with.
+    the code that `run` can reach are those it was run with.
 
     On CPUs, `workers` processes (default: one a core) take trials one by one, each with a single thread, which small
     models use best and which makes results independent of the number of workers. With a GPU, or on a single core,
-    trials run in this process, one after another. After `seconds` no further trial is started and
-    OutOfTimeError is raised. A trial that fails lets the others finish, then raises RuntimeError.
+    trials run in this process, one after another. A trial that fails lets the others finish, then raises RuntimeError.
+
+    After `seconds`, or at the deadline from outside if that is sooner, no further trial is started and OutOfTimeError
+    is raised. `run` may ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its
+    folder what it has written, and can go on; any other, one that failed too, starts in an empty folder.
     """
     if repeated := {trial.name for trial in trials if sum(other.name == trial.name for other in trials) > 1}:
         raise ValueError(f"trials {sorted(repeated)}: need a name of its own for each")
-    folder, began = Path(folder), time.monotonic()
-    due = [trial for trial in trials if stored(trial, folder) is None]
-    workers = workers or default_workers()
+    folder, keys = Path(folder), {trial.name: _key(run, trial) for trial in trials}
+    calls = {trial.name: (run, trial, folder / trial.name, keys[trial.name]) for trial in trials}
+    due = {name: call for name, call in calls.items() if _written(folder / name / RESULT, keys[name]) is None}
     failures: dict[str, str] = {}
-
-    def late() -> bool:
-        return seconds is not None and time.monotonic() - began > seconds
-
-    finished = (
-        _one_by_one(run, due, folder, late)
-        if workers == 1
-        else _side_by_side(run, due, folder, min(workers, max(1, len(due))), late)
-    )
-    done = len(trials) - len(due)
-    with tqdm(total=len(trials), initial=done, desc="trials", disable=hide_progress(), leave=False) as bar:
-        for trial, error in finished:
-            bar.update()
+    workers = workers or default_workers()
+    bar = {"total": len(calls), "initial": len(calls) - len(due), "disable": hide_progress(), "leave": False}
+    with _deadline(seconds), tqdm(desc="trials", **bar) as shown:
+        one_by_one = ((name, _finish(*call)) for name, call in due.items() if not _late())
+        for name, error in one_by_one if workers == 1 else _side_by_side(due, workers):
+            shown.update()
             if error:
-                failures[trial.name] = error
+                failures[name] = error
     if failures:
         name, error = next(iter(failures.items()))
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {name}: {error}")
-    results = {trial.name: stored(trial, folder) for trial in trials}
+    results = {name: _written(folder / name / RESULT, key) for name, key in keys.items()}
     if left := [name for name, result in results.items() if result is None]:
         raise OutOfTimeError(left, len(trials))
     return list(results.values())
+
+
+def time_left() -> float | None:
+    """Seconds until the deadline that the environment variable `APEXLIB_DEADLINE` gives; None without one."""
+    deadline = os.environ.get(DEADLINE)
+    return float(deadline) - time.time() if deadline else None
+
+
+@contextmanager
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """Inside the block, here and in processes started there, the deadline is in `seconds` if it is not sooner."""
+    before, left = os.environ.get(DEADLINE, ""), time_left()
+    if seconds is not None and (left is None or seconds < left):
+        os.environ[DEADLINE] = str(time.time() + seconds)
+    try:
+        yield
+    finally:
+        os.environ[DEADLINE] = before  # empty: no deadline
+
+
+def _late() -> bool:
+    return (left := time_left()) is not None and left <= 0
 
 
 def default_workers() -> int:
@@ -100,35 +121,30 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def stored(trial: Trial, folder: Path) -> dict[str, Any] | None:
+def stored(run: Run, trial: Trial, folder: Path) -> dict[str, Any] | None:
     """Return the result of a trial that is up to date, None for any other."""
+    return _written(Path(folder) / trial.name / RESULT, _key(run, trial))
+
+
+def _written(path: Path, key: str) -> Any:
+    """Read the result that a file of a trial holds; None if it was not written under `key`."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads((Path(folder) / trial.name / RESULT).read_text(encoding="utf-8"))
-        if kept["key"] == _key(trial):
-            return kept["result"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] == key:
+            return content["result"]
     return None
 
 
-def _one_by_one(
-    run: Run, trials: Sequence[Trial], folder: Path, late: Callable[[], bool]
-) -> Iterator[tuple[Trial, str]]:
-    for trial in trials:
-        if late():
-            return
-        yield trial, _finish(run, trial, folder)
-
-
-def _side_by_side(
-    run: Run, trials: Sequence[Trial], folder: Path, workers: int, late: Callable[[], bool]
-) -> Iterator[tuple[Trial, str]]:
-    waiting, running = list(trials), dict[Future, Trial]()
+def _side_by_side(calls: Mapping[str, tuple], workers: int) -> Iterator[tuple[str, str]]:
+    waiting, running = list(calls), dict[Future, str]()
+    workers = min(workers, max(1, len(calls)))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
         try:
-            while running or (waiting and not late()):
-                while waiting and len(running) < workers and not late():
-                    trial = waiting.pop(0)
-                    running[pool.submit(_finish, run, trial, folder)] = trial
+            while running or (waiting and not _late()):
+                while waiting and len(running) < workers and not _late():
+                    name = waiting.pop(0)
+                    running[pool.submit(_finish, *calls[name])] = name
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), _outcome(future)
         finally:
@@ -155,26 +171,33 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _finish(run: Run, trial: Trial, folder: Path) -> str:
-    """Run one trial in a clean folder and keep its result; return what went wrong."""
-    place = Path(folder) / trial.name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    key, began = _key(trial), time.monotonic()
+def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
+    """Run one trial, in a clean folder unless it has begun before, and keep its result; return what went wrong."""
+    if _written(folder / BEGUN, key) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json({"key": key, "result": "not yet"}, folder / BEGUN)
+    began = time.monotonic()
     try:
-        result = run(folder=place, **trial.settings)
+        result = run(folder=folder, **trial.settings)
     except Exception as error:  # whatever stopped this trial, the others may still run
+        (folder / BEGUN).unlink(missing_ok=True)  # it may be what lies there
         return f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt as stop:
+        if getattr(stop, "code", None) != _TIME_IS_OVER:
+            raise
+        return ""  # without a result it counts as left
     facts = provenance(seconds=round(time.monotonic() - began, 1), settings=dict(trial.settings))
-    write_json({"key": key, "result": result, **facts}, place / RESULT)
+    write_json({"key": key, "result": result, **facts}, folder / RESULT)
+    (folder / BEGUN).unlink(missing_ok=True)
     return ""
 
 
-def _key(trial: Trial) -> str:
-    """Hash of all that decides a result: settings, bytes that are read, software."""
+def _key(run: Run, trial: Trial) -> str:
+    """Hash of all that decides a result: settings, bytes that are read, code, software."""
     read = [file for path in trial.reads for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     hashes = [_hash(file, file.stat().st_size, file.stat().st_mtime_ns) for file in read if file.is_file()]
-    return content_hash(dict(trial.settings), hashes, _software())
+    return content_hash(dict(trial.settings), hashes, _software(run))
 
 
 @cache
@@ -182,8 +205,8 @@ def _hash(file: Path, size: int, changed: int) -> str:
     return file_hash(file)
 
 
-@cache
-def _software() -> list[str]:
-    """Hashes of the library's source, and the versions of what computes."""
+@cache  # of this process, which goes on with the code it has loaded
+def _software(run: Run) -> list[Any]:
+    """The code that a run can reach, and the versions of what computes."""
     versions = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers")]
-    return [*(file_hash(path) for path in source_files()), *versions]
+    return [f"{run.__module__}.{run.__qualname__}", code_of(run), *versions]

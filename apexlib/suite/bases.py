@@ -1,0 +1,79 @@
+"""Base models: how good notebook 00 finds them, what they must be better than, and where later notebooks find them."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apexlib.evaluation import perplexity
+from apexlib.suite.inputs import load_model
+from apexlib.text.datasets import PackedTokens
+from apexlib.text.references import ngram_loss, unigram_loss
+
+REFERENCES = {"unigram": "token frequencies", "bigram": "token pairs", "trigram": "token triples"}
+_SAMPLE = 4096  # training blocks whose tokens are counted for "unigram"
+
+
+def measured_models(
+    trained: Sequence[Mapping[str, Any]], held_out: Collection[Mapping[str, Tensor]], *, revision: str | None = None
+) -> pd.DataFrame:
+    """Measure the `parameters` and the held-out `loss`, in nats per token, of models given as rows with a `path`."""
+    rows = []
+    for row in trained:
+        network = load_model(row["path"], revision=revision)
+        rows.append({**row, "parameters": network.num_parameters(), "loss": perplexity(network, held_out)["loss"]})
+    return pd.DataFrame(rows)[["model", "seed", "step", "tokens", "parameters", "loss", "path"]]
+
+
+def reference_losses(
+    names: Sequence[str], train: PackedTokens, held_out: Int[np.ndarray, "blocks length"], vocabulary: int
+) -> dict[str, float]:
+    """Losses on held-out blocks of models that only count tokens, pairs or triples of them (REFERENCES)."""
+    if unknown := [name for name in names if name not in REFERENCES]:
+        raise ValueError(f"unknown reference {unknown[0]!r}; known: {', '.join(REFERENCES)}")
+    orders = {name: order for order, name in enumerate(REFERENCES, start=1)}
+    sample, test = (torch.from_numpy(part.astype("int64")) for part in (train.blocks[:_SAMPLE], held_out))
+    return {
+        name: unigram_loss(sample, test, vocabulary)
+        if name == "unigram"
+        else ngram_loss(train.blocks.ravel(), held_out, vocabulary, order=orders[name])
+        for name in names
+    }
+
+
+def check_bases(models: pd.DataFrame, references: Mapping[str, float]) -> None:
+    """Refuse final models whose held-out loss is not below each of `references`: they are no base for anything."""
+    name = min(references, key=references.get, default=None)
+    goal = references.get(name, math.inf)
+    if (worse := models[is_final(models) & (models["loss"] >= goal)]).size:
+        raise ValueError(f"held-out loss not below that of {REFERENCES[name]}, {goal:.3f}:\n{worse}")
+
+
+def is_final(models: pd.DataFrame) -> pd.Series:
+    """Whether a row is of a model's last checkpoint."""
+    return models["step"] == models.groupby("model")["step"].transform("max")
+
+
+def models_table(results: Path, model: str | None = None) -> pd.DataFrame:
+    """Read the models of notebook 00, with `is_final`; with `model`, a row for that one alone."""
+    if model is None:
+        table = pd.read_csv(results / "models.csv")
+    else:
+        table = pd.DataFrame({"model": [model], "seed": 0, "step": 0, "tokens": 0, "parameters": 0, "path": model})
+    return table.assign(is_final=is_final(table))
+
+
+def base_models(results: Path, model: str, seeds: Sequence[int]) -> dict[int, str]:
+    """Where the final model of that name of notebook 00 lies, for each seed."""
+    models = models_table(results)
+    final = models[models["is_final"] & (models["model"] == model)].set_index("seed")
+    if missing := sorted(set(seeds) - set(final.index)):
+        found = {name: sorted(rows["seed"].unique().tolist()) for name, rows in models.groupby("model", sort=False)}
+        raise ValueError(f"model {model!r}: no base model for seeds {missing}; models.csv has seeds {found}")
+    return final.loc[list(seeds), "path"].to_dict()

@@ -1,0 +1,339 @@
+"""The command line: `python -m apexlib COMMAND`; each command imports what it needs when it runs.
+
+Exit codes. 0: done. 1: a check or a notebook failed, training had to stop, or the runner could not write.
+2: it could not start, or not write. 3: the time given by --budget is over and work is left; the same command goes on.
+130, 143: interrupted by SIGINT or SIGTERM; what was done is kept. One line on stderr says why.
+"""
+
+import argparse
+import math
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(_methods() if given[:1] == ["plan"] else ()).parse_args(given)
+    try:
+        return options.run(options)
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+    except ImportError as error:
+        print(f"error: {error}; need pip install 'apexlib[notebooks]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        return getattr(error, "code", 130)
+
+
+def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m apexlib", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__.strip("_"), help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(run=run)
+        return added
+
+    sub = command(_reproduce, "run the notebooks of a profile, each only if what it depends on changed")
+    sub.add_argument("--profile", default="cpu", help="a name from notebooks/profiles, or a YAML file of your own")
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--only", action="append", default=[], metavar="01", help="just this notebook (repeatable)")
+    which.add_argument("--from", dest="start", metavar="01", help="this notebook and all after it")
+    which.add_argument(
+        "--claim", dest="claims", type=int, action="append", default=[], metavar="3", help="what it needs (repeatable)"
+    )
+    sub.add_argument("--budget", type=_seconds, default=math.inf, metavar="30m", help="time after which nothing starts")
+    sub.add_argument("--force", action="store_true", help="run them even if nothing changed")
+    sub.add_argument("--set", action="append", default=[], metavar="01.NAME=VALUE", help="a parameter (repeatable)")
+    sub.add_argument("--dry-run", action="store_true", help="tell what would run and why; run nothing")
+    sub.add_argument("--list", action="store_true", help="show profiles, notebooks and parameters")
+
+    sub = command(_difference, "assess heads and channels of a model; write two tables")
+    sub.add_argument("model", help="a causal LM: folder, or name on the Hub")
+    sub.add_argument("--revision", help="commit of a model on the Hub")
+    sub.add_argument("--corpus", default="stdlib", help="stdlib, stdlib-code, stdlib-prose or a file")
+    sub.add_argument("--length", type=int, default=256, help="tokens per block")
+    sub.add_argument("--blocks", type=int, default=256, help="blocks to assess over")
+    sub.add_argument("--batch", type=int, default=8, help="blocks per batch")
+    sub.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
+    sub.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
+
+    sub = command(_spectrum, "effective rank of every weight matrix, or of every update")
+    sub.add_argument("model", help="a folder with safetensors files, read matrix by matrix, or a name on the Hub")
+    sub.add_argument("--base", help="measure the update from this model, folder or name")
+    sub.add_argument("--revision", help="commit of a model on the Hub")
+    sub.add_argument("--base-revision", help="commit of a base on the Hub")
+    sub.add_argument("--out", type=Path, default=Path(), help="folder for spectrum.csv, or updates.csv")
+
+    sub = command(_train, "train a model as a YAML file says; runs under accelerate launch too")
+    sub.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
+    again = sub.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same file stopped")
+    again.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
+
+    sub = command(_plan, "say what a run will need: parameters, FLOPs, memory, disk, time")
+    sub.add_argument("model", help="a causal LM or its config: folder, or name on the Hub; only the config is read")
+    sub.add_argument("--batch", type=int, default=8, help="sequences per step and device")
+    sub.add_argument("--length", type=int, default=2048, help="tokens per sequence")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    sub.add_argument("--method", nargs="+", metavar="METHOD", choices=methods, default=methods, help=", ".join(methods))
+    sub.add_argument("--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default")
+    sub.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    sub.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
+
+    sub = command(_verify, "check a folder that save_fused wrote: hashes, values, loading")
+    sub.add_argument("folder", type=Path)
+    return parser
+
+
+def _methods() -> tuple[str, ...]:
+    from apexlib.training.methods import Name
+
+    return get_args(Name)
+
+
+def _seconds(text: str) -> float:
+    """Read a time.
+
+    >>> _seconds("30m"), _seconds("8m30s"), _seconds("2h"), _seconds("45s")
+    (1800.0, 510.0, 7200.0, 45.0)
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or found is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: need a time such as 30m, 8m30s, 2h or 45s")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from apexlib.suite import runner
+    from apexlib.suite.profiles import load_yaml
+
+    root, settings = runner.find_root(), {}
+    if options.list:
+        print(*_listing(options.profile, root), sep="\n")
+        return 0
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"--set {text}: need NOTEBOOK.PARAMETER=VALUE")
+        settings[key] = load_yaml(value, f"--set {text}")
+    chosen = {name: getattr(options, name) for name in ("only", "start", "claims", "force")}
+    chosen |= {"root": root, "settings": settings}
+    if options.dry_run:
+        steps = runner.plan_profile(options.profile, **chosen)
+        width = max(len(step.notebook) for step in steps)
+        print(*(f"{step.notebook:<{width}}  {step.status:<5}  {step.reason}" for step in steps), sep="\n")
+        return 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        runner.run_profile(options.profile, **chosen, budget=options.budget)
+    except runner.RunError as error:
+        left = ", ".join(f"{step.notebook} ({step.status})" for step in error.left)
+        print(f"error: {left}" if error.failed else f"time is over; left: {left}; run again to go on", file=sys.stderr)
+        return 1 if error.failed else 3
+    except OSError as error:
+        print(f"error: {error}; what is finished is kept, run again to go on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stopped:
+        print("interrupted: the notebook under way starts again next time", file=sys.stderr)
+        return 143 if stopped.args else 130
+    return _show_verdicts(options.claims, options.profile, root) if options.claims else 0
+
+
+def _terminate(*_: Any) -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def _listing(profile: str, root: Path) -> Iterator[str]:
+    from apexlib.suite.notebooks import read_notebooks
+    from apexlib.suite.profiles import read_profile, resolve
+
+    folder = root / "notebooks"
+    for path in sorted((folder / "profiles").glob("*.yaml")):
+        each = read_profile(path.stem, folder / "profiles")
+        yield f"profile {each.name:<9} {each.description}{'' if each.runnable else ' (not run here)'}"
+    chosen = read_profile(profile, folder / "profiles")
+    for name, notebook in read_notebooks(folder, chosen.notebooks, chosen.name).items():
+        values = resolve(notebook, chosen, {})
+        yield f"\n{name}  writes {', '.join(notebook.writes) or 'nothing'}"
+        for parameter in notebook.parameters.values():
+            help_text = f"  # {parameter.help}" if parameter.help else ""
+            yield f"  {parameter.name}: {parameter.kind} = {values[parameter.name]!r}{help_text}"
+
+
+def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
+    """Print claims as the results of a profile decide them; 1: a table is not what it should be."""
+    from apexlib.suite.folders import folders
+    from apexlib.suite.ledger import claims_table, measured, read_claims
+    from apexlib.suite.profiles import read_profile
+
+    results = folders(read_profile(profile, root / "notebooks" / "profiles").name, root).results
+    try:
+        table = claims_table(results, only=numbers, claims=read_claims(root / "data" / "claims.yaml"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for row in table.itertuples():
+        print(f"claim {row.number}: {row.statement}")
+        print(f"  the paper  {row.expected}")
+        print(f"  here       {measured(row)}; {row.rule}; seeds: {row.n}")
+        print(f"  verdict    {row.verdict}")
+        print(f"  limits     {row.limits}")
+    return 0
+
+
+def _difference(options: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from apexlib import activation_statistics, batches, imbalance_table, load_corpus, pack, save_table
+    from apexlib.activations import check_top
+    from apexlib.progress import hide_progress
+    from apexlib.text.corpora import corpus_hash
+
+    check_top(options.top)
+    if hide_progress():
+        disable_progress_bar()
+    documents = load_corpus(options.corpus)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
+    blocks = batches(pack(documents, tokenizer, options.length), options.batch, limit=options.blocks)
+    model = AutoModelForCausalLM.from_pretrained(options.model, revision=options.revision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    statistics = activation_statistics(model, blocks, top=options.top)
+    facts = {"model": options.model, "revision": options.revision, "data": corpus_hash(documents), "top": options.top}
+    for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
+        print(save_table(table, name, options.out, **facts))
+    return 0
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    from apexlib import save_table, spectrum_table, update_table
+
+    model = _weights(options.model, options.revision)
+    facts = {"model": options.model, "revision": options.revision}
+    if options.base is None:
+        table, name, extra = spectrum_table(model), "spectrum", []
+    else:
+        table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
+        facts |= {"base": options.base, "base_revision": options.base_revision}
+        extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
+    path = save_table(table, name, options.out, **facts)
+    shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
+    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(path)
+    return 0
+
+
+def _weights(model: str, revision: str | None) -> Any:
+    """A folder as it is, so that its matrices are read one by one; a name on the Hub as a model."""
+    from apexlib.suite.folders import locate
+
+    model = locate(model)
+    if Path(model).is_dir() or Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+    from apexlib import ApexConfig, collate, encode_chat, load_chat, load_corpus, pack, save_table, train_in_stages
+    from apexlib.evaluation import pad_token
+    from apexlib.files import atomic_folder
+    from apexlib.progress import hide_progress
+
+    given = _settings(options.settings)
+    arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
+    tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given["revision"])
+    data, length = dict(given["data"]), given["length"]
+    if given["kind"] == "chat":
+        dataset, report = encode_chat(load_chat(**data), tokenizer, max_length=length)
+        collator = collate(pad_token(tokenizer))
+    else:
+        dataset, report, collator = pack(load_corpus(**data), tokenizer, length), None, None
+    model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")
+    config = ApexConfig(**given["apex"])
+    again = {"resume": options.resume, "overwrite": options.overwrite}
+    record = train_in_stages(model, dataset, arguments, config, method=given["method"], data_collator=collator, **again)
+    if arguments.should_save:
+        folder = Path(arguments.output_dir)
+        with atomic_folder(folder / "final", replace=True) as temporary:
+            record.model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        facts = {"settings": given, "trainable": record.trainable.to_dict("records")}
+        for name, table in (("log", record.log), ("data", report)):
+            if table is not None:
+                print(save_table(table, name, folder, **facts))
+    return 0
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Read a training file: what it may say, with defaults, and nothing else."""
+    from pydantic import Field
+
+    from apexlib.suite.notebooks import Strict, validated
+    from apexlib.suite.profiles import load_yaml
+
+    class Settings(Strict):
+        model: str
+        revision: str | None = None
+        kind: Literal["text", "chat"] = "text"
+        data: dict[str, Any] = Field(default_factory=dict)
+        length: int = 512
+        method: Literal[_methods()] = "apex"
+        apex: dict[str, Any] = Field(default_factory=dict)
+        training: dict[str, Any]
+
+    settings = dict(validated(Settings, load_yaml(path, str(path)), str(path)))
+    if "output_dir" not in settings["training"]:
+        raise ValueError(f"{path}, training: need output_dir")
+    return settings
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from apexlib import ApexConfig, plan_budget
+    from apexlib.analysis.budget import calibrate
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = plan_budget(
+        options.model,
+        ApexConfig.from_json(options.apex) if options.apex else None,
+        batch=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        methods=options.method,
+        gradient_checkpointing=options.checkpointing,
+        flops_per_second=calibrate(device, getattr(torch, options.dtype)) if options.calibrate else None,
+    )
+    table = table.set_index("method").T
+    print(table.to_string(float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from apexlib import verify_folder
+
+    checks = verify_folder(options.folder)
+    for row in checks.itertuples():
+        print(f"{'ok    ' if row.passed else 'FAILED'}  {row.check:<12}{row.file}  {row.detail}".rstrip())
+    return 0 if checks["passed"].all() else 1

@@ -1,0 +1,201 @@
+"""Which code of the library a function can reach: its definitions, as hashes of their syntax trees.
+
+Files are parsed, never imported. A definition is a function, a class or an assignment of a module. All names that it
+uses are followed: in its module, through imports, wherever they stand, and as attributes of modules. The other
+statements of a module (`register(…)`, `TABLE[…] = …`) belong to all that imports it, and so does what a decorator or a
+base class of the library may enter in a registry. Where a name is only known when the code runs, the whole module
+counts, or the whole package. An assignment counts where its name is used, whatever its right side does elsewhere.
+"""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from apexlib.suite.syntax import Part, Target, chain_of, defined, normalised, parsed
+
+__all__ = ["LIBRARY", "code_of", "code_of_source", "normalised"]
+
+LIBRARY = Path(__file__).parents[1]
+
+Found = set[tuple[str, str]]  # parts of modules: a module and a definition of it, _REST or _ALL
+_REST, _ALL = "", "*"  # the statements of a module that define nothing; all that it has
+
+
+def code_of(function: Callable[..., Any]) -> dict[str, str]:
+    """Hash every definition that a call of `function` can reach, by dotted name; a module's name: its statements.
+
+    The library is `apexlib` and the package, or else the file, in which the function stands.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "").split(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if not name or file is None:
+        raise ValueError(f"{function!r}: need a function of a module that has a source file")
+    path, depth = Path(file), module.count(".")
+    path = path.parent if path.name == "__init__.py" else path.with_suffix("")
+    library = _Library({LIBRARY.name: LIBRARY, module.split(".")[0]: path.parents[depth - 1] if depth else path})
+    return library.reach([(module, name if name in library.module(module).statements else _ALL)])
+
+
+def code_of_source(source: str | Sequence[str], package: Path = LIBRARY) -> dict[str, str]:
+    """Hash every definition of `package`, a folder, that code can reach: a text, or the cells of a notebook."""
+    library, code = _Library({package.name: package}), _Module("", "", parsed(source))
+    library.modules[""] = code
+    reached = library.reach(("", part) for part in code.statements)
+    return {name: digest for name, digest in reached.items() if name.split(".")[0] == package.name}
+
+
+class _Module:
+    """A parsed file: its definitions and the rest of its statements, and what its imports stand for."""
+
+    def __init__(self, name: str, package: str, tree: ast.Module) -> None:
+        self.name, self.package, self.tree = name, package, tree
+        self.statements: dict[str, list[ast.stmt]] = {_REST: []}
+        self.parts: dict[str, Part] = {}
+        self.imports: dict[str, Target] = {}
+        waiting = [*tree.body]
+        while waiting:
+            node = waiting.pop(0)
+            test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+            if test.removeprefix("typing.") == "TYPE_CHECKING":
+                self.imports |= Part(node.body, package).imports
+                waiting[:0] = node.orelse
+            elif test == "__name__ == '__main__'":
+                waiting[:0] = node.orelse
+            else:
+                for part in defined(node) or [_REST]:
+                    self.statements.setdefault(part, []).append(node)
+        for part in self.statements if name == package else [_REST]:  # a package may hand on what a function imports
+            self.imports = self.part(part).imports | self.imports
+
+    def part(self, name: str) -> Part:
+        """Read a definition, or the rest."""
+        if name not in self.parts:
+            self.parts[name] = Part(self.statements[name], self.package)
+        return self.parts[name]
+
+    @cached_property
+    def homes(self) -> dict[str, str]:
+        """Where a package may take names from when they are asked for: the entries of its tables of text."""
+        nodes = ast.walk(self.tree) if self.name == self.package else ()
+        tables = [node for node in nodes if isinstance(node, ast.Dict)]
+        pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
+        return {
+            key.value: f"{self.name}.{value.value}"
+            for key, value in pairs
+            if isinstance(key, ast.Constant) and isinstance(value, ast.Constant)
+        }
+
+
+@cache
+def _read(name: str, package: str, path: Path, size: int, changed: int) -> _Module:
+    return _Module(name, package, parsed(path.read_text(encoding="utf-8")))
+
+
+class _Library:
+    """The packages that are followed, by name, each with its folder, or its file without the suffix."""
+
+    def __init__(self, roots: Mapping[str, Path]) -> None:
+        self.roots = roots
+        self.modules: dict[str, _Module | None] = {}
+
+    def reach(self, parts: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Hash parts of modules and all that they reach."""
+        todo, seen, hashes = list(parts), set(), dict[str, str]()
+        while todo:
+            if (part := todo.pop()) not in seen:
+                seen.add(part)
+                text, found = ("", self.everything(part[0])) if part[1] == _ALL else self.follow(*part)
+                todo += found
+                if text:
+                    hashes[".".join(filter(None, part))] = hashlib.sha256(text.encode()).hexdigest()
+        return dict(sorted(hashes.items()))
+
+    def module(self, name: str) -> _Module | None:
+        """Parse a module of the library; None for any other name."""
+        if name not in self.modules:
+            self.modules[name] = None
+            path = self.path(name)
+            for file, package in ((path / "__init__.py", name), (Path(f"{path}.py"), name.rpartition(".")[0])):
+                if name.split(".")[0] in self.roots and file.is_file():
+                    about = file.stat()
+                    self.modules[name] = _read(name, package, file, about.st_size, about.st_mtime_ns)
+                    break
+        return self.modules[name]
+
+    def path(self, name: str) -> Path:
+        """Where a module is, without a suffix."""
+        root, *rest = name.split(".")
+        return self.roots.get(root, Path()).joinpath(*rest)
+
+    def follow(self, name: str, part: str) -> tuple[str, Found]:
+        """Return the text that decides the hash of a part of a module, and the parts that it leads to at once."""
+        module, found, origins = self.module(name), self.loaded(name), set()
+        read = module.part(part)
+        for chain in read.chains:
+            found |= (parts := self.resolve(module, chain, read.imports))
+            if target := read.imports.get(chain[0]) or module.imports.get(chain[0]):
+                origins.add(f"{chain} {sorted(parts) or target}")
+        found = found.union(*map(self.loaded, read.loads))
+        for bound, (target, *_) in read.imports.items():
+            found |= self.find(target) if bound.startswith("*") else set()
+        for asked in read.asked:
+            found |= self.find(asked) if asked else {(root, _ALL) for root in self.roots}
+        if part == _REST:
+            found |= {(name, each) for each in module.statements if self.enters(module, each)}
+        return f"{read.tree or ''}{sorted(origins) or ''}", found
+
+    def everything(self, name: str) -> Found:
+        """Lead to all parts of a module, to what it imports, and to the modules of a package."""
+        module = self.module(name)
+        inner = [f"{name}.{path.stem}" for path in (self.path(name).iterdir() if name == module.package else ())]
+        found = {(name, part) for part in module.statements} | {(each, _ALL) for each in inner if self.module(each)}
+        return found.union(*(self.find(*target) for target in module.imports.values()))
+
+    def loaded(self, name: str) -> Found:
+        """What runs when a module is imported: its statements, and those of the packages around it."""
+        parts = name.split(".")
+        names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return {(each, _REST) for each in names if self.module(each)}
+
+    def resolve(self, module: _Module, chain: Sequence[str], own: Mapping[str, Target]) -> Found:
+        """Find what a dotted name means in a part of a module that has imports of its `own`."""
+        name, *path = chain
+        found = {(module.name, name)} if name in module.statements else set()
+        if name in ("globals", "eval", "exec"):
+            found.add((module.name, _ALL))
+        target = own.get(name) or module.imports.get(name)
+        return found | self.find(*target, *path) if target else found
+
+    def find(self, name: str, *path: str, seen: tuple[Target, ...] = ()) -> Found:
+        """Find what `path` means in the module `name`; where that cannot be told, it is the whole module."""
+        module = self.module(name)
+        if module is None or (name, *path) in seen:
+            return set()
+        if not path:
+            return {(name, _ALL)}
+        first, *rest = path
+        found = {(name, first)} if first in module.statements else set()
+        target = module.imports.get(first, ())
+        if not found and not target:
+            ways = ((f"{name}.{first}",), (module.homes.get(first, name), first))
+            target = next((way for way in ways if way[0] != name and self.module(way[0])), ())
+        found |= self.find(*target, *rest, seen=(*seen, (name, *path))) if target else set()
+        return found if found or target else {(name, _ALL)}
+
+    def enters(self, module: _Module, name: str) -> bool:
+        """Whether a decorator or a base class of the library may enter a definition somewhere when it is made."""
+        for node in module.statements[name]:
+            marks = [getattr(each, "func", each) for each in getattr(node, "decorator_list", ())]
+            marks += [each.value for each in getattr(node, "keywords", ())]  # a metaclass
+            if any(self.resolve(module, chain, {}) for chain in Part(marks).chains):
+                return True
+            for base in map(chain_of, getattr(node, "bases", ())):
+                for where, what in self.resolve(module, base, {}) - {(module.name, name)} if base else ():
+                    above = self.module(where)
+                    if "__init_subclass__" in repr(above.part(what).tree) or self.enters(above, what):
+                        return True
+        return False
