@@ -146,14 +146,11 @@ def _side_by_side(calls: Mapping[str, tuple], workers: int) -> Iterator[tuple[st
                     name = waiting.pop(0)
                     running[pool.submit(_finish, *calls[name])] = name
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), _outcome(future)
+                    error = future.exception()
+                    outcome = f"its process died ({error}); out of memory?" if error else future.result()
+                    yield running.pop(future), outcome
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _outcome(future: Future) -> str:
-    error = future.exception()
-    return future.result() if error is None else f"its process died ({error}); out of memory?"
 
 
 def _worker() -> None:
