@@ -4,7 +4,6 @@ With sources P, targets N and other rows F, an operator M takes W = [P; N; F] to
 direction: rank(E W) = rank(W), so all it can do is to even out the singular values that are there.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from apexlib.analysis.intervals import summarise
+from apexlib.analysis.intervals import spearman, summarise
 from apexlib.analysis.spectrum import effective_rank
 
 _K = 24  # sources, and as many targets
@@ -109,25 +108,19 @@ def rank_gain(ranks: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     base = runs[runs["method"] == "base"].set_index("seed")["answer_loss"]
     by_run = final_stage(ranks).groupby(keys, sort=False, as_index=False)[["change", "change_by_chance"]].mean()
     table = runs[[*keys, "answer_loss"]].merge(by_run, on=keys)
-    start = table["seed"].map(base).fillna(base.iloc[0])
-    return pd.DataFrame(
-        {
-            **table[keys],
-            "erank_change": table["change"],
-            "erank_change_by_chance": table["change_by_chance"],
-            "erank_change_excess": table["change"] - table["change_by_chance"],
-            "answer_loss_gain": start - table["answer_loss"],
-        }
-    )
+    table.columns = [*keys, "answer_loss", "erank_change", "erank_change_by_chance"]
+    table["erank_change_excess"] = table["erank_change"] - table["erank_change_by_chance"]
+    table["answer_loss_gain"] = table["seed"].map(base).fillna(base.iloc[0]) - table.pop("answer_loss")
+    return table
 
 
 def rank_correlation(gain: pd.DataFrame) -> pd.DataFrame:
     """Correlate `erank_change` and `answer_loss_gain` over the methods of a seed (Spearman's; NaN of fewer than 3)."""
-    rows = []
-    for seed, part in gain.groupby("seed"):
-        r = part["erank_change"].rank().corr(part["answer_loss_gain"].rank()) if len(part) > 2 else math.nan
-        rows.append({"seed": seed, "methods": len(part), "correlation": r})
-    return pd.DataFrame(rows)
+    rows = [
+        (seed, len(part), spearman(part["erank_change"], part["answer_loss_gain"]))
+        for seed, part in gain.groupby("seed")
+    ]
+    return pd.DataFrame(rows, columns=["seed", "methods", "correlation"])
 
 
 def random_rows(rows: int, columns: int, generator: Generator) -> Float[Tensor, "rows columns"]:
@@ -149,9 +142,9 @@ def _expanded(case: str, strength: float, seed: int) -> dict[str, object]:
     return {"case": case, "sign": sign, "strength": strength, "seed": seed, "change": change, "chance": chance}
 
 
-def _crowded(place: slice, length: float) -> Callable[[Tensor, Generator], Tensor]:
+def _crowded(rows: slice, length: float) -> Callable[[Tensor, Generator], Tensor]:
     def make(matrix: Tensor, generator: Generator) -> Tensor:
-        matrix[place] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
+        matrix[rows] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
         return matrix
 
     return make
