@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, Field, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError, field_validator
 
 from apexlib.analysis.intervals import interval
 from apexlib.suite.measures import MEASURES, per_seed, read_table
@@ -29,7 +29,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     source: Words
     statement: Words
     expected: Words
-    measure: dict[str, dict[str, Any]]  # its name: its arguments
+    measure: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]  # its name: its arguments
     rule: Words
     unit: Words
     notebooks: Annotated[tuple[Words, ...], Field(min_length=1)]  # the last one decides the claim
@@ -38,8 +38,6 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     @field_validator("measure")
     @classmethod
     def _can_be_called(cls, measure: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if len(measure) != 1:
-            raise ValueError("need one function with its arguments")
         ((name, arguments),) = measure.items()
         if name not in MEASURES:
             raise ValueError(f"unknown measure {name!r}; known: {', '.join(MEASURES)}")
@@ -65,17 +63,19 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
         return values
 
 
+_CLAIMS = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
+
+
 def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        claims = _CLAIMS.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {'; '.join(map(_fault, error.errors()))}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, list) or not content:
-        raise ValueError(f"{path}: need a list of claims")
-    claims = [_claim(entry, f"{path}, claim {row}") for row, entry in enumerate(content, start=1)]
     for name in ("number", "id", "statement"):
         values = [getattr(claim, name) for claim in claims]
         if twice := sorted({value for value in values if values.count(value) > 1}):
@@ -87,8 +87,7 @@ def choose(claims: Sequence[Claim], only: Collection[int | str]) -> list[Claim]:
     """Take the claims that `only` names: by number, by id, or by the notebook that decides them."""
     chosen = []
     for name in only:
-        found = [claim for claim in claims if name in (claim.number, claim.id, claim.notebooks[-1])]
-        if not found:
+        if not (found := [claim for claim in claims if name in (claim.number, claim.id, claim.notebooks[-1])]):
             known = f"1 to {max(claim.number for claim in claims)}, {', '.join(claim.id for claim in claims)}"
             raise ValueError(f"claim {name!r} is not in the ledger; known: {known}")
         chosen += found
@@ -159,32 +158,20 @@ def example_noise(results: Path, claim: Claim) -> str:
     Caffo 2000): 1.96 · √(Σ p (1 − p) / (n + 2)), as if the answers of the two methods had nothing to do with each
     other, which is the worst case. More seeds do not shrink it.
     """
-    if claim.arguments.get("column") != "exact_match":
+    if claim.arguments.get("column") != "exact_match" or not (results / "instruction_families.csv").is_file():
         return ""
-    try:
-        families = read_table(results, "instruction_families", ["method", "seed", "examples"])
-    except FileNotFoundError:
-        return ""
+    families = read_table(results, "instruction_families", ["method", "seed", "examples"])
     n = int(families.groupby(["method", "seed"])["examples"].sum().min())
-    runs = (
-        per_seed(results, claim.arguments["table"], claim.arguments[side], "exact_match") for side in ("of", "over")
-    )
-    shares = [(run.mean() * n + 1) / (n + 2) for run in runs]
+    table, *runs = (claim.arguments[name] for name in ("table", "of", "over"))
+    shares = [(per_seed(results, table, run, "exact_match").mean() * n + 1) / (n + 2) for run in runs]
     noise = 1.96 * np.sqrt(sum(share * (1 - share) for share in shares) / (n + 2))
     return f"{n} test examples: their draw alone may move the difference by ±{noise:.3f}."
 
 
-def _claim(entry: Any, where: str) -> Claim:
-    """Build a claim from its entry in the ledger, or say what is wrong with that."""
-    try:
-        return Claim.model_validate(entry)
-    except ValidationError as error:
-        raise ValueError(f"{where}: {'; '.join(map(_fault, error.errors()))}") from None
-
-
 def _fault(error: dict[str, Any]) -> str:
-    """Name a field, what it needs and what is there."""
-    field = " ".join(map(str, error["loc"])) + ": " * bool(error["loc"])
+    """Say where in the list of claims a fault is, what is needed there, and what is there."""
+    row, field = error["loc"][:1], " ".join(map(str, error["loc"][1:]))
+    where = [f"claim {number + 1}" for number in row] + [field] * bool(field)
     known = f"; known: {', '.join(Claim.model_fields)}" if error["type"] == "extra_forbidden" else ""
     there = "" if error["type"] == "missing" else f", got {error['input']!r}"
-    return field + error["msg"].removeprefix("Value error, ") + known + there
+    return ": ".join([*where, error["msg"].removeprefix("Value error, ")]) + known + there

@@ -124,10 +124,8 @@ def per_seed(results: Path, table: str, run: str, column: str, *, may_be_infinit
         rows = rows.sort_values("tokens").groupby("seed").tail(1)
     values = rows.set_index("seed")[column].astype(float).sort_index()
     where = f"{table}.csv, {key} {run}"
-    if values.index.has_duplicates:
-        raise ValueError(
-            f"{where}: seed {values.index[values.index.duplicated()][0]} is there twice; need one run each"
-        )
+    if len(twice := values.index[values.index.duplicated()]):
+        raise ValueError(f"{where}: seed {twice[0]} is there twice; need one run each")
     if values.isna().any() or (np.isinf(values).any() and not may_be_infinite):
         raise ValueError(f"{where}: need a finite {column} for every seed, got {values.to_dict()}")
     return values

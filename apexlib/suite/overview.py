@@ -4,13 +4,13 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
@@ -51,6 +51,31 @@ figcaption { font-size: .85rem; } tr { break-inside: avoid; }
 }
 @media print { :root { font-size: 10.5px; } body { max-width: none; padding: 0; } h2 { break-after: avoid; } }
 """
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>{{ style | safe }}</style></head><body>
+<h1>{{ title }}</h1>
+<p>{{ counts }}</p>
+<p>{{ introduction }}</p>
+<p><small>{{ facts }}</small></p>
+{% for heading, rows in ledger %}
+<h2>{{ heading }}</h2>
+<table><thead><tr><th></th><th>claim</th><th>the paper</th><th>here</th><th>verdict</th></tr></thead><tbody>
+{% for row in rows %}
+<tr id="claim-{{ row.number }}"><td>{{ row.number }}</td><td><strong>{{ row.statement }}</strong>
+<p class="small">Rule: {{ row.rule }}.</p><p class="small">Limits: {{ row.limits }}</p>
+<p class="small">Source: {{ row.source }}.</p></td><td data-label="the paper">{{ row.expected }}</td>
+<td data-label="here">{{ measured(row) }}{% if row.n > 1 %}<p class="small">{{ row.n }} seeds</p>{% endif %}</td>
+<td class="verdict" data-label="verdict" style="color: {{ colours[row.verdict] }}">{{ row.verdict }}</td></tr>
+{% endfor %}
+</tbody></table>
+{% endfor %}
+<h2>Figures</h2>
+{% for name, caption in drawn %}
+<figure>{{ svg(name) | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+</body></html>
+"""
 
 
 def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[Path]:
@@ -86,25 +111,11 @@ def run_facts(results: Path) -> str:
 
 def overview_html(claims: pd.DataFrame, figures: Path, facts: str) -> str:
     """Write the page: how many claims got which verdict, the ledger by notebook, the figures with captions."""
-    parts = [
-        f"<h1>{TITLE}</h1>",
-        f"<p>{_counts(claims)}</p>",
-        f"<p>{INTRODUCTION}</p>",
-        f"<p><small>{facts}</small></p>",
-    ]
-    for notebook, rows in claims.groupby("notebook", sort=False):
-        heads = "".join(f"<th>{name}</th>" for name in ("", "claim", "the paper", "here", "verdict"))
-        body = "\n".join(_html_row(row) for row in rows.itertuples())
-        parts.append(
-            f"<h2>{_heading(notebook)}</h2>\n<table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table>"
-        )
-    parts.append("<h2>Figures</h2>")
-    for name, caption in _drawn(figures):
-        image = inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
-        parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{TITLE}</title><style>{_STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    ledger = [(_heading(name), rows.itertuples()) for name, rows in claims.groupby("notebook", sort=False)]
+    said = {"title": TITLE, "style": _STYLE, "counts": _counts(claims), "introduction": INTRODUCTION, "facts": facts}
+    said |= {"ledger": ledger, "measured": measured, "colours": VERDICTS, "drawn": _drawn(figures)}
+    said["svg"] = lambda name: inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
+    return Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined).from_string(_PAGE).render(said)
 
 
 def inline_svg(text: str, name: str) -> str:
@@ -120,7 +131,7 @@ def inline_svg(text: str, name: str) -> str:
 def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
     """Set the ledger on A4 pages, one block per claim: never split, verdict at the right."""
     sheet = _Sheet()
-    sheet.write([TITLE], size=14, bold=True)
+    sheet.write([TITLE], size=14, weight="bold")
     for text in (_counts(claims), INTRODUCTION, facts):
         sheet.write(sheet.wrap(text, 8), gap=0.06)
     for notebook, rows in claims.groupby("notebook", sort=False):
@@ -133,11 +144,11 @@ def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
             if sheet.turn(0.1 + 0.15 * len(statement + here) + 0.132 * len(small) + 0.35 * (not index)):
                 yield sheet.last
             if not index:
-                sheet.write([_heading(notebook)], size=11, bold=True, gap=0.14)
-            sheet.write([row.verdict], bold=True, colour=VERDICTS[row.verdict], right=True, gap=0.1)
-            sheet.write(statement, bold=True, gap=0.1)
+                sheet.write([_heading(notebook)], size=11, weight="bold", gap=0.14)
+            sheet.write([row.verdict], weight="bold", color=VERDICTS[row.verdict], right=True, gap=0.1)
+            sheet.write(statement, weight="bold", gap=0.1)
             sheet.write(here)
-            sheet.write(small, size=7, colour="0.3")
+            sheet.write(small, size=7, color="0.3")
     yield sheet.page
 
 
@@ -175,30 +186,21 @@ class _Sheet:
         """Break text to the width of the page, for letters of `size` points."""
         return textwrap.wrap(text, int(930 / size), break_on_hyphens=False)
 
-    def write(
-        self,
-        lines: list[str],
-        *,
-        size: float = 8,
-        bold: bool = False,
-        colour: str = "black",
-        right: bool = False,
-        gap: float = 0,
-    ) -> None:
+    def write(self, lines: list[str], *, size: float = 8, right: bool = False, gap: float = 0, **look: str) -> None:
         """Set lines below what is there, after a `gap`; at the `right` they stand beside what follows."""
         top, x = self.left - gap, A4[0] - _MARGIN if right else _MARGIN
-        look = {"size": size, "weight": "bold" if bold else "normal", "color": colour}
         for line in lines:
-            self.page.text(x / A4[0], top / A4[1], line, va="top", ha="right" if right else "left", **look)
+            aligned = {"va": "top", "ha": "right" if right else "left"}
+            self.page.text(x / A4[0], top / A4[1], line, size=size, **aligned, **look)
             top -= size * 1.35 / 72
         self.left = self.left if right else top
 
     def draw(self, pixels: Any, width: float, height: float) -> None:
+        """Set a picture below what is there."""
         self.left -= height
-        place = (_MARGIN / A4[0], self.left / A4[1], width / A4[0], height / A4[1])
-        self.page.add_axes(place, frameon=False, xticks=[], yticks=[]).imshow(
-            pixels, aspect="auto", interpolation="none"
-        )
+        box = (_MARGIN / A4[0], self.left / A4[1], width / A4[0], height / A4[1])
+        ax = self.page.add_axes(box, frameon=False, xticks=[], yticks=[])
+        ax.imshow(pixels, aspect="auto", interpolation="none")
 
 
 def _drawn(figures: Path) -> list[tuple[str, str]]:
@@ -212,14 +214,3 @@ def _counts(claims: pd.DataFrame) -> str:
 
 def _heading(notebook: str) -> str:
     return f"{notebook[3:].replace('_', ' ').capitalize()} (notebook {notebook[:2]})"
-
-
-def _html_row(row: Any) -> str:
-    notes = {"rule": row.rule + ".", "limits": row.limits, "source": row.source + "."}
-    small = "".join(f'<p class="small">{name.capitalize()}: {escape(text)}</p>' for name, text in notes.items())
-    here = escape(measured(row)) + (f'<p class="small">{row.n} seeds</p>' if row.n > 1 else "")
-    verdict = f'<td class="verdict" data-label="verdict" style="color: {VERDICTS[row.verdict]}">{row.verdict}</td>'
-    claim = f"<td><strong>{escape(row.statement)}</strong>{small}</td>"
-    paper = f'<td data-label="the paper">{escape(row.expected)}</td>'
-    cells = f'<td>{row.number}</td>{claim}{paper}<td data-label="here">{here}</td>{verdict}'
-    return f'<tr id="claim-{row.number}">{cells}</tr>'
