@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apexlib.analysis.intervals import interval, summarise
+from apexlib.analysis.intervals import interval, spearman, summarise
 from apexlib.suite.ledger import choose, claims_table, decide, example_noise, measured, read_claims
 from apexlib.suite.measures import MEASURES
 
@@ -102,6 +102,19 @@ def test_summaries_are_per_group():
     rows = summarise(table, ["m"], "x").set_index("m")
     assert rows.loc["a", ["low", "high"]].tolist() == list(interval([1.0, 2.0, 3.0]))
     assert rows.loc["b", ["mean", "low", "high", "n"]].tolist() == [7.0, 7.0, 7.0, 1]
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), max_size=8))
+def test_rank_correlation_sees_the_order_alone(pairs):
+    x, y = (pd.Series([pair[side] for pair in pairs], dtype=float) for side in (0, 1))
+    found = spearman(x, y)
+    if len(pairs) < 3 or x.nunique() < 2 or y.nunique() < 2:
+        assert np.isnan(found)
+    else:
+        ranks = [[(each < one).sum() + (each == one).sum() / 2 for one in each] for each in (x, y)]
+        assert found == pytest.approx(np.corrcoef(ranks)[0, 1], abs=1e-9)
+        assert spearman(np.exp(x), y**3) == pytest.approx(found, abs=1e-9)
+        assert spearman(x, -y) == pytest.approx(-found, abs=1e-9)
 
 
 # measures: name → arguments, tables, value of each seed by hand

@@ -41,12 +41,14 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
 
 
 def spearman(x: pd.Series, y: pd.Series) -> float:
-    """Compute Spearman's correlation: of ranks, ties at their mean rank; NaN of fewer than three pairs.
+    """Compute Spearman's correlation: of ranks, ties at their mean rank; NaN of fewer than three pairs or of a constant.
 
     >>> float(spearman(pd.Series([1, 2, 3]), pd.Series([1, 9, 4])))
     0.5
     """
-    return x.corr(y, method="spearman", min_periods=3)
+    if len(x) < 3 or min(x.nunique(), y.nunique()) < 2:
+        return np.nan
+    return x.corr(y, method="spearman")
 
 
 def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
