@@ -41,7 +41,7 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
 
 
 def spearman(x: pd.Series, y: pd.Series) -> float:
-    """Compute Spearman's correlation: of ranks, ties at their mean rank; NaN of fewer than three pairs or of a constant.
+    """Correlate ranks, ties at their mean rank (Spearman); NaN of fewer than three pairs or of a constant.
 
     >>> float(spearman(pd.Series([1, 2, 3]), pd.Series([1, 9, 4])))
     0.5
