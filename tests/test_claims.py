@@ -367,6 +367,13 @@ def test_a_claim_without_a_field_is_refused(name, tmp_path):
         ledger(tmp_path, ENTRY, {key: value for key, value in ENTRY.items() if key != name})
 
 
+def test_a_file_of_faulty_claims_gets_a_short_answer(tmp_path):
+    faulty = ENTRY | {"number": "n" * 10_000} | {f"extra-{row}": row for row in range(100)}
+    with pytest.raises(ValueError, match=r"claims\.yaml: claim 1: number") as caught:
+        ledger(tmp_path, *[faulty] * 100)
+    assert len(str(caught.value)) < 5_000
+
+
 @pytest.mark.parametrize("field", ["number", "id", "statement"])
 def test_what_tells_claims_apart_is_there_once(field, tmp_path):
     other = ENTRY | {"number": 2, "id": "other", "statement": "Else."}

@@ -73,7 +73,8 @@ def read_claims(path: Path = LEDGER) -> list[Claim]:
     try:
         claims = _CLAIMS.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise ValueError(f"{path}: {'; '.join(map(_fault, error.errors()))}") from None
+        first = [fault for fault in error.errors() if fault["loc"][:1] == error.errors()[0]["loc"][:1]]
+        raise ValueError(f"{path}: {'; '.join(map(_fault, first[:10]))}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     for name in ("number", "id", "statement"):
@@ -173,5 +174,5 @@ def _fault(error: dict[str, Any]) -> str:
     row, field = error["loc"][:1], " ".join(map(str, error["loc"][1:]))
     where = [f"claim {number + 1}" for number in row] + [field] * bool(field)
     known = f"; known: {', '.join(Claim.model_fields)}" if error["type"] == "extra_forbidden" else ""
-    there = "" if error["type"] == "missing" else f", got {error['input']!r}"
+    there = "" if error["type"] == "missing" else f", got {error['input']!r:.200}"
     return ": ".join([*where, error["msg"].removeprefix("Value error, ")]) + known + there
