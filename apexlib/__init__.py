@@ -50,10 +50,10 @@ if _typing.TYPE_CHECKING:
     from apexlib.selection import select as select
     from apexlib.selection import selection_stability as selection_stability
     from apexlib.suite.figures import draw_figure as draw_figure
-    from apexlib.suite.figures import save_figure as save_figure
     from apexlib.suite.ledger import claims_table as claims_table
     from apexlib.suite.overview import write_overview as write_overview
     from apexlib.suite.pretraining import pretrain as pretrain
+    from apexlib.suite.style import save_figure as save_figure
     from apexlib.text.corpora import load_chat as load_chat
     from apexlib.text.corpora import load_corpus as load_corpus
     from apexlib.text.datasets import batches as batches

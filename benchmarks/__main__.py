@@ -3,16 +3,14 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 
-import pandas as pd
 import torch
 
 from apexlib.provenance import save_table
-from apexlib.suite.figures import new_figure, plot_forecast, plot_scaling, plot_step_costs, save_figure
 from apexlib.suite.folders import folders
 from benchmarks import effective_rank
 from benchmarks.cases import scaling_studies, step_studies
+from benchmarks.figures import draw
 from benchmarks.studies import forecasts, overheads, scaling, steps, targets
 
 
@@ -48,24 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     small = ["--rows", "256", "--columns", "704"] if options.quick else []
     effective_rank.main([*small, "--threads", str(options.threads), "--out", str(paths.results)])
     return 0
-
-
-def draw(tables: dict[str, pd.DataFrame], folder: Path) -> None:
-    """Draw the figures of all tables."""
-    measured = tables["steps"]
-    first = [measured[measured["kind"] == kind]["case"].iloc[0] for kind in ("block", "model")]
-    panels = new_figure(2, height=2.8)
-    for ax, case in zip(panels, first, strict=True):
-        plot_step_costs(measured[measured["case"] == case], ax).set_title(case)
-    save_figure(panels, "step_costs", folder=folder)
-    for quantity in ("seconds", "peak_mib"):
-        panels = new_figure(4, height=2.2)
-        for ax, (axis, table) in zip(panels, tables["scaling"].groupby("axis", sort=False), strict=True):
-            plot_scaling(table, ax, quantity).set_title("model" if axis == "layers" else "FFN block")
-        save_figure(panels, f"scaling_{quantity}", folder=folder)
-    if "forecast" in tables:
-        (ax,) = new_figure(height=2.8)
-        save_figure(plot_forecast(tables["forecast"], ax), "forecast", folder=folder)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apexlib.analysis.intervals import interval, summarise
-from apexlib.suite.ledger import MEASURES, choose, claims_table, decide, example_noise, measured, read_claims
+from apexlib.analysis.intervals import interval, spearman, summarise
+from apexlib.suite.ledger import choose, claims_table, decide, example_noise, measured, read_claims
+from apexlib.suite.measures import MEASURES
 
 values_of_seeds = st.lists(st.floats(-1e3, 1e3).map(lambda value: round(value, 3)), min_size=3, max_size=6)
 OPPOSITE = {"reproduced": "not reproduced", "not reproduced": "reproduced"}
@@ -101,6 +102,19 @@ def test_summaries_are_per_group():
     rows = summarise(table, ["m"], "x").set_index("m")
     assert rows.loc["a", ["low", "high"]].tolist() == list(interval([1.0, 2.0, 3.0]))
     assert rows.loc["b", ["mean", "low", "high", "n"]].tolist() == [7.0, 7.0, 7.0, 1]
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), max_size=8))
+def test_rank_correlation_sees_the_order_alone(pairs):
+    x, y = (pd.Series([pair[side] for pair in pairs], dtype=float) for side in (0, 1))
+    found = spearman(x, y)
+    if len(pairs) < 3 or x.nunique() < 2 or y.nunique() < 2:
+        assert np.isnan(found)
+    else:
+        ranks = [[(each < one).sum() + (each == one).sum() / 2 for one in each] for each in (x, y)]
+        assert found == pytest.approx(np.corrcoef(ranks)[0, 1], abs=1e-9)
+        assert spearman(np.exp(x), y**3) == pytest.approx(found, abs=1e-9)
+        assert spearman(x, -y) == pytest.approx(-found, abs=1e-9)
 
 
 # measures: name → arguments, tables, value of each seed by hand
@@ -283,7 +297,7 @@ def test_the_noise_of_examples_covers_the_difference_of_independent_answers(low,
     assert 0.94 < within < 0.99
 
 
-def test_where_nobody_answers_anything_nobody_is_as_good(tmp_path):
+def test_a_test_that_both_fail_or_both_solve_does_not_show_them_as_equal(tmp_path):
     rows = [(method, seed, share) for method in ("full", "apex") for seed, share in enumerate((0, 1, 0.5))]
     write(tmp_path, instruction=("method seed exact_match", *rows))
     assert MEASURES["lead"](tmp_path, **LEAD | {"column": "exact_match", "margin": 0.25}).to_dict() == {2: 0.25}
@@ -324,24 +338,40 @@ def test_numbers_are_written_with_three_digits_of_the_wider_end():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"unit": None}, r"claim 1: no unit"),
-        ({"limits": "", "notebooks": []}, r"claim 1: no notebooks, limits"),
-        ({"value": "v"}, r"claim 1: unknown value; known: number, id"),
-        ({"number": "one"}, r"claim 1, number: need int, got 'one'"),
-        ({"expected": 3}, r"claim 1, expected: need str, got 3"),
-        ({"measure": {"a": {}, "b": {}}}, r"claim 1, measure: need one function with its arguments"),
-        ({"measure": {"leed": {}}}, r"claim 1: unknown measure 'leed'; known: masking_gap, .*lead"),
-        ({"measure": {"rise": {"of": "apex"}}}, r"claim 1, measure rise: missing a required argument: 'table'"),
-        ({"measure": {"rank_correlation": {"of": "x"}}}, r"claim 1, measure rank_correlation: got an unexpected"),
+        ({"unit": None}, r"claim 1: unit: Input should be a valid string, got None"),
         (
-            {"measure": {"rank_correlation": 3}},
-            r"claim 1, measure rank_correlation: need a mapping of arguments, got 3",
+            {"limits": "", "notebooks": []},
+            r"claim 1: notebooks: .* 1 item.*, got \[\]; claim 1: limits: .* 1 char",
         ),
+        ({"value": "v"}, r"claim 1: value: Extra inputs are not permitted; known: number, id, .*, got 'v'"),
+        ({"number": "one"}, r"claim 1: number: Input should be a valid integer, got 'one'"),
+        ({"number": True}, r"claim 1: number: Input should be a valid integer, got True"),
+        ({"expected": 3}, r"claim 1: expected: Input should be a valid string, got 3"),
+        ({"notebooks": ["00_first", 3]}, r"claim 1: notebooks 1: Input should be a valid string, got 3"),
+        ({"notebooks": "00_first"}, r"claim 1: notebooks: Input should be a valid tuple, got '00_first'"),
+        ({"measure": {"a": {}, "b": {}}}, r"claim 1: measure: .* at most 1 item .*, got {'a'"),
+        ({"measure": {"leed": {}}}, r"claim 1: measure: unknown measure 'leed'; known: masking_gap, .*lead"),
+        ({"measure": {"rise": {"of": "apex"}}}, r"claim 1: measure: rise: missing a required argument: 'table'"),
+        ({"measure": {"rank_correlation": {"of": "x"}}}, r"claim 1: measure: rank_correlation: got an unexpected"),
+        ({"measure": {"rank_correlation": 3}}, r"claim 1: measure rank_correlation: .* valid dictionary, got 3"),
     ],
 )
 def test_a_faulty_claim_is_named(change, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=rf"claims\.yaml: {said}"):
         ledger(tmp_path, ENTRY | change)
+
+
+@pytest.mark.parametrize("name", ENTRY)
+def test_a_claim_without_a_field_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"claims\.yaml: claim 2: {name}: Field required$"):
+        ledger(tmp_path, ENTRY, {key: value for key, value in ENTRY.items() if key != name})
+
+
+def test_a_file_of_faulty_claims_gets_a_short_answer(tmp_path):
+    faulty = ENTRY | {"number": "n" * 10_000} | {f"extra-{row}": row for row in range(100)}
+    with pytest.raises(ValueError, match=r"claims\.yaml: claim 1: number") as caught:
+        ledger(tmp_path, *[faulty] * 100)
+    assert len(str(caught.value)) < 5_000
 
 
 @pytest.mark.parametrize("field", ["number", "id", "statement"])
@@ -351,7 +381,15 @@ def test_what_tells_claims_apart_is_there_once(field, tmp_path):
         ledger(tmp_path, ENTRY, other | {field: ENTRY[field]})
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "need a list of claims"), ("- 3", "claim 1: need a mapping, got 3")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"claims\.yaml: Input should be a valid list, got None"),
+        ("[]", r"claims\.yaml: List should have at least 1 item"),
+        ("- 3", r"claims\.yaml: claim 1: Input should be a valid dictionary.*, got 3"),
+        ("- [", r"claims\.yaml: while parsing"),
+    ],
+)
 def test_a_file_that_is_no_ledger_is_refused(text, said, tmp_path):
     (tmp_path / "claims.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):

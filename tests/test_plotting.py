@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from apexlib.suite import figures as plotting
+from benchmarks.figures import plot_forecast, plot_scaling, plot_step_costs
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,19 @@ def lives():
     return units.assign(role=first + second)
 
 
+def step_costs():
+    columns = {"ratio": [1.0, 0.75], "ratio_low": [0.5, 0.5], "ratio_high": [1.5, 1.0], "peak_ratio": [1.0, 0.5]}
+    return pd.DataFrame({"method": ["full", "apex"]} | columns)
+
+
+def scaling():
+    return pd.DataFrame({"axis": "k", "value": [0.5, 0.25], "method": "apex", "seconds": [2.0, 1.0]})
+
+
+def forecast():
+    return pd.DataFrame({"phase": ["train", "fuse"], "forecast_mib": [90, 200], "measured_mib": [100, 190]})
+
+
 PLOTS = {
     plotting.plot_constructed_ranks: constructed,
     partial(plotting.plot_by_method, label="change", null="by chance", percent=True): by_method,
@@ -115,8 +129,10 @@ PLOTS = {
     plotting.plot_token_curve: token_curve,
     plotting.plot_rates: rates,
     plotting.plot_trade_off: trade_off,
+    plot_scaling: scaling,
+    plot_forecast: forecast,
 }
-TABLES = PLOTS | {plotting.plot_comparison: comparison}
+TABLES = PLOTS | {plotting.plot_comparison: comparison, plot_step_costs: step_costs}
 
 
 def example(plot):
@@ -204,6 +220,17 @@ def test_a_figure_without_its_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="figure 'bare': every ax must come from a plot_"):
         plotting.save_figure(ax, "bare", folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_step_costs_are_drawn_from_above_with_their_quartiles():
+    (ax,) = plotting.new_figure()
+    plot_step_costs(step_costs(), ax)
+    time, peak = (line.get_xydata().tolist() for line in ax.get_lines()[:2])
+    assert np.round(time, 9).tolist() == [[1.0, 1.14], [0.75, 0.14]]
+    assert np.round(peak, 9).tolist() == [[1.0, 0.86], [0.5, -0.14]]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["full", "apex"]
+    (bars,) = ax.collections
+    assert [segment[:, 0].tolist() for segment in bars.get_segments()] == [[0.5, 1.5], [0.5, 1.0]]
 
 
 def test_a_biography_is_drawn_unit_by_unit_in_the_colours_of_roles():

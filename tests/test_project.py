@@ -279,8 +279,9 @@ def test_the_last_notebook_draws_every_figure_and_reads_every_table_that_decides
     written = [Path(path) for notebook in others for path in notebook.writes if path.endswith(".csv")]
     drawn = [path for path in written if path.parts[0] == "figures"]
     assert {path.stem for path in drawn} == set(FIGURES)
-    source = (ROOT / "apexlib" / "suite" / "ledger.py").read_text(encoding="utf-8")
-    read = set(re.findall(r"_(?:read|per_seed)\(\w+, \"(\w+)\"", source))
+    suite = ROOT / "apexlib" / "suite"
+    source = "".join((suite / f"{name}.py").read_text(encoding="utf-8") for name in ("ledger", "measures"))
+    read = set(re.findall(r"(?:read_table|per_seed)\(\w+, \"(\w+)\"", source))
     read |= {claim.arguments["table"] for claim in read_claims() if "table" in claim.arguments}
     assert {"masking", "instruction", "rank_gain"} <= read
     deciding = [path for path in written if path.parts[0] == "data" and path.stem in read]

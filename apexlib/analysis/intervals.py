@@ -1,4 +1,4 @@
-"""Means with intervals, and differences example by example."""
+"""Means with intervals, differences example by example, and rank correlation."""
 
 from collections.abc import Sequence
 
@@ -38,6 +38,17 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
         low, high = interval(group[value]) if len(group) > 1 else (group[value].mean(),) * 2
         rows.append(dict(zip(by, key, strict=True), mean=group[value].mean(), low=low, high=high, n=len(group)))
     return pd.DataFrame(rows)
+
+
+def spearman(x: pd.Series, y: pd.Series) -> float:
+    """Correlate ranks, ties at their mean rank (Spearman); NaN of fewer than three pairs or of a constant.
+
+    >>> float(spearman(pd.Series([1, 2, 3]), pd.Series([1, 9, 4])))
+    0.5
+    """
+    if len(x) < 3 or min(x.nunique(), y.nunique()) < 2:
+        return np.nan
+    return x.corr(y, method="spearman")
 
 
 def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:

@@ -4,15 +4,16 @@ With sources P, targets N and other rows F, an operator M takes W = [P; N; F] to
 direction: rank(E W) = rank(W), so all it can do is to even out the singular values that are there.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from apexlib.analysis.intervals import summarise
+from apexlib.analysis.intervals import spearman, summarise
 from apexlib.analysis.spectrum import effective_rank
 
 _K = 24  # sources, and as many targets
@@ -45,10 +46,8 @@ def constructed_changes(strengths: Sequence[float], draws: int) -> pd.DataFrame:
     M is Gaussian. Crowded rows lie in 4 of 64 dimensions; long targets are 16 times, long sources 4 times as long as
     other rows.
     """
-    rows = [
-        _expanded(case, strength, seed) for case in _CASES for strength in (0.0, *strengths) for seed in range(draws)
-    ]
-    return pd.DataFrame(rows)
+    settings = product(_CASES, (0.0, *strengths), range(draws))
+    return pd.DataFrame([_expanded(*setting) for setting in settings])
 
 
 def rank_changes(updates: pd.DataFrame) -> pd.DataFrame:
@@ -92,11 +91,8 @@ def update_ranks(updates: pd.DataFrame) -> pd.DataFrame:
     `noise_share` is what rounding alone may have moved, of the update; the share of a random matrix (`null`) is 1.
     """
     moved = final_stage(updates[updates["frobenius"] > 0])
-    shares = {
-        "rank_share": moved["effective_rank"] / moved["random"],
-        "noise_share": moved["noise_frobenius"] / moved["frobenius"],
-    }
-    return moved.assign(**shares, null=1.0)
+    rank, noise = moved["effective_rank"] / moved["random"], moved["noise_frobenius"] / moved["frobenius"]
+    return moved.assign(rank_share=rank, noise_share=noise, null=1.0)
 
 
 def rank_gain(ranks: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -109,25 +105,17 @@ def rank_gain(ranks: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     base = runs[runs["method"] == "base"].set_index("seed")["answer_loss"]
     by_run = final_stage(ranks).groupby(keys, sort=False, as_index=False)[["change", "change_by_chance"]].mean()
     table = runs[[*keys, "answer_loss"]].merge(by_run, on=keys)
-    start = table["seed"].map(base).fillna(base.iloc[0])
-    return pd.DataFrame(
-        {
-            **table[keys],
-            "erank_change": table["change"],
-            "erank_change_by_chance": table["change_by_chance"],
-            "erank_change_excess": table["change"] - table["change_by_chance"],
-            "answer_loss_gain": start - table["answer_loss"],
-        }
-    )
+    table.columns = [*keys, "answer_loss", "erank_change", "erank_change_by_chance"]
+    table["erank_change_excess"] = table["erank_change"] - table["erank_change_by_chance"]
+    table["answer_loss_gain"] = table["seed"].map(base).fillna(base.iloc[0]) - table.pop("answer_loss")
+    return table
 
 
 def rank_correlation(gain: pd.DataFrame) -> pd.DataFrame:
     """Correlate `erank_change` and `answer_loss_gain` over the methods of a seed (Spearman's; NaN of fewer than 3)."""
-    rows = []
-    for seed, part in gain.groupby("seed"):
-        r = part["erank_change"].rank().corr(part["answer_loss_gain"].rank()) if len(part) > 2 else math.nan
-        rows.append({"seed": seed, "methods": len(part), "correlation": r})
-    return pd.DataFrame(rows)
+    parts = gain.groupby("seed")
+    rows = [(seed, len(part), spearman(part["erank_change"], part["answer_loss_gain"])) for seed, part in parts]
+    return pd.DataFrame(rows, columns=["seed", "methods", "correlation"])
 
 
 def random_rows(rows: int, columns: int, generator: Generator) -> Float[Tensor, "rows columns"]:
@@ -136,31 +124,27 @@ def random_rows(rows: int, columns: int, generator: Generator) -> Float[Tensor, 
 
 
 def _expanded(case: str, strength: float, seed: int) -> dict[str, object]:
-    generator = torch.Generator().manual_seed(seed)
-    make, sign = _CASES[case]
+    generator, (make, sign) = torch.Generator().manual_seed(seed), _CASES[case]
     before = make(random_rows(2 * _K + _OTHERS, _DIM, generator), generator)
     source, start = before[_SOURCE], effective_rank(before)
-    changes = []
-    for step in (random_rows(_K, _K, generator) @ source, random_rows(_K, _DIM, generator)):  # M P, and rows at random
+    row = {"case": case, "sign": sign, "strength": strength, "seed": seed}
+    steps = {"change": random_rows(_K, _K, generator) @ source, "chance": random_rows(_K, _DIM, generator)}
+    for name, step in steps.items():  # M P, and rows at random
         after = before.clone()
         after[_TARGET] += strength * step * source.norm() / step.norm()
-        changes.append(effective_rank(after) / start - 1)
-    change, chance = changes
-    return {"case": case, "sign": sign, "strength": strength, "seed": seed, "change": change, "chance": chance}
+        row[name] = effective_rank(after) / start - 1
+    return row
 
 
-def _crowded(place: slice, length: float) -> Callable[[Tensor, Generator], Tensor]:
-    def make(matrix: Tensor, generator: Generator) -> Tensor:
-        matrix[place] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
-        return matrix
-
-    return make
+def _crowded(matrix: Tensor, generator: Generator, *, rows: slice, length: float) -> Tensor:
+    matrix[rows] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
+    return matrix
 
 
 _CASES: dict[str, tuple[Callable[[Tensor, Generator], Tensor], int]] = {
-    "targets crowded and long": (_crowded(_TARGET, 16), 1),  # what is weak grows
-    "targets crowded": (_crowded(_TARGET, 1), 0),
+    "targets crowded and long": (partial(_crowded, rows=_TARGET, length=16), 1),  # what is weak grows
+    "targets crowded": (partial(_crowded, rows=_TARGET, length=1), 0),
     "targets spread": (lambda matrix, _: matrix, -1),  # targets come to repeat the sources
-    "sources crowded and long": (_crowded(_SOURCE, 4), -1),  # what is strong grows
+    "sources crowded and long": (partial(_crowded, rows=_SOURCE, length=4), -1),  # what is strong grows
     "flat spectrum": (lambda matrix, _: torch.linalg.qr(matrix).Q, -1),  # erank is at its bound, the rank
 }

@@ -1,44 +1,61 @@
 """The ledger of claims: each with a rule written before the run, an interval over seeds, and a verdict.
 
-A claim's words stand in `data/claims.yaml` and name the measure that decides it, one of `MEASURES` here: a function of
-the folder of a run's result tables that returns one value per training seed, above 0 where the claim holds.
+A claim's words stand in `data/claims.yaml` and name the measure that decides it, one of `apexlib.suite.measures`.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError, field_validator
 
 from apexlib.analysis.intervals import interval
+from apexlib.suite.measures import MEASURES, per_seed, read_table
 
 LEDGER = Path(__file__).parents[2] / "data" / "claims.yaml"
-MEASURES: dict[str, Callable[..., pd.Series]] = {}  # by the name that a claim gives
+COLUMNS = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "verdict"]
+COLUMNS += ["rule", "limits", "notebook", "scale"]
+Words = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(BaseModel, frozen=True, extra="forbid"):
     """One entry of the ledger; what each field means stands at the head of `data/claims.yaml`."""
 
-    number: int
-    id: str
-    source: str
-    statement: str
-    expected: str
-    measure: str
-    rule: str
-    unit: str
-    notebooks: tuple[str, ...]  # the last one decides the claim
-    limits: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    number: StrictInt
+    id: Words
+    source: Words
+    statement: Words
+    expected: Words
+    measure: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]  # its name: its arguments
+    rule: Words
+    unit: Words
+    notebooks: Annotated[tuple[Words, ...], Field(min_length=1)]  # the last one decides the claim
+    limits: Words
+
+    @field_validator("measure")
+    @classmethod
+    def _can_be_called(cls, measure: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        ((name, arguments),) = measure.items()
+        if name not in MEASURES:
+            raise ValueError(f"unknown measure {name!r}; known: {', '.join(MEASURES)}")
+        try:
+            inspect.signature(MEASURES[name]).bind(Path(), **arguments)
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return measure
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return next(iter(self.measure.values()))
 
     def values(self, results: Path) -> pd.Series:
         """Measure the claim from the tables in `results`: one value per seed, none where a table or run is missing."""
+        (name,) = self.measure
         try:
-            values = MEASURES[self.measure](Path(results), **self.arguments).dropna()
+            values = MEASURES[name](Path(results), **self.arguments).dropna()
         except FileNotFoundError:
             return pd.Series(dtype=float)
         if not np.isfinite(values).all():
@@ -46,17 +63,20 @@ class Claim:
         return values
 
 
+_CLAIMS = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
+
+
 def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        claims = _CLAIMS.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = [fault for fault in error.errors() if fault["loc"][:1] == error.errors()[0]["loc"][:1]]
+        raise ValueError(f"{path}: {'; '.join(map(_fault, first[:10]))}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(content, list) or not content:
-        raise ValueError(f"{path}: need a list of claims")
-    claims = [_claim(entry, f"{path}, claim {row}") for row, entry in enumerate(content, start=1)]
     for name in ("number", "id", "statement"):
         values = [getattr(claim, name) for claim in claims]
         if twice := sorted({value for value in values if values.count(value) > 1}):
@@ -68,8 +88,7 @@ def choose(claims: Sequence[Claim], only: Collection[int | str]) -> list[Claim]:
     """Take the claims that `only` names: by number, by id, or by the notebook that decides them."""
     chosen = []
     for name in only:
-        found = [claim for claim in claims if name in (claim.number, claim.id, claim.notebooks[-1])]
-        if not found:
+        if not (found := [claim for claim in claims if name in (claim.number, claim.id, claim.notebooks[-1])]):
             known = f"1 to {max(claim.number for claim in claims)}, {', '.join(claim.id for claim in claims)}"
             raise ValueError(f"claim {name!r} is not in the ledger; known: {known}")
         chosen += found
@@ -82,22 +101,18 @@ def claims_table(
     """Decide every claim from the result tables in a folder: what the paper says, what was measured, the verdict.
 
     `only` takes some of them: numbers, ids, or names of the notebooks that decide them. `claims` are those of the
-    project's ledger unless given. Columns: `number`, `claim` (its id), `statement`, `source`, `expected`, `mean`,
-    `low`, `high` (95 % interval), `n` (seeds), `unit`, `verdict`, `rule`, `limits`, `notebook` (that decides it),
-    `scale` (the folder's name: the profile).
+    project's ledger unless given. Columns: those of the ledger and of `decide`; `claim` is the id, `limits` has what
+    the draw of test examples adds, `notebook` decides the claim, `scale` is the folder's name: the profile.
     """
     results = Path(results_dir)
     claims = read_claims() if claims is None else claims
     rows = []
     for claim in claims if only is None else choose(claims, only):
-        row = {"number": claim.number, "claim": claim.id}
-        row |= {name: getattr(claim, name) for name in ("statement", "source", "expected")}
-        row |= decide(values := claim.values(results).to_list()) | {"unit": claim.unit}
+        values = claim.values(results).to_list()
         limits = " ".join(filter(None, [claim.limits, example_noise(results, claim) if values else ""]))
-        row |= {"rule": claim.rule, "limits": limits, "notebook": claim.notebooks[-1]}
-        rows.append(row | {"scale": results.name})
-    order = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "verdict"]
-    return pd.DataFrame(rows, columns=[*order, "rule", "limits", "notebook", "scale"])
+        row = claim.model_dump(include=set(COLUMNS)) | decide(values) | {"claim": claim.id, "limits": limits}
+        rows.append(row | {"notebook": claim.notebooks[-1], "scale": results.name})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def decide(values: Sequence[float]) -> dict[str, Any]:
@@ -144,189 +159,20 @@ def example_noise(results: Path, claim: Claim) -> str:
     Caffo 2000): 1.96 · √(Σ p (1 − p) / (n + 2)), as if the answers of the two methods had nothing to do with each
     other, which is the worst case. More seeds do not shrink it.
     """
-    if claim.arguments.get("column") != "exact_match":
+    if claim.arguments.get("column") != "exact_match" or not (results / "instruction_families.csv").is_file():
         return ""
-    try:
-        families = _read(results, "instruction_families", ["method", "seed", "examples"])
-    except FileNotFoundError:
-        return ""
+    families = read_table(results, "instruction_families", ["method", "seed", "examples"])
     n = int(families.groupby(["method", "seed"])["examples"].sum().min())
-    runs = (
-        _per_seed(results, claim.arguments["table"], claim.arguments[side], "exact_match") for side in ("of", "over")
-    )
-    shares = [(run.mean() * n + 1) / (n + 2) for run in runs]
+    table, *runs = (claim.arguments[name] for name in ("table", "of", "over"))
+    shares = [(per_seed(results, table, run, "exact_match").mean() * n + 1) / (n + 2) for run in runs]
     noise = 1.96 * np.sqrt(sum(share * (1 - share) for share in shares) / (n + 2))
     return f"{n} test examples: their draw alone may move the difference by ±{noise:.3f}."
 
 
-def measure(function: Callable[..., pd.Series]) -> Callable[..., pd.Series]:
-    """Enter `function(results, …)` among the measures that a claim may name."""
-    MEASURES[function.__name__] = function
-    return function
-
-
-@measure
-def masking_gap(results: Path, *, component: str, fraction: float, more: str, less: str, times: float = 1) -> pd.Series:
-    """Increase of loss with `fraction` of units masked in the order `more`, less `times` that in the order `less`."""
-    table = _read(results, "masking", ["component", "order", "fraction", "seed", "increase"])
-    table = table[(table["component"] == component) & np.isclose(table["fraction"], fraction)]
-    increase = table.groupby(["order", "seed"])["increase"].mean().unstack("order")  # mean over random draws
-    if not {more, less} <= set(increase):
-        return pd.Series(dtype=float)
-    return increase[more] - times * increase[less]
-
-
-@measure
-def evens_with_training(results: Path, *, component: str, share: float) -> pd.Series:
-    """Coefficient of variation of the largest model after about `share` of its training, less that at the end."""
-    cv, names = _imbalance(results, component)
-    if not names or cv["tokens"].max() == 0:
-        return pd.Series(dtype=float)
-    return _evenness(cv, names[-1], share) - _evenness(cv, names[-1], 1.0)
-
-
-@measure
-def evens_with_size(results: Path, *, component: str) -> pd.Series:
-    """Coefficient of variation of the smallest model at the end of training, less that of the largest."""
-    cv, names = _imbalance(results, component)
-    if len(names) < 2 or cv["tokens"].max() == 0:
-        return pd.Series(dtype=float)
-    return _evenness(cv, names[0], 1.0) - _evenness(cv, names[-1], 1.0)
-
-
-@measure
-def lead(results: Path, *, table: str, of: str, over: str, column: str, margin: float = 0.0) -> pd.Series:
-    """By how much a run `of` one method is ahead of one `over` whom it should be, plus `margin`.
-
-    Less is better in a column that ends in "loss", more in any other. With a margin, seeds are left out in which both
-    methods answer nothing, or both everything: they are equal for want of a test, not because they are as good.
-    """
-    runs = {"ahead": _per_seed(results, table, of, column), "behind": _per_seed(results, table, over, column)}
-    both = pd.DataFrame(runs).dropna()
-    if len(both) and "tokens" in _read(results, table, []):
-        ends = [_per_seed(results, table, name, "tokens")[both.index] for name in (of, over)]
-        if (ends[0] != ends[1]).any():
-            raise ValueError(f"{table}.csv: runs of {of} and {over} end after different numbers of tokens; need equal")
-    if margin and column == "exact_match":
-        both = both[(both["ahead"] != both["behind"]) | ~both["ahead"].isin([0.0, 1.0])]
-    sign = -1 if column.endswith("loss") else 1
-    return sign * (both["ahead"] - both["behind"]) + margin
-
-
-@measure
-def rise(results: Path, *, table: str, of: str, column: str) -> pd.Series:
-    """The value of `column` itself, which is a change."""
-    return _per_seed(results, table, of, column)
-
-
-@measure
-def time_saved(results: Path, *, of: str, over: str, limit: float) -> pd.Series:
-    """`limit` less the seconds per step of one method over those of another."""
-    seconds = [_per_seed(results, "instruction", name, "seconds_per_step") for name in (of, over)]
-    return limit - seconds[0] / seconds[1]
-
-
-@measure
-def share_within(results: Path, *, method: str, expected: float, tolerance: float) -> pd.Series:
-    """`tolerance` less the distance of the trainable share from what is `expected`."""
-    return tolerance - (_per_seed(results, "instruction", method, "trainable") - expected).abs()
-
-
-@measure
-def stages_flatten(results: Path) -> pd.Series:
-    """Mean gain in answer loss per stage added from one to three, less the gain of a fourth."""
-    one, three, four = (_per_seed(results, "ablations", f"stages-{n}", "answer_loss") for n in (1, 3, 4))
-    return (one - three) / 2 - (three - four)
-
-
-@measure
-def tokens_saved(results: Path, *, method: str, share: float) -> pd.Series:
-    """1 / ratio − 1 / `share`, ratio: tokens to conventional training's final loss over its tokens; ∞ if never."""
-    return 1 / _per_seed(results, "continued_ratio", method, "ratio", may_be_infinite=True) - 1 / share
-
-
-@measure
-def rank_correlation(results: Path) -> pd.Series:
-    """Spearman's correlation of change of effective rank and gain over the methods of a seed, if three or more."""
-    table = _read(results, "rank_gain", ["method", "seed", "erank_change", "answer_loss_gain"])
-    runs = table[table["method"] != "base"].groupby("seed")
-    values = {
-        seed: rows["erank_change"].corr(rows["answer_loss_gain"], method="spearman")
-        for seed, rows in runs
-        if len(rows) >= 3
-    }
-    return pd.Series(values, dtype=float)
-
-
-def _read(results: Path, table: str, columns: Collection[str]) -> pd.DataFrame:
-    rows = pd.read_csv(results / f"{table}.csv", keep_default_na=False, na_values=["", "nan"])  # "null" is a name
-    if missing := [column for column in columns if column not in rows]:
-        raise ValueError(f"{results / table}.csv: no column {', '.join(missing)}; it has {', '.join(rows)}")
-    return rows
-
-
-def _per_seed(results: Path, table: str, run: str, column: str, *, may_be_infinite: bool = False) -> pd.Series:
-    """One number per seed for a method (or variant), at its chosen learning rate and its last evaluation."""
-    rows = _read(results, table, ["seed", column])
-    key = "variant" if "variant" in rows else "method"
-    rows = rows[rows[key] == run]
-    if "chosen" in rows:
-        rows = rows[rows["chosen"].astype(bool)]
-    if "tokens" in rows:
-        rows = rows.sort_values("tokens").groupby("seed").tail(1)
-    values = rows.set_index("seed")[column].astype(float).sort_index()
-    where = f"{table}.csv, {key} {run}"
-    if values.index.has_duplicates:
-        raise ValueError(
-            f"{where}: seed {values.index[values.index.duplicated()][0]} is there twice; need one run each"
-        )
-    if values.isna().any() or (np.isinf(values).any() and not may_be_infinite):
-        raise ValueError(f"{where}: need a finite {column} for every seed, got {values.to_dict()}")
-    return values
-
-
-def _imbalance(results: Path, component: str) -> tuple[pd.DataFrame, list[str]]:
-    """Mean coefficient of variation over layers per model, tokens and seed; the models' names, smallest first.
-
-    No name where the sizes of the models measured are not known.
-    """
-    table = _read(results, "imbalance", ["component", "model", "tokens", "seed", "cv"])
-    table = table[table["component"] == component]
-    cv = table.groupby(["model", "tokens", "seed"], as_index=False, sort=False)["cv"].mean()
-    sizes = _read(results, "models", ["model", "parameters"]).drop_duplicates("model").sort_values("parameters")
-    names = [name for name in sizes["model"] if name in set(cv["model"])]
-    return cv, names if set(cv["model"]) == set(names) else []
-
-
-def _evenness(cv: pd.DataFrame, model: str, share: float) -> pd.Series:
-    rows = cv[cv["model"] == model]
-    near = rows["tokens"].iloc[(rows["tokens"] - share * rows["tokens"].max()).abs().argmin()]
-    return rows[rows["tokens"] == near].set_index("seed")["cv"]
-
-
-def _claim(entry: Any, where: str) -> Claim:
-    """Build a claim from its entry in the ledger, or say what is wrong with that."""
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: need a mapping, got {entry!r}")
-    names = [each.name for each in fields(Claim) if each.name != "arguments"]
-    if missing := [name for name in names if entry.get(name) in (None, "", [])]:
-        raise ValueError(f"{where}: no {', '.join(missing)}")
-    if extra := [str(name) for name in entry if name not in names]:
-        raise ValueError(f"{where}: unknown {', '.join(extra)}; known: {', '.join(names)}")
-    kinds = {"number": int, "notebooks": list, "measure": dict}
-    for name in names:
-        if type(entry[name]) is not (kind := kinds.get(name, str)):
-            raise ValueError(f"{where}, {name}: need {kind.__name__}, got {entry[name]!r}")
-    if len(entry["measure"]) != 1:
-        raise ValueError(f"{where}, measure: need one function with its arguments, got {entry['measure']!r}")
-    ((name, arguments),) = entry["measure"].items()
-    if name not in MEASURES:
-        raise ValueError(f"{where}: unknown measure {name!r}; known: {', '.join(MEASURES)}")
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"{where}, measure {name}: need a mapping of arguments, got {arguments!r}")
-    try:
-        inspect.signature(MEASURES[name]).bind(Path(), **arguments)
-    except TypeError as error:
-        raise ValueError(f"{where}, measure {name}: {error}") from None
-    given = {"measure": name, "arguments": arguments, "notebooks": tuple(entry["notebooks"])}
-    return Claim(**{key: entry[key] for key in names if key not in given}, **given)
+def _fault(error: dict[str, Any]) -> str:
+    """Say where in the list of claims a fault is, what is needed there, and what is there."""
+    row, field = error["loc"][:1], " ".join(map(str, error["loc"][1:]))
+    where = [f"claim {number + 1}" for number in row] + [field] * bool(field)
+    known = f"; known: {', '.join(Claim.model_fields)}" if error["type"] == "extra_forbidden" else ""
+    there = "" if error["type"] == "missing" else f", got {error['input']!r:.200}"
+    return ": ".join([*where, error["msg"].removeprefix("Value error, ")]) + known + there

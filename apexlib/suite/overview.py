@@ -3,14 +3,13 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterator
-from html import escape
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+from jinja2 import Environment, StrictUndefined
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
@@ -32,7 +31,10 @@ INTRODUCTION = (
 )
 A4 = (8.27, 11.69)  # inches
 _MARGIN = 0.63  # inches; leaves the width of a figure of two columns
-_STYLE = """
+Part = tuple[float, Callable[[Page, float], None]]  # of a page: its height in inches, and what draws it below a `top`
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>
 :root { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
 body { max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
@@ -50,6 +52,23 @@ figcaption { font-size: .85rem; } tr { break-inside: avoid; }
   td[data-label]::before { content: attr(data-label) ": "; font-size: .8rem; color: #4d4d4d; font-weight: 400; }
 }
 @media print { :root { font-size: 10.5px; } body { max-width: none; padding: 0; } h2 { break-after: avoid; } }
+</style></head><body>
+<h1>{{ title }}</h1><p>{{ counts }}</p><p>{{ introduction }}</p><p><small>{{ facts }}</small></p>
+{% for heading, rows in ledger %}
+<h2>{{ heading }}</h2>
+<table><thead><tr><th></th><th>claim</th><th>the paper</th><th>here</th><th>verdict</th></tr></thead><tbody>
+{% for row in rows %}
+<tr id="claim-{{ row.number }}"><td>{{ row.number }}</td><td><strong>{{ row.statement }}</strong>
+<p class="small">Rule: {{ row.rule }}.</p><p class="small">Limits: {{ row.limits }}</p>
+<p class="small">Source: {{ row.source }}.</p></td><td data-label="the paper">{{ row.expected }}</td>
+<td data-label="here">{{ measured(row) }}{% if row.n > 1 %}<p class="small">{{ row.n }} seeds</p>{% endif %}</td>
+<td class="verdict" data-label="verdict" style="color: {{ colours[row.verdict] }}">{{ row.verdict }}</td></tr>
+{% endfor %}
+</tbody></table>
+{% endfor %}
+<h2>Figures</h2>
+{% for name, text in drawn %}<figure>{{ svg(name) | safe }}<figcaption>{{ text }}</figcaption></figure>{% endfor %}
+</body></html>
 """
 
 
@@ -62,12 +81,8 @@ def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[P
     paths = [figures / "overview.html", figures / "overview.pdf"]
     with atomic_write(paths[0]) as file:
         file.write_text(overview_html(claims, figures, facts), encoding="utf-8")
-    nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-    with (
-        atomic_write(paths[1]) as file,
-        mpl.rc_context({"pdf.fonttype": 42, "font.size": 8}),
-        PdfPages(file, metadata=nothing) as pdf,
-    ):
+    look, nothing = {"pdf.fonttype": 42, "font.size": 8}, dict.fromkeys(("Creator", "Producer", "CreationDate"))
+    with atomic_write(paths[1]) as file, mpl.rc_context(look), PdfPages(file, metadata=nothing) as pdf:
         for page in [*ledger_pages(claims, facts), *figure_pages(figures)]:
             pdf.savefig(page)
     return paths
@@ -86,25 +101,11 @@ def run_facts(results: Path) -> str:
 
 def overview_html(claims: pd.DataFrame, figures: Path, facts: str) -> str:
     """Write the page: how many claims got which verdict, the ledger by notebook, the figures with captions."""
-    parts = [
-        f"<h1>{TITLE}</h1>",
-        f"<p>{_counts(claims)}</p>",
-        f"<p>{INTRODUCTION}</p>",
-        f"<p><small>{facts}</small></p>",
-    ]
-    for notebook, rows in claims.groupby("notebook", sort=False):
-        heads = "".join(f"<th>{name}</th>" for name in ("", "claim", "the paper", "here", "verdict"))
-        body = "\n".join(_html_row(row) for row in rows.itertuples())
-        parts.append(
-            f"<h2>{_heading(notebook)}</h2>\n<table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table>"
-        )
-    parts.append("<h2>Figures</h2>")
-    for name, caption in _drawn(figures):
-        image = inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
-        parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{TITLE}</title><style>{_STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    ledger = [(_heading(name), rows.itertuples()) for name, rows in claims.groupby("notebook", sort=False)]
+    said = {"title": TITLE, "counts": _counts(claims), "introduction": INTRODUCTION, "facts": facts, "ledger": ledger}
+    said |= {"measured": measured, "colours": VERDICTS, "drawn": _drawn(figures)}
+    said["svg"] = lambda name: inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
+    return Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined).from_string(_PAGE).render(said)
 
 
 def inline_svg(text: str, name: str) -> str:
@@ -118,87 +119,69 @@ def inline_svg(text: str, name: str) -> str:
 
 
 def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
-    """Set the ledger on A4 pages, one block per claim: never split, verdict at the right."""
-    sheet = _Sheet()
-    sheet.write([TITLE], size=14, bold=True)
-    for text in (_counts(claims), INTRODUCTION, facts):
-        sheet.write(sheet.wrap(text, 8), gap=0.06)
+    """Set the ledger on A4 pages, a block for each claim, its verdict at the right."""
+    opening = (_text(text, gap=0.06) for text in (_counts(claims), INTRODUCTION, facts))
+    blocks = [[_text(TITLE, size=14, weight="bold"), *opening]]
     for notebook, rows in claims.groupby("notebook", sort=False):
-        for index, row in enumerate(rows.itertuples()):
+        heading = [_text(_heading(notebook), size=11, weight="bold", gap=0.14)]
+        for row in rows.itertuples():
             seeds = f" ({row.n} seeds)" if row.n > 1 else ""
-            statement = sheet.wrap(f"{row.number}  {row.statement}", 12)  # leaves room for the verdict beside it
-            here = sheet.wrap(f"The paper: {row.expected}.   Here: {measured(row)}{seeds}.", 8)
+            verdict = _text(row.verdict, weight="bold", color=VERDICTS[row.verdict], right=True, gap=0.1)
+            statement = _text(f"{row.number}  {row.statement}", wide=1.5, weight="bold", gap=0.1)
+            here = _text(f"The paper: {row.expected}.   Here: {measured(row)}{seeds}.")
             notes = (f"Rule: {row.rule}.", f"Limits: {row.limits}", f"Source: {row.source}.")
-            small = [line for note in notes for line in sheet.wrap(note, 7)]
-            if sheet.turn(0.1 + 0.15 * len(statement + here) + 0.132 * len(small) + 0.35 * (not index)):
-                yield sheet.last
-            if not index:
-                sheet.write([_heading(notebook)], size=11, bold=True, gap=0.14)
-            sheet.write([row.verdict], bold=True, colour=VERDICTS[row.verdict], right=True, gap=0.1)
-            sheet.write(statement, bold=True, gap=0.1)
-            sheet.write(here)
-            sheet.write(small, size=7, colour="0.3")
-    yield sheet.page
+            small = (_text(note, size=7, color="0.3") for note in notes)
+            blocks.append([*heading, verdict, statement, here, *small])
+            heading = []  # stands above the first
+    return _pages(blocks)
 
 
 def figure_pages(figures: Path) -> Iterator[Page]:
     """Set the figures, as they lie in the folder, on A4 pages with their captions."""
-    sheet = _Sheet()
-    for name, caption in _drawn(figures):
-        pixels = plt.imread(figures / f"{name}.png")
-        height, width = (size / 200 for size in pixels.shape[:2])  # inches; the resolution of `save_figure`
-        if sheet.turn(height + 0.5):
-            yield sheet.last
-        sheet.draw(pixels, width, height)
-        sheet.write(sheet.wrap(caption, 8))
-        sheet.left -= 0.2
-    yield sheet.page
+    parts = ((_picture(figures / f"{name}.png"), _text(caption)) for name, caption in _drawn(figures))
+    return _pages([*both, _text("", gap=0.2)] for both in parts)
 
 
-class _Sheet:
-    """A page that is filled from its top; lengths in inches."""
+def _pages(blocks: Iterable[list[Part]]) -> Iterator[Page]:
+    """Set blocks below one another on A4 pages, none of them split."""
+    page, top = None, 0.0
+    for block in blocks:
+        if top - sum(height for height, _ in block) < _MARGIN:
+            if page:
+                yield page
+            page, top = Page(figsize=A4, layout="none"), A4[1] - _MARGIN
+        for height, draw in block:
+            draw(page, top)
+            top -= height
+    if page:
+        yield page
 
-    def __init__(self) -> None:
-        self.page, self.last, self.left = Page(figsize=A4, layout="none"), None, A4[1] - _MARGIN
 
-    def turn(self, need: float) -> bool:
-        """Begin a page unless there is room; whether `last` is one that is full."""
-        if self.left - need >= _MARGIN or not (self.page.texts or self.page.axes):
-            return False
-        full = self.page
-        self.__init__()
-        self.last = full
-        return True
+def _text(text: str, *, size: float = 8, wide: float = 1, right: bool = False, gap: float = 0, **look: str) -> Part:
+    """Set text of `size` points, `gap` inches below what is above it; at the `right` it stands beside what follows.
 
-    @staticmethod
-    def wrap(text: str, size: float) -> list[str]:
-        """Break text to the width of the page, for letters of `size` points."""
-        return textwrap.wrap(text, int(930 / size), break_on_hyphens=False)
+    It is broken to the width of the page, as if letters were so many times as `wide`.
+    """
+    lines = textwrap.wrap(text, int(930 / (size * wide)), break_on_hyphens=False)
+    x, side = (A4[0] - _MARGIN, "right") if right else (_MARGIN, "left")
 
-    def write(
-        self,
-        lines: list[str],
-        *,
-        size: float = 8,
-        bold: bool = False,
-        colour: str = "black",
-        right: bool = False,
-        gap: float = 0,
-    ) -> None:
-        """Set lines below what is there, after a `gap`; at the `right` they stand beside what follows."""
-        top, x = self.left - gap, A4[0] - _MARGIN if right else _MARGIN
-        look = {"size": size, "weight": "bold" if bold else "normal", "color": colour}
-        for line in lines:
-            self.page.text(x / A4[0], top / A4[1], line, va="top", ha="right" if right else "left", **look)
-            top -= size * 1.35 / 72
-        self.left = self.left if right else top
+    def draw(page: Page, top: float) -> None:
+        for row, line in enumerate(lines):
+            y = top - gap - row * size * 1.35 / 72
+            page.text(x / A4[0], y / A4[1], line, size=size, va="top", ha=side, **look)
 
-    def draw(self, pixels: Any, width: float, height: float) -> None:
-        self.left -= height
-        place = (_MARGIN / A4[0], self.left / A4[1], width / A4[0], height / A4[1])
-        self.page.add_axes(place, frameon=False, xticks=[], yticks=[]).imshow(
-            pixels, aspect="auto", interpolation="none"
-        )
+    return 0 if right else gap + len(lines) * size * 1.35 / 72, draw
+
+
+def _picture(path: Path) -> Part:
+    pixels = plt.imread(path)
+    height, width = (size / 200 for size in pixels.shape[:2])  # inches; the resolution of `save_figure`
+
+    def draw(page: Page, top: float) -> None:
+        box = (_MARGIN / A4[0], (top - height) / A4[1], width / A4[0], height / A4[1])
+        page.add_axes(box, frameon=False, xticks=[], yticks=[]).imshow(pixels, aspect="auto", interpolation="none")
+
+    return height, draw
 
 
 def _drawn(figures: Path) -> list[tuple[str, str]]:
@@ -212,14 +195,3 @@ def _counts(claims: pd.DataFrame) -> str:
 
 def _heading(notebook: str) -> str:
     return f"{notebook[3:].replace('_', ' ').capitalize()} (notebook {notebook[:2]})"
-
-
-def _html_row(row: Any) -> str:
-    notes = {"rule": row.rule + ".", "limits": row.limits, "source": row.source + "."}
-    small = "".join(f'<p class="small">{name.capitalize()}: {escape(text)}</p>' for name, text in notes.items())
-    here = escape(measured(row)) + (f'<p class="small">{row.n} seeds</p>' if row.n > 1 else "")
-    verdict = f'<td class="verdict" data-label="verdict" style="color: {VERDICTS[row.verdict]}">{row.verdict}</td>'
-    claim = f"<td><strong>{escape(row.statement)}</strong>{small}</td>"
-    paper = f'<td data-label="the paper">{escape(row.expected)}</td>'
-    cells = f'<td>{row.number}</td>{claim}{paper}<td data-label="here">{here}</td>{verdict}'
-    return f'<tr id="claim-{row.number}">{cells}</tr>'
