@@ -2,7 +2,7 @@
 
 import sys
 
-from apexlib.suite.command_line import main
+from apexlib.suite.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,7 +22,7 @@ from conftest import build
 
 from apexlib import ApexConfig, ExpansionPlan, LayerPlan, save_fused, verify_folder
 from apexlib.files import write_json
-from apexlib.suite.command_line import _settings
+from apexlib.suite.cli import _settings
 from apexlib.suite.ledger import read_claims
 from apexlib.suite.notebooks import read_notebook
 from apexlib.suite.profiles import read_profile

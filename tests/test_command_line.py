@@ -17,7 +17,7 @@ from transformers import Trainer
 
 import apexlib
 from apexlib import ExpansionPlan
-from apexlib.suite.command_line import main
+from apexlib.suite.cli import main
 from apexlib.text.tokenizer import train_tokenizer
 
 

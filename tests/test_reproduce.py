@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from apexlib.files import file_hash
-from apexlib.suite import command_line, execution
+from apexlib.suite import cli, execution
 from apexlib.suite import runner as reproduce
 from apexlib.suite.notebooks import ReproduceError, read_notebook
 from apexlib.suite.profiles import read_profile
@@ -1061,5 +1061,5 @@ def test_a_notebook_that_is_not_as_committed_gets_one_note(project, no_kernel, c
 
 def test_the_runner_starts_light():
     heavy = "sys.exit(bool({'torch', 'papermill', 'IPython'} & set(sys.modules)))"
-    code = f"import sys, apexlib.suite.runner, apexlib.suite.command_line as c; c._parser(()); {heavy}"
+    code = f"import sys, apexlib.suite.runner, apexlib.suite.cli as c; c._parser(()); {heavy}"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

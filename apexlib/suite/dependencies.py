@@ -60,7 +60,7 @@ class _Module:
         while waiting:
             node = waiting.pop(0)
             test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
-            if test.removeprefix("typing.") == "TYPE_CHECKING":
+            if test.rpartition(".")[2] == "TYPE_CHECKING":
                 self.imports |= Part(node.body, package).imports
                 waiting[:0] = node.orelse
             elif test == "__name__ == '__main__'":

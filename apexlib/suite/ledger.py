@@ -4,6 +4,7 @@ A claim's words stand in `data/claims.yaml` and name the measure that decides it
 """
 
 import inspect
+import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -174,5 +175,5 @@ def _fault(error: dict[str, Any]) -> str:
     row, field = error["loc"][:1], " ".join(map(str, error["loc"][1:]))
     where = [f"claim {number + 1}" for number in row] + [field] * bool(field)
     known = f"; known: {', '.join(Claim.model_fields)}" if error["type"] == "extra_forbidden" else ""
-    there = "" if error["type"] == "missing" else f", got {error['input']!r:.200}"
+    there = "" if error["type"] == "missing" else f", got {reprlib.repr(error['input'])}"
     return ": ".join([*where, error["msg"].removeprefix("Value error, ")]) + known + there
