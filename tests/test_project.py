@@ -108,7 +108,7 @@ def test_importing_the_library_stays_light():
 
 
 def test_figures_ledger_and_runner_need_no_torch():
-    modules = ", ".join(f"apexlib.suite.{n}" for n in ("overview", "figures", "ledger", "runner", "command_line"))
+    modules = ", ".join(f"apexlib.suite.{n}" for n in ("overview", "figures", "ledger", "runner", "cli"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -33,7 +33,7 @@ COMMAND = [sys.executable, "-m", "apexlib", "reproduce"]
 
 
 def main(arguments):
-    return command_line.main(["reproduce", *arguments])
+    return cli.main(["reproduce", *arguments])
 
 
 class Project:
