@@ -53,7 +53,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LIMIT = 400
+LINES = {"a file": 400, "the method": 2800, "the library": 9000}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 
@@ -94,6 +94,20 @@ def test_the_modules_of_the_method_import_only_what_the_design_allows(path):
 
 def test_the_arrows_of_the_method_form_no_circle():
     tuple(TopologicalSorter(ARROWS).static_order())
+
+
+def test_the_library_stays_small():
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in SOURCES}
+    assert max(lines.values()) <= LINES["a file"], max(lines, key=lines.get)
+    assert sum(lines[path] for path in SOURCES if path.parent.name == "apexlib") <= LINES["the method"]
+    assert sum(lines.values()) <= LINES["the library"]
+
+
+def test_the_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"[`(]((?:apexlib|notebooks|data|figures)/[\w/.]*)[`)]", text)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_importing_the_library_stays_light():
