@@ -73,12 +73,17 @@ def test_every_method_trains_and_leaves_a_plain_model(method, tiny_model, tmp_pa
     assert set(record.model.state_dict()) == set(base.state_dict())
     assert changed(record, base)
     assert record.log["step"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert record.log["stage"].nunique() == (2 if method in ("apex", "direct", "hft") else 1)
+    assert record.log["stage"].nunique() == (2 if METHODS[method].staged else 1)
     assert record.log["loss"].iloc[-1] < record.log["loss"].iloc[0]
     last = tmp_path / f"stage-{record.log['stage'].max()}"
     loaded = AutoModelForCausalLM.from_pretrained(last)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, record.model.state_dict()[name]), name
+
+
+def test_which_methods_start_afresh_at_each_stage():
+    staged = {"apex": True, "direct": True, "hft": True, "full": False, "lora": False, "gmt": False}
+    assert {name: METHODS[name].staged for name in staged} == staged
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "qwen2", "opt"])
