@@ -63,24 +63,13 @@ class Apex(Method):
     plain = False
 
     def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        self.plans.append(self.choose(statistics, stage))
+        self.plans.append(select(statistics, self.config, stage=stage, previous=self.plans))
         return self.plans[-1]
 
-    def choose(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        """Choose the units of a stage, given the plans before it."""
-        return select(statistics, self.config, stage=stage, previous=self.plans)
-
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
-        model.requires_grad_(True)
-        return expand(
-            model,
-            self.plan(statistics, stage),
-            operator=self.config.operator,
-            train_embeddings=self.config.train_embeddings,
-            train_norms=self.config.train_norms,
-            ffn=self.config.ffn,
-            seed=self.config.seed + stage,
-        )
+        own = ("operator", "train_embeddings", "train_norms", "ffn")
+        options = {name: getattr(self.config, name) for name in own} | {"seed": self.config.seed + stage}
+        return expand(model.requires_grad_(True), self.plan(statistics, stage), **options)
 
     def groups(self, model: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]] | None:
         return parameter_groups(model, rate, operator_lr_scale=self.config.operator_lr_scale, weight_decay=weight_decay)
@@ -92,13 +81,13 @@ class Apex(Method):
 class Direct(Apex):
     """The rows that APEX would train, without operators (like S²FT, Yang et al. 2024)."""
 
-    def choose(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        plan = super().choose(statistics, stage)
+    def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
         layers = (
             replace(part, source=(), target=(), direct=tuple(sorted((*part.source, *part.target, *part.direct))))
-            for part in plan.layers
+            for part in super().plan(statistics, stage).layers
         )
-        return replace(plan, layers=tuple(layers))
+        self.plans[-1] = replace(self.plans[-1], layers=tuple(layers))
+        return self.plans[-1]
 
 
 class Lora(Method):
@@ -109,9 +98,8 @@ class Lora(Method):
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        rank = self.lora_rank
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(model, config)
+        rank = {"r": self.lora_rank, "lora_alpha": 2 * self.lora_rank}
+        return get_peft_model(model, LoraConfig(**rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def end(self, model: nn.Module) -> PreTrainedModel:
         return model.merge_and_unload(safe_merge=model.device.type != "meta")  # the check reads values
@@ -152,15 +140,15 @@ METHODS: dict[str, Callable[..., Method]] = {
 Name = Literal[*METHODS]
 
 
-def method_of(name: Name, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> Method:
-    """Make a method by its name in `METHODS`; what `lora_rank` and `mask_share` are is said there.
+def method_of(name: Name, config: ApexConfig, **options: Any) -> Method:
+    """Make a method by its name in `METHODS`; `options` are its own.
 
     >>> method_of("full", ApexConfig()).plain, method_of("apex", ApexConfig()).plain
     (True, False)
     """
     if name not in METHODS:
         raise ValueError(f"method {name!r}: need one of {', '.join(METHODS)}")
-    return METHODS[name](config, lora_rank=lora_rank, mask_share=mask_share)
+    return METHODS[name](config, **options)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
@@ -73,31 +74,30 @@ def train_in_stages(
     `seconds`, counted from the call, the run leaves in the same way.
 
     After the steps `checkpoints`, counted over the whole run (0: before training), the plain model goes to
-    `args.output_dir/step-00040` and the like; only for methods whose model is plain while it trains.
+    `args.output_dir/step-00040` and the like; only for methods whose model is plain while it trains. Where a stage ends
+    there, `stage-s` has no second copy of it.
 
     `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
     cannot be done, RuntimeError if a parameter that should train did not move or a frozen one did, FloatingPointError
     at the first loss, gradient or weight that is not finite.
     """
-    if trainer_class is None:
-        from transformers import Trainer
-
-        trainer_class = Trainer
-    config = config or ApexConfig()
+    trainer_class = trainer_class or transformers.Trainer  # needs accelerate, which the rest of the library does not
     around = {"eval_dataset": eval_dataset, "data_collator": data_collator, "processing_class": processing_class}
-    trainer = partial(stage_trainer(trainer_class), **around)
-    with Stop(args, seconds) as stop:
-        run = _Run(model, method_of(method, config, **options), args, train_dataset, eval_dataset, checkpoints)
+    trainer, made = (
+        partial(stage_trainer(trainer_class), **around),
+        method_of(method, config or ApexConfig(), **options),
+    )
+    with Stop(args, seconds) as stop, ExitStack() as held:
+        run = _Run(model, made, args, train_dataset, eval_dataset, checkpoints)
         identity = {"method": method, "options": options, "trainer": trainer_class.__name__, **run.identity()}
         stop.check("before the run")
-        with run.alone():
-            start = _first_decides(args, partial(run.folder.begin, identity, resume=resume, overwrite=overwrite))
-            set_seed(args.seed)
-            for stage in range(run.restore(start) if start else 0, run.stages):
-                if run.method.assesses and run.statistics is None:
-                    run.statistics = run.assess(data_collator or default_collate, stop)
-                run.train(stage, trainer, stop, start if start and position(start)[:2] == (stage, 1) else None)
-                stop.check(f"after stage {stage}")
+        start = _first_decides(args, partial(run.begin, held, identity, resume=resume, overwrite=overwrite))
+        set_seed(args.seed)
+        for stage in range(run.restore(start) if start else 0, run.stages):
+            if run.method.assesses and run.statistics is None:
+                run.statistics = run.assess(data_collator or default_collate, stop)
+            run.train(stage, trainer, stop, start if start and position(start)[:2] == (stage, 1) else None)
+            stop.check(f"after stage {stage}")
     return run.record()
 
 
@@ -124,7 +124,7 @@ class _Run:
         seed = args.seed if args.data_seed is None else args.data_seed
         self.order = data_order(len(train), self.total * self.per_step, seed)
         self.hashes = check_data(train, evaluation, self.order, self.per_step)
-        self.folder = RunFolder(Path(args.output_dir))
+        self.folder = RunFolder(Path(args.output_dir), self.borders)
         self.progress = Progress()
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
@@ -139,16 +139,13 @@ class _Run:
             "arguments": decisive_arguments(self.args),
         }
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let one run at a time work in the folder."""
-        with ExitStack() as held:
-            if self.args.process_index == 0:
-                try:
-                    held.enter_context(exclusive(self.folder.path / ".lock"))
-                except BlockingIOError:
-                    raise FileExistsError(f"{self.folder.path}: another run is at work there") from None
-            yield
+    def begin(self, held: ExitStack, identity: Mapping[str, Any], **how: bool) -> Path | None:
+        """Take the folder, where one run at a time may work, as long as it is `held`; return the state to go on from."""
+        try:
+            held.enter_context(exclusive(self.folder.path / ".lock"))
+        except BlockingIOError:
+            raise FileExistsError(f"{self.folder.path}: another run is at work there") from None
+        return self.folder.begin(identity, **how)
 
     def restore(self, start: Path) -> int:
         """Go back to a saved state, or to the border before it; return the stage to go on in."""
@@ -160,7 +157,7 @@ class _Run:
             for number, table in enumerate(assessed):
                 self.method.plan(table, number)
         if stage:
-            load_plain(self.model, self.folder.stage(stage - 1))
+            load_plain(self.model, self.folder.model(stage - 1))
         return stage
 
     def train(self, number: int, trainer_class: Callable, stop: Stop, saved: Path | None) -> None:
@@ -180,10 +177,13 @@ class _Run:
             recorder = ActivationRecorder(model, top=config.fraction, training_only=True, differentiable=differentiable)
         rows = self.order[start * self.per_step : end * self.per_step]
         around = (method, recorder, self.folder, self.progress, self.checkpoints, stop)
+        own = copy.copy(args)
+        vars(own).update(max_steps=end - start, train_sampling_strategy="sequential", load_best_model_at_end=False)
+        own.eval_on_start = args.eval_on_start and saved is None
         trainer = trainer_class(
             stage=Stage(number, start, self.total, *around),
             model=trained,
-            args=_stage_arguments(args, end - start, resumed=saved is not None),
+            args=own,
             train_dataset=self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows),
         )
         trainer.remove_callback(PrinterCallback)
@@ -191,7 +191,7 @@ class _Run:
         with recorder or nullcontext():
             trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
         trainer.check_weights()
-        check_movement(trained, before, trainer.optimizer, number)
+        check_movement(trained, before, number)
         self.progress.histories.append(trainer.state.log_history)
         numbers = {"stage": number, "trainable": trains, "total": weights, "share": trains / weights}
         self.progress.trainable.append(numbers)
@@ -214,9 +214,10 @@ class _Run:
         return activation_statistics(self.model.to(self.args.device), batches(), top=self.config.fraction)
 
     def save_stage(self, stage: int, processing_class: Any) -> None:
-        """Save what a stage leaves as a plain checkpoint, with all that the next one needs."""
+        """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
         with complete_folder(self.folder.stage(stage)) as folder:
-            save_plain(self.model, processing_class, folder)
+            if self.borders[stage + 1] not in self.checkpoints:
+                save_plain(self.model, processing_class, folder)
             if self.method.plans:
                 self.method.plans[-1].to_json(folder / "plan.json")
             if self.statistics is not None:
@@ -244,16 +245,6 @@ def data_order(size: int, count: int, seed: int) -> list[int]:
     return torch.cat(epochs)[:count].tolist()
 
 
-def _stage_arguments(args: TrainingArguments, steps: int, *, resumed: bool) -> TrainingArguments:
-    """The arguments of one stage: its steps, and its data in the order given."""
-    own = copy.copy(args)
-    own.max_steps = steps
-    own.train_sampling_strategy = "sequential"
-    own.load_best_model_at_end = False
-    own.eval_on_start = args.eval_on_start and not resumed
-    return own
-
-
 def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.DataFrame:
     rows = [row for row in history if "loss" in row or "eval_loss" in row]
     table = pd.DataFrame(rows, columns=None if rows else ["step"]).rename(columns={"grad_norm": "gradient_norm"})
@@ -266,14 +257,15 @@ def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.D
 
 def _first_decides(args: TrainingArguments, decide: Callable[[], Any]) -> Any:
     """Let the first process decide for all, or fail for all."""
-    answer: list[Any] = [None]
+    from accelerate.utils import broadcast_object_list
+
+    answer = [None]
     if args.process_index == 0:
         try:
             answer = [decide()]
         except (OSError, ValueError) as error:
             answer = [error]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
+    broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]

@@ -80,13 +80,12 @@ class StageTraining:
         try:
             result = super().compute_loss(model, inputs, *given, **named)
         except NotFiniteError as error:
-            name = first_not_finite(model.named_parameters())
-            self.halt(f"{name} is not finite" if name else str(error))
+            self.halt(why_not_finite(model, inputs, str(error)))
         if not model.training:
             return result
         loss, *rest = result if isinstance(result, tuple) else (result,)
         if not loss.isfinite():
-            self.halt(why_not_finite(model, inputs, loss))
+            self.halt(why_not_finite(model, inputs, f"the loss is {loss.item()}"))
         if self.stage.recorder is not None and (balance := self.stage.method.config.balance_weight):
             term = balance * self.stage.recorder.imbalance
             if self.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None:
@@ -173,13 +172,11 @@ class StageTraining:
 
     def _whole_state(self, evaluated: bool) -> dict[str, Any]:
         """All that going on takes; what differs between the processes of a run comes from each of them."""
+        from accelerate.utils import gather_object
+
         scaler, recorder = self.accelerator.scaler, self.stage.recorder
         own = {"random": _random_state(), "loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}
         own |= {"recorder": None if recorder is None else recorder.state()}
-        processes = [own]
-        if self.args.world_size > 1:
-            processes = [None] * self.args.world_size
-            torch.distributed.all_gather_object(processes, own)
         return {
             "parameters": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
             "optimizer": self.optimizer.state_dict(),
@@ -187,7 +184,7 @@ class StageTraining:
             "scaler": None if scaler is None else scaler.state_dict(),
             "last_logged": self._globalstep_last_logged,
             "evaluated": evaluated,
-            "processes": processes,
+            "processes": gather_object([own]),
         }
 
     def _own_state(self) -> dict[str, Any]:
@@ -211,9 +208,10 @@ class StageTraining:
             self.save_state(evaluated=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self.saved = checkpoints.read_state(folder)
-        checkpoints.copy_parameters(self.model, self.saved["parameters"], folder)
+        self.saved = checkpoints.read_state(Path(resume_from_checkpoint))
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(self.saved["parameters"][name])
         if self.stage.recorder is not None:
             self.stage.recorder.load_state(self._own_state()["recorder"])
 
@@ -221,10 +219,8 @@ class StageTraining:
         if checkpoint is not None:
             self.optimizer.load_state_dict(self.saved["optimizer"])
             self.lr_scheduler.load_state_dict(self.saved["scheduler"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(self.saved["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -232,16 +228,13 @@ class StageTraining:
 
 
 def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state_all()}  # of each device, if there are any
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"])
