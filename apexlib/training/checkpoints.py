@@ -9,7 +9,7 @@ folder holds the rest.
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,11 +87,12 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 class RunFolder:
     """The folder of one run: refuses another run's, finds where to go on, keeps the last few steps.
 
-    `borders`: how many steps of the run are done before each stage, and after the last.
+    `borders`: the steps of the run before each stage, and in all; `kept`: those after which a plain model is kept;
+    `progress`: what the run has behind it, weights aside.
     """
 
-    def __init__(self, path: Path, borders: Sequence[int] = ()) -> None:
-        self.path, self.borders = path, borders
+    def __init__(self, path: Path, borders: Sequence[int] = (), kept: Collection[int] = ()) -> None:
+        self.path, self.borders, self.kept, self.progress = path, borders, kept, Progress()
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
         """Return the newest complete folder to go on from, None to start; only one process may do this at a time."""
@@ -174,7 +175,6 @@ class Progress:
     assessed: list[pd.DataFrame] = field(default_factory=list)  # the statistics behind each plan
 
     def save(self, folder: Path) -> None:
-        """Write it to `folder`."""
         numbers = {name: value for name, value in vars(self).items() if name != "assessed"}
         (folder / "progress.json").write_text(json.dumps(numbers), encoding="utf-8")
         if self.assessed:
@@ -183,7 +183,6 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read what `save` wrote."""
         progress = cls(**read_object(folder / "progress.json"))
         if (folder / "assessed.parquet").exists():
             for _, table in pd.read_parquet(folder / "assessed.parquet").groupby("stage", sort=True):

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apexlib import ApexConfig, ExpansionPlan, expand, fuse, parameter_groups, select
 from apexlib.architectures import family_of
-from apexlib.expansion import expand, fuse
-from apexlib.inspection import parameter_groups
-from apexlib.plan import ApexConfig, ExpansionPlan
-from apexlib.selection import select
 
 
 class Method:
@@ -28,16 +25,12 @@ class Method:
     """
 
     staged = False  # whether it starts afresh at each stage; otherwise its one stage is the whole run
-    assesses = False  # whether it needs activation statistics, to `plan` a stage
+    assesses = False  # whether it needs activation statistics, which `plan(statistics, stage)` makes a plan of
     plain = True  # whether its model stays plain while it trains, and can be saved at any step
 
     def __init__(self, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> None:
         self.config, self.lora_rank, self.mask_share = config, lora_rank, mask_share
         self.plans: list[ExpansionPlan] = []  # those made so far, one a stage; none for methods without
-
-    def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        """Choose the units of the next stage and keep the plan; only for methods that assess."""
-        raise NotImplementedError(f"{type(self).__name__} has no plans")
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         """Return the module to train; only what trains requires gradients."""
@@ -63,6 +56,7 @@ class Apex(Method):
     plain = False
 
     def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
+        """Choose the units of the next stage and keep the plan."""
         self.plans.append(select(statistics, self.config, stage=stage, previous=self.plans))
         return self.plans[-1]
 

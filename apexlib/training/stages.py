@@ -23,7 +23,7 @@ from apexlib.training.checkpoints import Progress, RunFolder, complete_folder, l
 from apexlib.training.checks import check_data, check_movement, check_run, decisive_arguments, fingerprints
 from apexlib.training.interruption import Stop
 from apexlib.training.methods import Method, Name, method_of
-from apexlib.training.trainer import Stage, stage_trainer
+from apexlib.training.trainer import Stage, StageTraining
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,15 @@ def train_in_stages(
     cannot be done, RuntimeError if a parameter that should train did not move or a frozen one did, FloatingPointError
     at the first loss, gradient or weight that is not finite.
     """
-    trainer_class = trainer_class or transformers.Trainer  # needs accelerate, which the rest of the library does not
-    around = {"eval_dataset": eval_dataset, "data_collator": data_collator, "processing_class": processing_class}
-    trainer, made = (
-        partial(stage_trainer(trainer_class), **around),
-        method_of(method, config or ApexConfig(), **options),
-    )
+    base = trainer_class or transformers.Trainer  # which needs accelerate; the rest of the library does not
+    kind = type("StageTrainer", (StageTraining, base), {})
+    trainer = partial(kind, eval_dataset=eval_dataset, data_collator=data_collator, processing_class=processing_class)
     with Stop(args, seconds) as stop, ExitStack() as held:
-        run = _Run(model, made, args, train_dataset, eval_dataset, checkpoints)
-        identity = {"method": method, "options": options, "trainer": trainer_class.__name__, **run.identity()}
+        made = method_of(method, config or ApexConfig(), **options)
+        run = _Run(model, made, args, train_dataset, eval_dataset, frozenset(checkpoints))
+        identity = {"method": method, "options": options, "trainer": base.__name__, **run.identity()}
         stop.check("before the run")
-        start = _first_decides(args, partial(run.begin, held, identity, resume=resume, overwrite=overwrite))
+        start = run.begin(identity, held, resume=resume, overwrite=overwrite)
         set_seed(args.seed)
         for stage in range(run.restore(start) if start else 0, run.stages):
             if run.method.assesses and run.statistics is None:
@@ -111,21 +109,19 @@ class _Run:
         args: TrainingArguments,
         train: Dataset,
         evaluation: Dataset | None,
-        checkpoints: Collection[int],
+        kept: frozenset[int],
     ) -> None:
         self.model, self.method, self.args, self.config, self.data = model, method, args, method.config, train
-        self.checkpoints = frozenset(checkpoints)
         self.stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         by_epochs = max(1, math.floor(args.num_train_epochs * len(train) / self.per_step))
-        self.total = args.max_steps if args.max_steps > 0 else by_epochs
-        check_run(args, method, self.stages, self.total, self.per_step, len(train), self.checkpoints)
-        self.borders = [round(self.total * stage / self.stages) for stage in range(self.stages + 1)]
+        steps = args.max_steps if args.max_steps > 0 else by_epochs
+        check_run(args, method, self.stages, steps, self.per_step, len(train), kept)
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.order = data_order(len(train), self.total * self.per_step, seed)
+        self.order = data_order(len(train), steps * self.per_step, seed)
         self.hashes = check_data(train, evaluation, self.order, self.per_step)
-        self.folder = RunFolder(Path(args.output_dir), self.borders)
-        self.progress = Progress()
+        self.borders = [round(steps * stage / self.stages) for stage in range(self.stages + 1)]
+        self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
     def identity(self) -> dict[str, Any]:
@@ -135,24 +131,33 @@ class _Run:
             "model": {"class": type(self.model).__name__, "weights": content_hash(bits)},
             "data": self.hashes,
             "config": asdict(self.config),
-            "steps": self.total,
+            "steps": self.borders[-1],
             "arguments": decisive_arguments(self.args),
         }
 
-    def begin(self, held: ExitStack, identity: Mapping[str, Any], **how: bool) -> Path | None:
-        """Take the folder, where one run at a time may work, as long as it is `held`; return the state to go on from."""
-        try:
-            held.enter_context(exclusive(self.folder.path / ".lock"))
-        except BlockingIOError:
-            raise FileExistsError(f"{self.folder.path}: another run is at work there") from None
-        return self.folder.begin(identity, **how)
+    def begin(self, identity: Mapping[str, Any], held: ExitStack, **how: bool) -> Path | None:
+        """Lock the folder while it is `held` and find the state to go on from; the first process decides for all."""
+        from accelerate.utils import broadcast_object_list
+
+        answer: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                held.enter_context(exclusive(self.folder.path / ".lock"))
+                answer = [self.folder.begin(identity, **how)]
+            except BlockingIOError:
+                answer = [FileExistsError(f"{self.folder.path}: another run is at work there")]
+            except (OSError, ValueError) as error:
+                answer = [error]
+        if isinstance(found := broadcast_object_list(answer)[0], Exception):
+            raise found
+        return found
 
     def restore(self, start: Path) -> int:
         """Go back to a saved state, or to the border before it; return the stage to go on in."""
         stage, begun, _ = position(start)
-        self.progress = Progress.read(start)
+        self.folder.progress = Progress.read(start)
         if self.method.assesses:
-            assessed = self.progress.assessed
+            assessed = self.folder.progress.assessed
             self.statistics = assessed.pop() if begun else pd.read_parquet(start / "statistics.parquet")
             for number, table in enumerate(assessed):
                 self.method.plan(table, number)
@@ -160,41 +165,33 @@ class _Run:
             load_plain(self.model, self.folder.model(stage - 1))
         return stage
 
-    def train(self, number: int, trainer_class: Callable, stop: Stop, saved: Path | None) -> None:
+    def train(self, number: int, make_trainer: Callable, stop: Stop, saved: Path | None) -> None:
         """Train one stage, from a state inside it or from its beginning, and save what it leaves."""
-        method, config, args, model = self.method, self.config, self.args, self.model
+        method, config, args, model, progress = self.method, self.config, self.args, self.model, self.folder.progress
         start, end = self.borders[number], self.borders[number + 1]
         if method.assesses:
             if config.strategy == "magnitude" and "weight_norm" not in self.statistics:
                 self.statistics = self.statistics.merge(weight_norms(model), on=["layer", "component", "unit"])
-            self.progress.assessed.append(self.statistics)
+            progress.assessed.append(self.statistics)
         weights = sum(parameter.numel() for parameter in model.parameters())
         trained = method.begin(model, number, self.statistics)
         trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-        recorder = None
-        if method.assesses:
-            differentiable = config.balance_weight > 0
-            recorder = ActivationRecorder(model, top=config.fraction, training_only=True, differentiable=differentiable)
+        how = {"top": config.fraction, "training_only": True, "differentiable": config.balance_weight > 0}
+        recorder = ActivationRecorder(model, **how) if method.assesses else None
         rows = self.order[start * self.per_step : end * self.per_step]
-        around = (method, recorder, self.folder, self.progress, self.checkpoints, stop)
-        own = copy.copy(args)
+        data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
+        own, stage = copy.copy(args), Stage(number, start, method, recorder, self.folder, stop)
         vars(own).update(max_steps=end - start, train_sampling_strategy="sequential", load_best_model_at_end=False)
         own.eval_on_start = args.eval_on_start and saved is None
-        trainer = trainer_class(
-            stage=Stage(number, start, self.total, *around),
-            model=trained,
-            args=own,
-            train_dataset=self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows),
-        )
+        trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         before = fingerprints(trained)
         with recorder or nullcontext():
-            trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+            trainer.train(resume_from_checkpoint=saved and str(saved))
         trainer.check_weights()
         check_movement(trained, before, number)
-        self.progress.histories.append(trainer.state.log_history)
-        numbers = {"stage": number, "trainable": trains, "total": weights, "share": trains / weights}
-        self.progress.trainable.append(numbers)
+        progress.histories.append(trainer.state.log_history)
+        progress.trainable.append({"stage": number, "trainable": trains, "total": weights, "share": trains / weights})
         self.model = method.end(trained)
         if recorder is not None:
             recorder.gather()
@@ -216,18 +213,18 @@ class _Run:
     def save_stage(self, stage: int, processing_class: Any) -> None:
         """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
         with complete_folder(self.folder.stage(stage)) as folder:
-            if self.borders[stage + 1] not in self.checkpoints:
+            if self.borders[stage + 1] not in self.folder.kept:
                 save_plain(self.model, processing_class, folder)
             if self.method.plans:
                 self.method.plans[-1].to_json(folder / "plan.json")
             if self.statistics is not None:
                 self.statistics.to_parquet(folder / "statistics.parquet", index=False)
-            self.progress.save(folder)
+            self.folder.progress.save(folder)
         self.folder.forget_steps()
 
     def record(self) -> TrainingRecord:
         """Sum up the finished run."""
-        done = self.progress
+        done = self.folder.progress
         tables = [_stage_log(rows, stage, self.borders[stage]) for stage, rows in enumerate(done.histories)]
         log, trainable = pd.concat(tables, ignore_index=True), pd.DataFrame(done.trainable)
         plans, statistics = tuple(self.method.plans), tuple(done.assessed)
@@ -253,19 +250,3 @@ def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.D
     named = [name for name in ("stage", "step", "loss", "eval_loss") if name in table]
     others = sorted(name for name in table if name not in named and not name.startswith("eval_"))
     return table[[*named, *others]]
-
-
-def _first_decides(args: TrainingArguments, decide: Callable[[], Any]) -> Any:
-    """Let the first process decide for all, or fail for all."""
-    from accelerate.utils import broadcast_object_list
-
-    answer = [None]
-    if args.process_index == 0:
-        try:
-            answer = [decide()]
-        except (OSError, ValueError) as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
