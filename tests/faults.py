@@ -69,9 +69,8 @@ def digest(record: TrainingRecord) -> str:
 
 def run(folder, moment=lambda kind: None, *, dropout=0.1, **changes) -> TrainingRecord:
     """Three stages of three steps, with dropout, evaluation and a state saved every second step."""
-    options = {
-        name: changes.pop(name) for name in ("resume", "overwrite", "trainer_class", "seconds") if name in changes
-    }
+    own = ("resume", "overwrite", "trainer_class", "seconds", "checkpoints")
+    options = {name: changes.pop(name) for name in own if name in changes}
     method, config = changes.pop("method", "apex"), changes.pop("config", CONFIG)
     given = {"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 2}
     given |= {"eval_strategy": "steps", "eval_steps": 2}

@@ -140,6 +140,19 @@ def test_a_folder_that_holds_a_training_is_not_written_over(tiny_model, tmp_path
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("again", [[0, 6, 12], [0]], ids=str)
+def test_the_last_checkpoint_is_the_only_copy_of_what_was_trained(again, tiny_model, tmp_path, monkeypatch):
+    whole, last = train(tiny_model, tmp_path), checkpoint_folder(tmp_path, 12) / "model.safetensors"
+    kept = [path.parent.name for path in sorted(tmp_path.rglob("*.safetensors"))]
+    assert kept == ["step-00000", "step-00006", "step-00012"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
+        assert_same(*train(tiny_model, tmp_path, resume=True, checkpoints=again), whole)
+    last.unlink()
+    assert_same(*train(tiny_model, tmp_path, resume=True, checkpoints=again), whole)
+    assert last.exists() == (12 in again)
+
+
 def test_the_numbers_are_those_of_a_trainer_that_knows_of_no_stages(tiny_model, tmp_path):
     model, log = train(tiny_model, tmp_path / "ours", steps=8, checkpoints=[])  # 64 blocks: one epoch
     plain = tiny_model("llama").train()

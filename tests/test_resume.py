@@ -90,6 +90,13 @@ def test_every_method_resumes(method, tmp_path):
     )
 
 
+def test_a_stage_whose_model_is_kept_as_a_checkpoint_is_gone_back_to(tmp_path):
+    resumed = crash_and_resume(tmp_path / "a", 5, method="hft", checkpoints=[3])
+    assert digest(resumed) == digest(run(tmp_path / "b", trainer_class=Fragile, method="hft"))
+    assert [path.name for path in sorted((tmp_path / "a" / "stage-0").iterdir())] == ["manifest.json", "progress.json"]
+    assert (tmp_path / "a" / "stage-1" / "model.safetensors").exists()
+
+
 CHANGES = [
     {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     {"optim": "sgd"},

@@ -193,9 +193,8 @@ class Progress:
 def write_state(value: Any, folder: Path) -> None:
     """Write nested dicts, lists, numbers, text and tensors to `state.json` and `state.safetensors`."""
     tensors: dict[str, Tensor] = {}
-    tree = _pack(value, tensors, "state")
+    (folder / "state.json").write_text(json.dumps(_pack(value, tensors, "state")), encoding="utf-8")
     save_file(tensors, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(tree), encoding="utf-8")
 
 
 def read_state(folder: Path) -> Any:
@@ -222,9 +221,7 @@ def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> N
 def load_plain(model: PreTrainedModel, folder: Path) -> None:
     """Load a plain checkpoint into a model in place, bit by bit."""
     widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # widening loses nothing
-    loaded, info = type(model).from_pretrained(
-        folder, dtype=widest, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    loaded, info = type(model).from_pretrained(folder, dtype=widest, use_safetensors=True, output_loading_info=True)
     if faults := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
         raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
     model.load_state_dict(loaded.state_dict())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from apexlib.text.datasets import IGNORED, PackedTokens
 from apexlib.training.methods import Method
@@ -46,7 +46,7 @@ def check_run(
         raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
     if kept and not method.plain:
         raise ValueError(f"checkpoints: the model of {type(method).__name__} is not plain while it trains; need none")
-    if (schedule := args.lr_scheduler_type.value) not in _BY_STEP:
+    if (schedule := SchedulerType(args.lr_scheduler_type).value) not in _BY_STEP:
         need = f"one that depends on the step alone: {', '.join(_BY_STEP)}"
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
     if args.deepspeed or args.fsdp:

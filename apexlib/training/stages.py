@@ -68,14 +68,13 @@ def train_in_stages(
 
     Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`. Inside a
     stage, `args.save_strategy`, `save_steps` and `save_total_limit` say when its state is saved and how many are kept,
-    until the stage ends. `resume` goes on from the newest complete state, to the same bits as without a break, given
-    the same base model, data and settings; it starts where there is none. Without it a folder that holds a run is
-    refused, unless `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after
-    `seconds`, counted from the call, the run leaves in the same way.
+    until the stage ends. After the steps `checkpoints` of the whole run (0: before training), a model that is plain
+    while it trains goes to `args.output_dir/step-00040` and the like; `stage-s` has no second copy of it.
 
-    After the steps `checkpoints`, counted over the whole run (0: before training), the plain model goes to
-    `args.output_dir/step-00040` and the like; only for methods whose model is plain while it trains. Where a stage ends
-    there, `stage-s` has no second copy of it.
+    `resume` goes on from the newest complete state, to the same bits as without a break, given the same base model,
+    data and settings; it starts where there is none. Without it a folder that holds a run is refused, unless
+    `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after `seconds`, counted
+    from the call, the run leaves in the same way.
 
     `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
     cannot be done, RuntimeError if a parameter that should train did not move or a frozen one did, FloatingPointError
@@ -86,10 +85,11 @@ def train_in_stages(
     trainer = partial(kind, eval_dataset=eval_dataset, data_collator=data_collator, processing_class=processing_class)
     with Stop(args, seconds) as stop, ExitStack() as held:
         made = method_of(method, config or ApexConfig(), **options)
-        run = _Run(model, made, args, train_dataset, eval_dataset, frozenset(checkpoints))
-        identity = {"method": method, "options": options, "trainer": base.__name__, **run.identity()}
+        run = _Run(model, made, args, train_dataset, frozenset(checkpoints))
+        named = {"method": method, "options": options, "trainer": base.__name__}
+        named["data"] = check_data(train_dataset, eval_dataset, run.order, run.per_step)
         stop.check("before the run")
-        start = run.begin(identity, held, resume=resume, overwrite=overwrite)
+        start = run.begin(named, held, resume=resume, overwrite=overwrite)
         set_seed(args.seed)
         for stage in range(run.restore(start) if start else 0, run.stages):
             if run.method.assesses and run.statistics is None:
@@ -103,42 +103,34 @@ class _Run:
     """A run under way: what it is made of, and what it has behind it."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        method: Method,
-        args: TrainingArguments,
-        train: Dataset,
-        evaluation: Dataset | None,
-        kept: frozenset[int],
+        self, model: PreTrainedModel, method: Method, args: TrainingArguments, data: Dataset, kept: frozenset[int]
     ) -> None:
-        self.model, self.method, self.args, self.config, self.data = model, method, args, method.config, train
+        self.model, self.method, self.args, self.config, self.data = model, method, args, method.config, data
         self.stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        by_epochs = max(1, math.floor(args.num_train_epochs * len(train) / self.per_step))
+        by_epochs = max(1, int(args.num_train_epochs * len(data) / self.per_step))
         steps = args.max_steps if args.max_steps > 0 else by_epochs
-        check_run(args, method, self.stages, steps, self.per_step, len(train), kept)
+        check_run(args, method, self.stages, steps, self.per_step, len(data), kept)
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.order = data_order(len(train), steps * self.per_step, seed)
-        self.hashes = check_data(train, evaluation, self.order, self.per_step)
+        self.order = data_order(len(data), steps * self.per_step, seed)
         self.borders = [round(steps * stage / self.stages) for stage in range(self.stages + 1)]
         self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
-    def identity(self) -> dict[str, Any]:
-        """Name all that a run's bits depend on; another identity is another run."""
+    def begin(self, named: Mapping[str, Any], held: ExitStack, **how: bool) -> Path | None:
+        """Lock the folder while it is `held` and find the state to go on from; the first process decides for all.
+
+        `named`: what the run's bits depend on beside what is known here; another identity is another run.
+        """
+        from accelerate.utils import broadcast_object_list
+
         bits = {name: bits for name, (_, bits) in fingerprints(self.model).items()}
-        return {
+        identity = named | {
             "model": {"class": type(self.model).__name__, "weights": content_hash(bits)},
-            "data": self.hashes,
             "config": asdict(self.config),
             "steps": self.borders[-1],
             "arguments": decisive_arguments(self.args),
         }
-
-    def begin(self, identity: Mapping[str, Any], held: ExitStack, **how: bool) -> Path | None:
-        """Lock the folder while it is `held` and find the state to go on from; the first process decides for all."""
-        from accelerate.utils import broadcast_object_list
-
         answer: list[Any] = [None]
         if self.args.process_index == 0:
             try:

@@ -147,7 +147,7 @@ class StageTraining(TrainerCallback):
     def on_prediction_step(self, args, state, control, **_) -> None:
         self.stage.stop.check(f"in the evaluation after step {self.run_step}")
 
-    # saving and going on
+    # saving and going on, where the Trainer would write and read its own checkpoints
 
     def save_state(self, *, evaluated: bool) -> None:
         """Save all that going on takes; `evaluated`: whether what was due after the last step is done."""
@@ -181,8 +181,6 @@ class StageTraining(TrainerCallback):
             if self.args.should_save:
                 with complete_folder(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
                     checkpoints.save_plain(self.model, self.processing_class, folder)
-
-    # where the Trainer would write and read its own checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # then the stage is saved
