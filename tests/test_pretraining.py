@@ -31,8 +31,8 @@ class Blocks(torch.utils.data.Dataset):
 
 def train(tiny_model, folder, **changes):
     model = tiny_model("llama", tie_word_embeddings=folder.name in ("whole", "parts")).train()
-    how = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
-    return model, pretrain(model, Blocks(), folder, **(how | changes))
+    settings = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
+    return model, pretrain(model, Blocks(), folder, **(settings | changes))
 
 
 def test_training_lowers_the_loss_and_keeps_loadable_checkpoints(tiny_model, tmp_path):

@@ -231,13 +231,13 @@ def test_every_ablation_runs(changes, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("kind", [True, False])
 def test_checkpointing_and_autocast_train(kind, tiny_model, tmp_path):
-    how = {
+    options = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": kind},
         "bf16": True,
         "use_cpu": True,
     }
-    record = run(tiny_model, tmp_path, **how)
+    record = run(tiny_model, tmp_path, **options)
     assert record.log["loss"].iloc[-1] < record.log["loss"].iloc[0]
     assert int(record.statistics[1]["tokens"].iloc[0]) == 3 * 4 * 12  # each pass once
 

@@ -117,7 +117,7 @@ class _Run:
         self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
-    def begin(self, named: Mapping[str, Any], held: ExitStack, **how: bool) -> Path | None:
+    def begin(self, named: Mapping[str, Any], held: ExitStack, **choice: bool) -> Path | None:
         """Lock the folder while it is `held` and find the state to go on from; the first process decides for all.
 
         `named`: what the run's bits depend on beside what is known here; another identity is another run.
@@ -135,7 +135,7 @@ class _Run:
         if self.args.process_index == 0:
             try:
                 held.enter_context(exclusive(self.folder.path / ".lock"))
-                answer = [self.folder.begin(identity, **how)]
+                answer = [self.folder.begin(identity, **choice)]
             except BlockingIOError:
                 answer = [FileExistsError(f"{self.folder.path}: another run is at work there")]
             except (OSError, ValueError) as error:
@@ -168,8 +168,8 @@ class _Run:
         weights = sum(parameter.numel() for parameter in model.parameters())
         trained = method.begin(model, number, self.statistics)
         trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-        how = {"top": config.fraction, "training_only": True, "differentiable": config.balance_weight > 0}
-        recorder = ActivationRecorder(model, **how) if method.assesses else None
+        options = {"top": config.fraction, "training_only": True, "differentiable": config.balance_weight > 0}
+        recorder = ActivationRecorder(model, **options) if method.assesses else None
         rows = self.order[start * self.per_step : end * self.per_step]
         data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
         own, stage = copy.copy(args), Stage(number, start, method, recorder, self.folder, stop)
