@@ -501,6 +501,16 @@ def test_a_parameter_that_does_not_move_is_reported(tiny_model, tmp_path):
         run(tiny_model, tmp_path, learning_rate=0.0)
 
 
+def test_parameters_that_the_optimizer_has_not_are_reported(tiny_model, tmp_path):
+    class Forgetful(Trainer):
+        def create_optimizer(self, *given):
+            self.optimizer = torch.optim.SGD([self.model.lm_head.weight], lr=0.1)
+            return self.optimizer
+
+    with pytest.raises(RuntimeError, match=r"stage 0: \d+ parameters should train but did not move \(not in the opt"):
+        run(tiny_model, tmp_path, "full", trainer_class=Forgetful)
+
+
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 1.0])
 def test_gradient_masks_keep_the_largest(share):
     gradient = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))

@@ -42,7 +42,7 @@ class StageTraining(TrainerCallback):
 
     def __init__(self, *, stage: Stage, **rest: Any) -> None:
         self.stage = stage
-        self.saved: dict[str, Any] | None = None  # the state to go on from
+        self.saved: dict[str, Any] | None = None  # the state to go on from; `own`: what is of this process in it
         super().__init__(**rest)
         self.add_callback(self)
 
