@@ -69,9 +69,8 @@ def digest(record: TrainingRecord) -> str:
 
 def run(folder, moment=lambda kind: None, *, dropout=0.1, **changes) -> TrainingRecord:
     """Three stages of three steps, with dropout, evaluation and a state saved every second step."""
-    options = {
-        name: changes.pop(name) for name in ("resume", "overwrite", "trainer_class", "seconds") if name in changes
-    }
+    own = ("resume", "overwrite", "trainer_class", "seconds", "checkpoints")
+    options = {name: changes.pop(name) for name in own if name in changes}
     method, config = changes.pop("method", "apex"), changes.pop("config", CONFIG)
     given = {"max_steps": 9, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "logging_steps": 2}
     given |= {"eval_strategy": "steps", "eval_steps": 2}
@@ -118,12 +117,12 @@ def survey(folder: Path, every: int, act=kill, ends=(-signal.SIGKILL,)) -> pd.Da
     assert child(folder / "whole", result) == 0, result.read_text()
     whole = json.loads(result.read_text())
     for fatal in range(1, len(whole["kinds"]) + 1, every):
-        place = folder / f"{fatal}"
-        ended = child(place, result, fatal, act)
+        attempt = folder / f"{fatal}"
+        ended = child(attempt, result, fatal, act)
         result.unlink(missing_ok=True)
-        code = child(place, result, resume=True)
+        code = child(attempt, result, resume=True)
         found = json.loads(result.read_text()) if result.exists() else {}
-        partial = [path.name for path in place.rglob(".partial-*")]
+        partial = [path.name for path in attempt.rglob(".partial-*")]
         kind = whole["kinds"][fatal - 1]
         rows.append(
             {
@@ -140,11 +139,11 @@ def survey(folder: Path, every: int, act=kill, ends=(-signal.SIGKILL,)) -> pd.Da
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, every, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    act, ends = {"kill": (kill, (-9,)), "terminate": (terminate, (143,))}[how]
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        table = survey(Path(place), every, act, ends)
-    table.to_csv(folder / f"{how}.csv", index=False)
+    folder, every, end = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    act, ends = {"kill": (kill, (-9,)), "terminate": (terminate, (143,))}[end]
+    with tempfile.TemporaryDirectory(dir=folder) as inner:
+        table = survey(Path(inner), every, act, ends)
+    table.to_csv(folder / f"{end}.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ class Blocks(torch.utils.data.Dataset):
 
 def train(tiny_model, folder, **changes):
     model = tiny_model("llama", tie_word_embeddings=folder.name in ("whole", "parts")).train()
-    how = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
-    return model, pretrain(model, Blocks(), folder, **(how | changes))
+    settings = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
+    return model, pretrain(model, Blocks(), folder, **(settings | changes))
 
 
 def test_training_lowers_the_loss_and_keeps_loadable_checkpoints(tiny_model, tmp_path):
@@ -138,6 +138,19 @@ def test_a_folder_that_holds_a_training_is_not_written_over(tiny_model, tmp_path
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(tiny_model, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("again", [[0, 6, 12], [0]], ids=str)
+def test_the_last_checkpoint_is_the_only_copy_of_what_was_trained(again, tiny_model, tmp_path, monkeypatch):
+    whole, last = train(tiny_model, tmp_path), checkpoint_folder(tmp_path, 12) / "model.safetensors"
+    kept = [path.parent.name for path in sorted(tmp_path.rglob("*.safetensors"))]
+    assert kept == ["step-00000", "step-00006", "step-00012"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained again"))
+        assert_same(*train(tiny_model, tmp_path, resume=True, checkpoints=again), whole)
+    last.unlink()
+    assert_same(*train(tiny_model, tmp_path, resume=True, checkpoints=again), whole)
+    assert last.exists() == (12 in again)
 
 
 def test_the_numbers_are_those_of_a_trainer_that_knows_of_no_stages(tiny_model, tmp_path):

@@ -62,9 +62,9 @@ def whole(tmp_path_factory):
     return digest(run(tmp_path_factory.mktemp("whole"), trainer_class=Fragile))
 
 
-def damage(path: Path, place: int = -3) -> None:
+def damage(path: Path, index: int = -3) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
@@ -88,6 +88,13 @@ def test_every_method_resumes(method, tmp_path):
     assert digest(crash_and_resume(tmp_path / "a", 5, **options)) == digest(
         run(tmp_path / "b", trainer_class=Fragile, **options)
     )
+
+
+def test_a_stage_whose_model_is_kept_as_a_checkpoint_is_gone_back_to(tmp_path):
+    resumed = crash_and_resume(tmp_path / "a", 5, method="hft", checkpoints=[3])
+    assert digest(resumed) == digest(run(tmp_path / "b", trainer_class=Fragile, method="hft"))
+    assert [path.name for path in sorted((tmp_path / "a" / "stage-0").iterdir())] == ["manifest.json", "progress.json"]
+    assert (tmp_path / "a" / "stage-1" / "model.safetensors").exists()
 
 
 CHANGES = [
@@ -360,32 +367,32 @@ def test_every_state_inside_a_stage_lies_before_that_stages_end():
 # killed
 
 
-def stopped(tmp_path, every, how):
+def stopped(tmp_path, every, end):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", faults.__file__, str(tmp_path), str(every), how]
+    command = [sys.executable, "-W", "ignore", faults.__file__, str(tmp_path), str(every), end]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / f"{how}.csv")
+    table = pd.read_csv(tmp_path / f"{end}.csv")
     assert table["stopped"].all(), table[~table["stopped"]]
     assert table["survived"].all(), table[~table["survived"]]
     assert not table["debris"].any()
     return table
 
 
-@pytest.mark.parametrize("how", ["kill", "terminate"])
-def test_a_run_stopped_anywhere_goes_on(how, tmp_path):
-    assert len(stopped(tmp_path, 97, how)) >= 4
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_run_stopped_anywhere_goes_on(end, tmp_path):
+    assert len(stopped(tmp_path, 97, end)) >= 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "terminate"])
-def test_a_run_stopped_at_many_moments_goes_on(how, tmp_path, tally):
-    table = stopped(tmp_path, 7, how)
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_run_stopped_at_many_moments_goes_on(end, tmp_path, tally):
+    table = stopped(tmp_path, 7, end)
     assert len(table) >= 30
     assert set(table["kind"]) >= {"read", "open", "os.mkdir", "os.rename"}
-    what = {"kill": "kill −9", "terminate": "SIGTERM"}[how]
+    what = {"kill": "kill −9", "terminate": "SIGTERM"}[end]
     where = "of a 3-stage run: examples read; files and folders opened, made, moved, removed"
-    tally(f"stopped-by-{how}", f"{what} at moments {where}", len(table), int(table["survived"].sum()))
+    tally(f"stopped-by-{end}", f"{what} at moments {where}", len(table), int(table["survived"].sum()))
 
 
 @pytest.mark.slow

@@ -236,13 +236,13 @@ def test_every_ablation_runs(changes, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("kind", [True, False])
 def test_checkpointing_and_autocast_train(kind, tiny_model, tmp_path):
-    how = {
+    options = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": kind},
         "bf16": True,
         "use_cpu": True,
     }
-    record = run(tiny_model, tmp_path, **how)
+    record = run(tiny_model, tmp_path, **options)
     assert record.log["loss"].iloc[-1] < record.log["loss"].iloc[0]
     assert int(record.statistics[1]["tokens"].iloc[0]) == 3 * 4 * 12  # each pass once
 
@@ -504,6 +504,16 @@ def test_sft_trainer_of_trl_trains_in_stages(tiny_model, tmp_path):
 def test_a_parameter_that_does_not_move_is_reported(tiny_model, tmp_path):
     with pytest.raises(RuntimeError, match=r"stage 0: .* should train but did not move"):
         run(tiny_model, tmp_path, learning_rate=0.0)
+
+
+def test_parameters_that_the_optimizer_has_not_are_reported(tiny_model, tmp_path):
+    class Forgetful(Trainer):
+        def create_optimizer(self, *given):
+            self.optimizer = torch.optim.SGD([self.model.lm_head.weight], lr=0.1)
+            return self.optimizer
+
+    with pytest.raises(RuntimeError, match=r"stage 0: \d+ parameters should train but did not move \(not in the opt"):
+        run(tiny_model, tmp_path, "full", trainer_class=Forgetful)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 1.0])

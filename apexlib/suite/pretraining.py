@@ -6,13 +6,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from apexlib.progress import hide_progress
-from apexlib.training.checkpoints import checkpoint_folder
+from apexlib.training.checkpoints import checkpoint_folder as checkpoint_folder
 from apexlib.training.stages import train_in_stages
-
-__all__ = ["checkpoint_folder", "pretrain"]
 
 
 def pretrain(
@@ -35,34 +33,19 @@ def pretrain(
 
     AdamW (β = 0.9, 0.95; weight decay 0.1, none on norms and biases), gradient norm clipped at 1, linear warm-up, then
     cosine to 0; bf16 autocast on CUDA. The model after step s ∈ `checkpoints` (0: before training) goes to
-    `folder/step-00s`, loadable with `from_pretrained`; what the last step left also to `folder/stage-0`. Returns the
-    log: `step`, `loss` (mean since the last row, nats per token), `learning_rate`, `gradient_norm`.
+    `checkpoint_folder(folder, s)`, loadable with `from_pretrained`. Returns the log: `step`, `loss` (mean since the
+    last row, nats per token), `learning_rate`, `gradient_norm`.
 
     The seed decides data order and dropout; the model's initial weights are the caller's. The state is saved every
     `save_steps` steps, at SIGTERM and SIGINT, and after `seconds`; `resume` goes on there, as in `train_in_stages`.
     """
-    from transformers import TrainingArguments  # needs accelerate, which the rest of the library does not
-
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(warmup_share * steps),
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        bf16=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=max(1, steps // 40),
-        save_strategy="steps",
-        save_steps=save_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=hide_progress(),
-        seed=seed,
-    )
+    optimizer = {"learning_rate": learning_rate, "weight_decay": 0.1, "adam_beta2": 0.95, "max_grad_norm": 1.0}
+    schedule = {"max_steps": steps, "lr_scheduler_type": "cosine", "warmup_steps": round(warmup_share * steps)}
+    saving = {"save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1}
+    shown = {"logging_steps": max(1, steps // 40), "report_to": "none", "disable_tqdm": hide_progress()}
+    given = optimizer | schedule | saving | shown
+    given |= dict.fromkeys(("bf16", "dataloader_pin_memory"), torch.cuda.is_available())
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=batch_size, seed=seed, **given)
     along = {"checkpoints": set(checkpoints), "processing_class": tokenizer, "resume": resume, "seconds": seconds}
     record = train_in_stages(model, dataset, arguments, method="full", **along)
     return record.log[["step", "loss", "learning_rate", "gradient_norm"]]

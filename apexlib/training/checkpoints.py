@@ -2,21 +2,20 @@
 
 A run's folder holds `run.json`, what the run is made of; `stage-s`, the plain model that stage s left; `step-s-n`, the
 state n steps into stage s, from which a run that ended there goes on; and, where they are asked for, `step-00040` and
-the like, the plain model after so many steps of the run.
+the like, the plain model after so many steps of the run. A stage that ends with one of these is not saved twice: its
+folder holds the rest.
 """
 
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,10 +46,10 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def fault(folder: Path) -> str:
     """Say what is wrong with a folder that `complete_folder` wrote; "" if it is whole and unchanged."""
+    if not (folder / MANIFEST).is_file():
+        return f"has no {MANIFEST}"
     try:
         manifest = read_object(folder / MANIFEST)
-    except FileNotFoundError:
-        return f"has no {MANIFEST}"
     except (OSError, ValueError) as error:
         return str(error)
     files = manifest.get("files")
@@ -86,10 +85,14 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 
 class RunFolder:
-    """The folder of one run: refuses another run's, finds where to go on, keeps the last few steps."""
+    """The folder of one run: refuses another run's, finds where to go on, keeps the last few steps.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `borders`: the steps of the run before each stage, and in all; `kept`: those after which a plain model is kept;
+    `progress`: what the run has behind it, weights aside.
+    """
+
+    def __init__(self, path: Path, borders: Sequence[int] = (), kept: Collection[int] = ()) -> None:
+        self.path, self.borders, self.kept, self.progress = path, borders, kept, Progress()
 
     def begin(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
         """Return the newest complete folder to go on from, None to start; only one process may do this at a time."""
@@ -115,6 +118,11 @@ class RunFolder:
         """Name the folder of a finished stage."""
         return self.path / f"stage-{stage}"
 
+    def model(self, stage: int) -> Path:
+        """Name the folder of the plain model that a finished stage left."""
+        own = self.stage(stage)
+        return own if (own / "config.json").exists() else checkpoint_folder(self.path, self.borders[stage + 1])
+
     def step(self, stage: int, step: int) -> Path:
         """Name the folder of the state `step` steps into a stage."""
         return self.path / f"step-{stage}-{step}"
@@ -126,10 +134,10 @@ class RunFolder:
             remove_folder(folder)
 
     def _fault(self, folder: Path) -> str:
-        """Say what is wrong with a state, or with the plain model that a state inside a stage builds on."""
-        stage, begun, _ = position(folder)
-        base = self.stage(stage - 1)
-        if not (why := fault(folder)) and begun and stage and (why := fault(base)):
+        """Say what is wrong with a state, or with the plain model that it builds on."""
+        stage, why = position(folder)[0], fault(folder)
+        base = self.model(stage - 1) if stage else folder
+        if not why and base != folder and (why := fault(base)):
             return f"{base.name} {why}"
         return why
 
@@ -147,7 +155,8 @@ class RunFolder:
             raise ValueError(f"{self.path}: has stages but no {RUN}; need overwrite=True or another folder") from None
         if run.get("format") != _FORMAT or not isinstance(run.get("identity"), dict):
             raise ValueError(f"{self.path / RUN}: need format {_FORMAT} with an identity, got {run.get('format')!r}")
-        then, now = _flat(run["identity"]), _flat(json.loads(json.dumps(identity)))
+        both = (run["identity"], json.loads(json.dumps(identity)))
+        then, now = (pd.json_normalize(facts).to_dict("records")[0] for facts in both)
         pairs = {key: (then.get(key), now.get(key)) for key in now | then}
         if changed := [f"{key} was {before}, is {after}" for key, (before, after) in pairs.items() if before != after]:
             raise ValueError(f"{self.path}: cannot resume another run: {'; '.join(changed[:5])}")
@@ -166,7 +175,6 @@ class Progress:
     assessed: list[pd.DataFrame] = field(default_factory=list)  # the statistics behind each plan
 
     def save(self, folder: Path) -> None:
-        """Write it to `folder`."""
         numbers = {name: value for name, value in vars(self).items() if name != "assessed"}
         (folder / "progress.json").write_text(json.dumps(numbers), encoding="utf-8")
         if self.assessed:
@@ -175,7 +183,6 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read what `save` wrote."""
         progress = cls(**read_object(folder / "progress.json"))
         if (folder / "assessed.parquet").exists():
             for _, table in pd.read_parquet(folder / "assessed.parquet").groupby("stage", sort=True):
@@ -186,16 +193,20 @@ class Progress:
 def write_state(value: Any, folder: Path) -> None:
     """Write nested dicts, lists, numbers, text and tensors to `state.json` and `state.safetensors`."""
     tensors: dict[str, Tensor] = {}
-    tree = _pack(value, tensors, "state")
+    (folder / "state.json").write_text(json.dumps(_pack(value, tensors, "state")), encoding="utf-8")
     save_file(tensors, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(tree), encoding="utf-8")
 
 
 def read_state(folder: Path) -> Any:
     """Read what `write_state` wrote; nothing in the files is executed."""
+
+    def unpack(packed: dict[str, Any]) -> Any:
+        ((kind, content),) = packed.items()
+        return {"tensor": tensors.__getitem__, "pairs": dict, "list": list, "tuple": tuple}[kind](content)
+
     try:
         tensors = load_file(folder / "state.safetensors")
-        return _unpack(json.loads((folder / "state.json").read_text(encoding="utf-8")), tensors)
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"), object_hook=unpack)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no state of a run ({type(error).__name__}: {error})") from None
 
@@ -210,59 +221,22 @@ def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> N
 def load_plain(model: PreTrainedModel, folder: Path) -> None:
     """Load a plain checkpoint into a model in place, bit by bit."""
     widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # widening loses nothing
-    loaded, info = type(model).from_pretrained(
-        folder, dtype=widest, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    loaded, info = type(model).from_pretrained(folder, dtype=widest, use_safetensors=True, output_loading_info=True)
     if faults := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
         raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
     model.load_state_dict(loaded.state_dict())
 
 
-def copy_parameters(model: torch.nn.Module, saved: Mapping[str, Tensor], where: Path) -> None:
-    """Set what trains to the tensors saved of it, each of them and no others."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if odd := sorted(own.keys() ^ saved.keys()):
-        raise ValueError(f"{where}: {odd[0]} is {'not saved' if odd[0] in own else 'no parameter that trains'}")
-    for name, p in own.items():
-        found, need = ((tensor.dtype, tuple(tensor.shape)) for tensor in (saved[name], p))
-        if found != need:
-            raise ValueError(f"{where}: {name} is {found}, need {need}")
-        p.data.copy_(saved[name])
-
-
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value.astype(np.int64) if value.dtype == np.uint32 else value)
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().clone().contiguous()
         return {"tensor": path}
     if isinstance(value, Mapping):
-        pairs = [[key, _pack(item, tensors, f"{path}.{key}")] for key, item in value.items()]
-        if all(isinstance(key, str | int) for key, _ in pairs):
-            return {"pairs": pairs}
-    elif isinstance(value, list | tuple):
+        return {"pairs": [[key, _pack(item, tensors, f"{path}.{key}")] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
         items = [_pack(item, tensors, f"{path}.{index}") for index, item in enumerate(value)]
-        return {type(value).__name__ if type(value) is list else "tuple": items}
-    elif value is None or isinstance(value, bool | int | float | str):
+        return {"list" if isinstance(value, list) else "tuple": items}
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(
-        f"{path}: a {type(value).__name__} cannot be saved; need tensors, numbers, text and their collections"
-    )
-
-
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    ((kind, content),) = tree.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "pairs":
-        return {key: _unpack(item, tensors) for key, item in content}
-    return {"list": list, "tuple": tuple}[kind](_unpack(item, tensors) for item in content)
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) and item else {f"{prefix}{key}": item}
-    return flat
+    need = "tensors, numbers, text and their collections"
+    raise TypeError(f"{path}: a {type(value).__name__} cannot be saved; need {need}")

@@ -9,19 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from apexlib.text.datasets import IGNORED, PackedTokens
 from apexlib.training.methods import Method
 
 _BY_STEP = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "inverse_sqrt",
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"),
+    *("polynomial", "inverse_sqrt"),
 )
 _DECISIVE = (  # arguments that the bits of a run depend on
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed"),
@@ -51,10 +46,9 @@ def check_run(
         raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
     if kept and not method.plain:
         raise ValueError(f"checkpoints: the model of {type(method).__name__} is not plain while it trains; need none")
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if schedule not in _BY_STEP:
-        known = ", ".join(_BY_STEP)
-        raise ValueError(f"lr_scheduler_type {schedule!r}: need one that depends on the step alone: {known}")
+    if (schedule := SchedulerType(args.lr_scheduler_type).value) not in _BY_STEP:
+        need = f"one that depends on the step alone: {', '.join(_BY_STEP)}"
+        raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
     if args.deepspeed or args.fsdp:
         raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
@@ -64,16 +58,15 @@ def check_run(
 
 def check_data(train: Dataset, evaluation: Dataset | None, order: Sequence[int], per_step: int) -> dict[str, str | int]:
     """Read every example of both sets once and hash them; examples in both, and steps without a label, are refused."""
-    evaluated = evaluation is not None and len(evaluation) > 0
-    whole, tokens, silent = _read(train, "train_dataset", compare=evaluated)
-    for step, start in enumerate(range(0, len(order) if silent else 0, per_step), 1):
+    whole, tokens, silent = _read(train, "train_dataset")
+    for start in range(0, len(order) if silent else 0, per_step):
         if silent.issuperset(order[start : start + per_step]):
-            none = f"{len(silent)} of {len(train)} examples have none"
-            raise ValueError(f"train_dataset: no label of step {step} is anything but −100; {none}")
+            what = f"no label of step {start // per_step + 1} is anything but −100"
+            raise ValueError(f"train_dataset: {what}; {len(silent)} of {len(train)} examples have none")
     hashes = {"examples": len(train), "train": whole}
-    if not evaluated:
+    if evaluation is None or not len(evaluation):
         return hashes
-    (hashes["evaluation"], held_out, silent), seen = _read(evaluation, "eval_dataset", compare=True), set(tokens)
+    (hashes["evaluation"], held_out, silent), seen = _read(evaluation, "eval_dataset"), set(tokens)
     if shared := sum(tokens in seen for tokens in held_out):
         raise ValueError(f"eval_dataset: {shared} of its {len(evaluation)} examples are in the training data too")
     if len(silent) == len(evaluation):
@@ -81,8 +74,8 @@ def check_data(train: Dataset, evaluation: Dataset | None, order: Sequence[int],
     return hashes
 
 
-def _read(dataset: Dataset, name: str, *, compare: bool) -> tuple[str, list[bytes], set[int]]:
-    """Read a data set once: a hash of all, of each example's tokens, to `compare` them, and rows without a label."""
+def _read(dataset: Dataset, name: str) -> tuple[str, Iterable[bytes], set[int]]:
+    """Read a data set once: a hash of all, of each example's tokens, and rows without a label."""
     whole, tokens, silent = blake2b(digest_size=16), [], set()
     if type(dataset) is PackedTokens:  # one array whose tokens all train: a corpus of a gigabyte in a second
         blocks = dataset.blocks
@@ -90,7 +83,7 @@ def _read(dataset: Dataset, name: str, *, compare: bool) -> tuple[str, list[byte
         rows = max(1, _CHUNK // blocks.shape[1])
         for start in range(0, len(blocks), rows):
             whole.update(np.ascontiguousarray(blocks[start : start + rows], dtype=np.int32))
-        return whole.hexdigest(), [_digest(block) for block in blocks] if compare else [], silent
+        return whole.hexdigest(), map(_digest, blocks), silent
     for row in range(len(dataset)):
         item = dataset[row]
         if "input_ids" not in item:
@@ -100,8 +93,7 @@ def _read(dataset: Dataset, name: str, *, compare: bool) -> tuple[str, list[byte
             value = np.asarray(item[key])
             whole.update(f"{key} {value.dtype}{value.shape}".encode())
             whole.update(repr(item[key]).encode() if value.dtype == object else value.tobytes())
-        if compare:
-            tokens.append(_digest(item["input_ids"]))
+        tokens.append(_digest(item["input_ids"]))
         labels = item.get("labels")
         if labels is not None and not (np.asarray(labels)[1:] != IGNORED).any():  # the first predicts nothing
             silent.add(row)
@@ -125,13 +117,13 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return next(name for name, finite in found if not finite)
 
 
-def why_not_finite(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor) -> str:
-    """Say why a loss is not finite, as far as it can be seen."""
+def why_not_finite(model: nn.Module, inputs: Mapping[str, Any], found: str) -> str:
+    """Say why a loss is not finite; `found`, what was found first, where neither labels nor weights explain it."""
     labels = inputs.get("labels")
     if labels is not None and not (labels[:, 1:] != IGNORED).any():
         return "no label of the batch is anything but −100"
     name = first_not_finite(model.named_parameters())
-    return f"{name} is not finite" if name else f"the loss is {loss.item()}"
+    return f"{name} is not finite" if name else found
 
 
 def fingerprints(model: nn.Module) -> dict[str, tuple[bool, int]]:
@@ -139,22 +131,15 @@ def fingerprints(model: nn.Module) -> dict[str, tuple[bool, int]]:
     return {name: (p.requires_grad, _bits_hash(p.detach())) for name, p in model.named_parameters()}
 
 
-def check_movement(
-    model: nn.Module, before: Mapping[str, tuple[bool, int]], optimizer: torch.optim.Optimizer, stage: int
-) -> None:
+def check_movement(model: nn.Module, before: Mapping[str, tuple[bool, int]], stage: int) -> None:
     """Compare the model with its fingerprints `before` the stage: what trains has moved, and nothing else."""
-    after = fingerprints(model)
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    changed = {name for name, (_, bits) in fingerprints(model).items() if before[name][1] != bits}
     whole = {name: name.partition(".operator.")[0] for name in before}  # a factor of M waits for the other
-    mobile = {whole[name] for name, (_, bits) in before.items() if after[name][1] != bits}
+    mobile = {whole[name] for name in changed}
     still = [name for name, (trains, _) in before.items() if trains and whole[name] not in mobile]
-    moved = [name for name, (trains, bits) in before.items() if not trains and after[name][1] != bits]
-    for names, what in (
-        (left_out, "should train but are not in the optimizer"),
-        (moved, "are frozen but changed"),
-        (still, "should train but did not move (no gradient, or a learning rate of 0 throughout)"),
-    ):
+    moved = [name for name, (trains, _) in before.items() if not trains and name in changed]
+    why = "not in the optimizer, no gradient, or a learning rate of 0 throughout"
+    for names, what in ((moved, "are frozen but changed"), (still, f"should train but did not move ({why})")):
         if names:
             raise RuntimeError(f"stage {stage}: {len(names)} parameters {what}: {', '.join(names[:3])} …")
 

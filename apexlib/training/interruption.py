@@ -14,10 +14,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that left before its end; `code` is what its process should exit with.
-
-    143 (SIGTERM), 130 (SIGINT) or `TIME_IS_OVER`.
-    """
+    """A run that left before its end; its process should exit with `code`: 143 (SIGTERM), 130 or `TIME_IS_OVER`."""
 
     def __init__(self, code: int, where: str) -> None:
         super().__init__(code, where)  # what an exception keeps, it can be pickled with

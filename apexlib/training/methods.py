@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apexlib import ApexConfig, ExpansionPlan, expand, fuse, parameter_groups, select
 from apexlib.architectures import family_of
-from apexlib.expansion import expand, fuse
-from apexlib.inspection import parameter_groups
-from apexlib.plan import ApexConfig, ExpansionPlan
-from apexlib.selection import select
 
 
 class Method:
@@ -28,16 +25,12 @@ class Method:
     """
 
     staged = False  # whether it starts afresh at each stage; otherwise its one stage is the whole run
-    assesses = False  # whether it needs activation statistics, to `plan` a stage
+    assesses = False  # whether it needs activation statistics, which `plan(statistics, stage)` makes a plan of
     plain = True  # whether its model stays plain while it trains, and can be saved at any step
 
     def __init__(self, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> None:
         self.config, self.lora_rank, self.mask_share = config, lora_rank, mask_share
         self.plans: list[ExpansionPlan] = []  # those made so far, one a stage; none for methods without
-
-    def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        """Choose the units of the next stage and keep the plan; only for methods that assess."""
-        raise NotImplementedError(f"{type(self).__name__} has no plans")
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         """Return the module to train; only what trains requires gradients."""
@@ -63,24 +56,14 @@ class Apex(Method):
     plain = False
 
     def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        self.plans.append(self.choose(statistics, stage))
+        """Choose the units of the next stage and keep the plan."""
+        self.plans.append(select(statistics, self.config, stage=stage, previous=self.plans))
         return self.plans[-1]
 
-    def choose(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        """Choose the units of a stage, given the plans before it."""
-        return select(statistics, self.config, stage=stage, previous=self.plans)
-
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
-        model.requires_grad_(True)
-        return expand(
-            model,
-            self.plan(statistics, stage),
-            operator=self.config.operator,
-            train_embeddings=self.config.train_embeddings,
-            train_norms=self.config.train_norms,
-            ffn=self.config.ffn,
-            seed=self.config.seed + stage,
-        )
+        own = ("operator", "train_embeddings", "train_norms", "ffn")
+        options = {name: getattr(self.config, name) for name in own} | {"seed": self.config.seed + stage}
+        return expand(model.requires_grad_(True), self.plan(statistics, stage), **options)
 
     def groups(self, model: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]] | None:
         return parameter_groups(model, rate, operator_lr_scale=self.config.operator_lr_scale, weight_decay=weight_decay)
@@ -92,13 +75,13 @@ class Apex(Method):
 class Direct(Apex):
     """The rows that APEX would train, without operators (like S²FT, Yang et al. 2024)."""
 
-    def choose(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
-        plan = super().choose(statistics, stage)
+    def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
         layers = (
             replace(part, source=(), target=(), direct=tuple(sorted((*part.source, *part.target, *part.direct))))
-            for part in plan.layers
+            for part in super().plan(statistics, stage).layers
         )
-        return replace(plan, layers=tuple(layers))
+        self.plans[-1] = replace(self.plans[-1], layers=tuple(layers))
+        return self.plans[-1]
 
 
 class Lora(Method):
@@ -109,9 +92,8 @@ class Lora(Method):
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        rank = self.lora_rank
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(model, config)
+        rank = {"r": self.lora_rank, "lora_alpha": 2 * self.lora_rank}
+        return get_peft_model(model, LoraConfig(**rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def end(self, model: nn.Module) -> PreTrainedModel:
         return model.merge_and_unload(safe_merge=model.device.type != "meta")  # the check reads values
@@ -152,15 +134,15 @@ METHODS: dict[str, Callable[..., Method]] = {
 Name = Literal[*METHODS]
 
 
-def method_of(name: Name, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> Method:
-    """Make a method by its name in `METHODS`; what `lora_rank` and `mask_share` are is said there.
+def method_of(name: Name, config: ApexConfig, **options: Any) -> Method:
+    """Make a method by its name in `METHODS`; `options` are its own.
 
     >>> method_of("full", ApexConfig()).plain, method_of("apex", ApexConfig()).plain
     (True, False)
     """
     if name not in METHODS:
         raise ValueError(f"method {name!r}: need one of {', '.join(METHODS)}")
-    return METHODS[name](config, lora_rank=lora_rank, mask_share=mask_share)
+    return METHODS[name](config, **options)
 
 
 @torch.no_grad()

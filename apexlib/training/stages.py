@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
@@ -22,7 +23,7 @@ from apexlib.training.checkpoints import Progress, RunFolder, complete_folder, l
 from apexlib.training.checks import check_data, check_movement, check_run, decisive_arguments, fingerprints
 from apexlib.training.interruption import Stop
 from apexlib.training.methods import Method, Name, method_of
-from apexlib.training.trainer import Stage, stage_trainer
+from apexlib.training.trainer import Stage, StageTraining
 
 
 @dataclass(frozen=True)
@@ -67,37 +68,34 @@ def train_in_stages(
 
     Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`. Inside a
     stage, `args.save_strategy`, `save_steps` and `save_total_limit` say when its state is saved and how many are kept,
-    until the stage ends. `resume` goes on from the newest complete state, to the same bits as without a break, given
-    the same base model, data and settings; it starts where there is none. Without it a folder that holds a run is
-    refused, unless `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after
-    `seconds`, counted from the call, the run leaves in the same way.
+    until the stage ends. After the steps `checkpoints` of the whole run (0: before training), a model that is plain
+    while it trains goes to `args.output_dir/step-00040` and the like; `stage-s` has no second copy of it.
 
-    After the steps `checkpoints`, counted over the whole run (0: before training), the plain model goes to
-    `args.output_dir/step-00040` and the like; only for methods whose model is plain while it trains.
+    `resume` goes on from the newest complete state, to the same bits as without a break, given the same base model,
+    data and settings; it starts where there is none. Without it a folder that holds a run is refused, unless
+    `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after `seconds`, counted
+    from the call, the run leaves in the same way.
 
     `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
     cannot be done, RuntimeError if a parameter that should train did not move or a frozen one did, FloatingPointError
     at the first loss, gradient or weight that is not finite.
     """
-    if trainer_class is None:
-        from transformers import Trainer
-
-        trainer_class = Trainer
-    config = config or ApexConfig()
-    around = {"eval_dataset": eval_dataset, "data_collator": data_collator, "processing_class": processing_class}
-    trainer = partial(stage_trainer(trainer_class), **around)
-    with Stop(args, seconds) as stop:
-        run = _Run(model, method_of(method, config, **options), args, train_dataset, eval_dataset, checkpoints)
-        identity = {"method": method, "options": options, "trainer": trainer_class.__name__, **run.identity()}
+    base = trainer_class or transformers.Trainer  # which needs accelerate; the rest of the library does not
+    kind = type("StageTrainer", (StageTraining, base), {})
+    trainer = partial(kind, eval_dataset=eval_dataset, data_collator=data_collator, processing_class=processing_class)
+    with Stop(args, seconds) as stop, ExitStack() as held:
+        made = method_of(method, config or ApexConfig(), **options)
+        run = _Run(model, made, args, train_dataset, frozenset(checkpoints))
+        named = {"method": method, "options": options, "trainer": base.__name__}
+        named["data"] = check_data(train_dataset, eval_dataset, run.order, run.per_step)
         stop.check("before the run")
-        with run.alone():
-            start = _first_decides(args, partial(run.folder.begin, identity, resume=resume, overwrite=overwrite))
-            set_seed(args.seed)
-            for stage in range(run.restore(start) if start else 0, run.stages):
-                if run.method.assesses and run.statistics is None:
-                    run.statistics = run.assess(data_collator or default_collate, stop)
-                run.train(stage, trainer, stop, start if start and position(start)[:2] == (stage, 1) else None)
-                stop.check(f"after stage {stage}")
+        start = run.begin(named, held, resume=resume, overwrite=overwrite)
+        set_seed(args.seed)
+        for stage in range(run.restore(start) if start else 0, run.stages):
+            if run.method.assesses and run.statistics is None:
+                run.statistics = run.assess(data_collator or default_collate, stop)
+            run.train(stage, trainer, stop, start if start and position(start)[:2] == (stage, 1) else None)
+            stop.check(f"after stage {stage}")
     return run.record()
 
 
@@ -105,96 +103,87 @@ class _Run:
     """A run under way: what it is made of, and what it has behind it."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        method: Method,
-        args: TrainingArguments,
-        train: Dataset,
-        evaluation: Dataset | None,
-        checkpoints: Collection[int],
+        self, model: PreTrainedModel, method: Method, args: TrainingArguments, data: Dataset, kept: frozenset[int]
     ) -> None:
-        self.model, self.method, self.args, self.config, self.data = model, method, args, method.config, train
-        self.checkpoints = frozenset(checkpoints)
+        self.model, self.method, self.args, self.config, self.data = model, method, args, method.config, data
         self.stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        by_epochs = max(1, math.floor(args.num_train_epochs * len(train) / self.per_step))
-        self.total = args.max_steps if args.max_steps > 0 else by_epochs
-        check_run(args, method, self.stages, self.total, self.per_step, len(train), self.checkpoints)
-        self.borders = [round(self.total * stage / self.stages) for stage in range(self.stages + 1)]
+        by_epochs = max(1, int(args.num_train_epochs * len(data) / self.per_step))
+        steps = args.max_steps if args.max_steps > 0 else by_epochs
+        check_run(args, method, self.stages, steps, self.per_step, len(data), kept)
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.order = data_order(len(train), self.total * self.per_step, seed)
-        self.hashes = check_data(train, evaluation, self.order, self.per_step)
-        self.folder = RunFolder(Path(args.output_dir))
-        self.progress = Progress()
+        self.order = data_order(len(data), steps * self.per_step, seed)
+        self.borders = [round(steps * stage / self.stages) for stage in range(self.stages + 1)]
+        self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
-    def identity(self) -> dict[str, Any]:
-        """Name all that a run's bits depend on; another identity is another run."""
+    def begin(self, named: Mapping[str, Any], held: ExitStack, **choice: bool) -> Path | None:
+        """Lock the folder while it is `held` and find the state to go on from; the first process decides for all.
+
+        `named`: what the run's bits depend on beside what is known here; another identity is another run.
+        """
+        from accelerate.utils import broadcast_object_list
+
         bits = {name: bits for name, (_, bits) in fingerprints(self.model).items()}
-        return {
+        identity = named | {
             "model": {"class": type(self.model).__name__, "weights": content_hash(bits)},
-            "data": self.hashes,
             "config": asdict(self.config),
-            "steps": self.total,
+            "steps": self.borders[-1],
             "arguments": decisive_arguments(self.args),
         }
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let one run at a time work in the folder."""
-        with ExitStack() as held:
-            if self.args.process_index == 0:
-                try:
-                    held.enter_context(exclusive(self.folder.path / ".lock"))
-                except BlockingIOError:
-                    raise FileExistsError(f"{self.folder.path}: another run is at work there") from None
-            yield
+        answer: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                held.enter_context(exclusive(self.folder.path / ".lock"))
+                answer = [self.folder.begin(identity, **choice)]
+            except BlockingIOError:
+                answer = [FileExistsError(f"{self.folder.path}: another run is at work there")]
+            except (OSError, ValueError) as error:
+                answer = [error]
+        if isinstance(found := broadcast_object_list(answer)[0], Exception):
+            raise found
+        return found
 
     def restore(self, start: Path) -> int:
         """Go back to a saved state, or to the border before it; return the stage to go on in."""
         stage, begun, _ = position(start)
-        self.progress = Progress.read(start)
+        self.folder.progress = Progress.read(start)
         if self.method.assesses:
-            assessed = self.progress.assessed
+            assessed = self.folder.progress.assessed
             self.statistics = assessed.pop() if begun else pd.read_parquet(start / "statistics.parquet")
             for number, table in enumerate(assessed):
                 self.method.plan(table, number)
         if stage:
-            load_plain(self.model, self.folder.stage(stage - 1))
+            load_plain(self.model, self.folder.model(stage - 1))
         return stage
 
-    def train(self, number: int, trainer_class: Callable, stop: Stop, saved: Path | None) -> None:
+    def train(self, number: int, make_trainer: Callable, stop: Stop, saved: Path | None) -> None:
         """Train one stage, from a state inside it or from its beginning, and save what it leaves."""
-        method, config, args, model = self.method, self.config, self.args, self.model
+        method, config, args, model, progress = self.method, self.config, self.args, self.model, self.folder.progress
         start, end = self.borders[number], self.borders[number + 1]
         if method.assesses:
             if config.strategy == "magnitude" and "weight_norm" not in self.statistics:
                 self.statistics = self.statistics.merge(weight_norms(model), on=["layer", "component", "unit"])
-            self.progress.assessed.append(self.statistics)
+            progress.assessed.append(self.statistics)
         weights = sum(parameter.numel() for parameter in model.parameters())
         trained = method.begin(model, number, self.statistics)
         trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-        recorder = None
-        if method.assesses:
-            differentiable = config.balance_weight > 0
-            recorder = ActivationRecorder(model, top=config.fraction, training_only=True, differentiable=differentiable)
+        options = {"top": config.fraction, "training_only": True, "differentiable": config.balance_weight > 0}
+        recorder = ActivationRecorder(model, **options) if method.assesses else None
         rows = self.order[start * self.per_step : end * self.per_step]
-        around = (method, recorder, self.folder, self.progress, self.checkpoints, stop)
-        trainer = trainer_class(
-            stage=Stage(number, start, self.total, *around),
-            model=trained,
-            args=_stage_arguments(args, end - start, resumed=saved is not None),
-            train_dataset=self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows),
-        )
+        data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
+        own, stage = copy.copy(args), Stage(number, start, method, recorder, self.folder, stop)
+        vars(own).update(max_steps=end - start, train_sampling_strategy="sequential", load_best_model_at_end=False)
+        own.eval_on_start = args.eval_on_start and saved is None
+        trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         before = fingerprints(trained)
         with recorder or nullcontext():
-            trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
+            trainer.train(resume_from_checkpoint=saved and str(saved))
         trainer.check_weights()
-        check_movement(trained, before, trainer.optimizer, number)
-        self.progress.histories.append(trainer.state.log_history)
-        numbers = {"stage": number, "trainable": trains, "total": weights, "share": trains / weights}
-        self.progress.trainable.append(numbers)
+        check_movement(trained, before, number)
+        progress.histories.append(trainer.state.log_history)
+        progress.trainable.append({"stage": number, "trainable": trains, "total": weights, "share": trains / weights})
         self.model = method.end(trained)
         if recorder is not None:
             recorder.gather()
@@ -214,19 +203,20 @@ class _Run:
         return activation_statistics(self.model.to(self.args.device), batches(), top=self.config.fraction)
 
     def save_stage(self, stage: int, processing_class: Any) -> None:
-        """Save what a stage leaves as a plain checkpoint, with all that the next one needs."""
+        """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
         with complete_folder(self.folder.stage(stage)) as folder:
-            save_plain(self.model, processing_class, folder)
+            if self.borders[stage + 1] not in self.folder.kept:
+                save_plain(self.model, processing_class, folder)
             if self.method.plans:
                 self.method.plans[-1].to_json(folder / "plan.json")
             if self.statistics is not None:
                 self.statistics.to_parquet(folder / "statistics.parquet", index=False)
-            self.progress.save(folder)
+            self.folder.progress.save(folder)
         self.folder.forget_steps()
 
     def record(self) -> TrainingRecord:
         """Sum up the finished run."""
-        done = self.progress
+        done = self.folder.progress
         tables = [_stage_log(rows, stage, self.borders[stage]) for stage, rows in enumerate(done.histories)]
         log, trainable = pd.concat(tables, ignore_index=True), pd.DataFrame(done.trainable)
         plans, statistics = tuple(self.method.plans), tuple(done.assessed)
@@ -244,16 +234,6 @@ def data_order(size: int, count: int, seed: int) -> list[int]:
     return torch.cat(epochs)[:count].tolist()
 
 
-def _stage_arguments(args: TrainingArguments, steps: int, *, resumed: bool) -> TrainingArguments:
-    """The arguments of one stage: its steps, and its data in the order given."""
-    own = copy.copy(args)
-    own.max_steps = steps
-    own.train_sampling_strategy = "sequential"
-    own.load_best_model_at_end = False
-    own.eval_on_start = args.eval_on_start and not resumed
-    return own
-
-
 def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.DataFrame:
     rows = [row for row in history if "loss" in row or "eval_loss" in row]
     table = pd.DataFrame(rows, columns=None if rows else ["step"]).rename(columns={"grad_norm": "gradient_norm"})
@@ -262,18 +242,3 @@ def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.D
     named = [name for name in ("stage", "step", "loss", "eval_loss") if name in table]
     others = sorted(name for name in table if name not in named and not name.startswith("eval_"))
     return table[[*named, *others]]
-
-
-def _first_decides(args: TrainingArguments, decide: Callable[[], Any]) -> Any:
-    """Let the first process decide for all, or fail for all."""
-    answer: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            answer = [decide()]
-        except (OSError, ValueError) as error:
-            answer = [error]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from apexlib.activations import ActivationRecorder, NotFiniteError
 from apexlib.training import checkpoints
-from apexlib.training.checkpoints import Progress, RunFolder
+from apexlib.training.checkpoints import RunFolder, checkpoint_folder, complete_folder
 from apexlib.training.checks import first_not_finite, why_not_finite
 from apexlib.training.interruption import Interrupted, Stop
 from apexlib.training.methods import Method
@@ -27,21 +27,13 @@ class Stage:
 
     number: int
     start: int  # steps of the run before it
-    total: int  # steps of the whole run
     method: Method
     recorder: ActivationRecorder | None  # gathers the statistics behind the next plan
     folder: RunFolder
-    progress: Progress  # of the run; the time of each step is added to it
-    kept: frozenset[int]  # steps of the run after which a plain model is saved
     stop: Stop
 
 
-def stage_trainer(base: type) -> type:
-    """Make a Trainer of the class `base` that trains one stage of a run; it takes that `stage` beside its own."""
-    return type("StageTrainer", (StageTraining, base, TrainerCallback), {})
-
-
-class StageTraining:
+class StageTraining(TrainerCallback):
     """What training one stage adds to a Trainer, which is its own callback: it times steps, saves, and can be stopped.
 
     Its state is saved whole after a step, or before the first: parameters that train, optimizer, schedule, random
@@ -50,7 +42,7 @@ class StageTraining:
 
     def __init__(self, *, stage: Stage, **rest: Any) -> None:
         self.stage = stage
-        self.saved: dict[str, Any] | None = None  # the state to go on from
+        self.saved: dict[str, Any] | None = None  # the state to go on from; `own`: what is of this process in it
         super().__init__(**rest)
         self.add_callback(self)
 
@@ -71,7 +63,7 @@ class StageTraining:
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        whole = super().create_scheduler(self.stage.total, optimizer)
+        whole = super().create_scheduler(self.stage.folder.borders[-1], optimizer)
         later = [lambda step, rate=rate: rate(step + self.stage.start) for rate in whole.lr_lambdas]
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, later)
         return self.lr_scheduler
@@ -80,13 +72,12 @@ class StageTraining:
         try:
             result = super().compute_loss(model, inputs, *given, **named)
         except NotFiniteError as error:
-            name = first_not_finite(model.named_parameters())
-            self.halt(f"{name} is not finite" if name else str(error))
+            self.halt(why_not_finite(model, inputs, str(error)))
         if not model.training:
             return result
         loss, *rest = result if isinstance(result, tuple) else (result,)
         if not loss.isfinite():
-            self.halt(why_not_finite(model, inputs, loss))
+            self.halt(why_not_finite(model, inputs, f"the loss is {loss.item()}"))
         if self.stage.recorder is not None and (balance := self.stage.method.config.balance_weight):
             term = balance * self.stage.recorder.imbalance
             if self.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None:
@@ -124,9 +115,18 @@ class StageTraining:
 
     def on_train_begin(self, args, state, control, **_) -> None:
         if self.saved is not None:
-            self._restore_loop()
+            self.optimizer.load_state_dict(self.saved["optimizer"])
+            self.lr_scheduler.load_state_dict(self.saved["scheduler"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(self.saved["scaler"])
+            self._tr_loss = torch.tensor(self.own["loss"], device=args.device)
+            self._total_loss_scalar, self._globalstep_last_logged = self.own["total_loss"], self.saved["last_logged"]
+            if not self.saved["evaluated"]:  # it was cut short
+                _set_random_state(self.own["random"])
+                self._evaluate(None, None, skip_scheduler=True)
+                self.own["random"] = _random_state()
         if self.run_step == 0:
-            self._save_checkpoint_if_asked()
+            self._keep_if_asked()
 
     def on_step_begin(self, args, state, control, **_) -> None:
         self._began = time.perf_counter()
@@ -135,8 +135,8 @@ class StageTraining:
         self.stage.method.change_gradients(self.model)
 
     def on_step_end(self, args, state, control, **_) -> None:
-        self.stage.progress.seconds.append(time.perf_counter() - self._began)
-        self._save_checkpoint_if_asked()
+        self.stage.folder.progress.seconds.append(time.perf_counter() - self._began)
+        self._keep_if_asked()
         if self.stage.stop.asked():
             control.should_save = True
 
@@ -147,101 +147,66 @@ class StageTraining:
     def on_prediction_step(self, args, state, control, **_) -> None:
         self.stage.stop.check(f"in the evaluation after step {self.run_step}")
 
-    # saving and going on
+    # saving and going on, where the Trainer would write and read its own checkpoints
 
     def save_state(self, *, evaluated: bool) -> None:
-        """Save the state of the stage under way; `evaluated`: whether what was due after the last step is done."""
-        self.check_weights()
-        state = self._whole_state(evaluated)
-        if not self.args.should_save:
-            return
-        with checkpoints.complete_folder(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
-            checkpoints.write_state(state, folder)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            self.stage.progress.save(folder)
-        if limit := self.args.save_total_limit:
-            self.stage.folder.forget_steps(keep=limit)
+        """Save all that going on takes; `evaluated`: whether what was due after the last step is done."""
+        from accelerate.utils import gather_object
 
-    def _save_checkpoint_if_asked(self) -> None:
-        if self.run_step not in self.stage.kept:
-            return
         self.check_weights()
-        if self.args.should_save:
-            target = checkpoints.checkpoint_folder(self.stage.folder.path, self.run_step)
-            with checkpoints.complete_folder(target) as folder:
-                checkpoints.save_plain(self.model, self.processing_class, folder)
-
-    def _whole_state(self, evaluated: bool) -> dict[str, Any]:
-        """All that going on takes; what differs between the processes of a run comes from each of them."""
         scaler, recorder = self.accelerator.scaler, self.stage.recorder
         own = {"random": _random_state(), "loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}
-        own |= {"recorder": None if recorder is None else recorder.state()}
-        processes = [own]
-        if self.args.world_size > 1:
-            processes = [None] * self.args.world_size
-            torch.distributed.all_gather_object(processes, own)
-        return {
+        own["recorder"] = None if recorder is None else recorder.state()
+        state = {
             "parameters": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "last_logged": self._globalstep_last_logged,
             "evaluated": evaluated,
-            "processes": processes,
+            "processes": gather_object([own]),  # what differs between the processes of a run
         }
+        if not self.args.should_save:
+            return
+        with complete_folder(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
+            checkpoints.write_state(state, folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.stage.folder.progress.save(folder)
+        if limit := self.args.save_total_limit:
+            self.stage.folder.forget_steps(keep=limit)
 
-    def _own_state(self) -> dict[str, Any]:
-        return self.saved["processes"][self.args.process_index]
-
-    def _restore_loop(self) -> None:
-        """Once training has begun again: the running mean of the loss, and an evaluation that was cut short."""
-        own = self._own_state()
-        self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
-        self._total_loss_scalar = own["total_loss"]
-        self._globalstep_last_logged = self.saved["last_logged"]
-        if not self.saved["evaluated"]:
-            _set_random_state(own["random"])
-            self._evaluate(None, None, skip_scheduler=True)
-            own["random"] = _random_state()
-
-    # where the Trainer would write and read its own checkpoints
+    def _keep_if_asked(self) -> None:
+        if self.run_step in self.stage.folder.kept:
+            self.check_weights()
+            if self.args.should_save:
+                with complete_folder(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
+                    checkpoints.save_plain(self.model, self.processing_class, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # then the stage is saved
             self.save_state(evaluated=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self.saved = checkpoints.read_state(folder)
-        checkpoints.copy_parameters(self.model, self.saved["parameters"], folder)
+        self.saved = checkpoints.read_state(Path(resume_from_checkpoint))
+        self.own = self.saved["processes"][self.args.process_index]
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(self.saved["parameters"][name])
         if self.stage.recorder is not None:
-            self.stage.recorder.load_state(self._own_state()["recorder"])
+            self.stage.recorder.load_state(self.own["recorder"])
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(self.saved["optimizer"])
-            self.lr_scheduler.load_state_dict(self.saved["scheduler"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            _set_random_state(self._own_state()["random"])
+    def _load_rng_state(self, checkpoint: str) -> None:
+        _set_random_state(self.own["random"])
 
 
 def _random_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    kind, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state_all()}  # of each device, if there are any
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.cuda.set_rng_state_all(state.get("cuda", ()))
