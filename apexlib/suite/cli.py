@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m apexlib", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m apexlib", description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     many = {"action": "append", "default": []}
 
@@ -86,10 +85,11 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=8, help="sequences per step and device")
     sub.add_argument("--length", type=int, default=2048, help="tokens per sequence")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    known = {"choices": methods, "default": methods, "help": ", ".join(methods)}
-    sub.add_argument("--method", nargs="+", dest="methods", metavar="METHOD", **known)
+    sub.add_argument("--method", nargs="+", metavar="METHOD", choices=methods, default=methods, help=", ".join(methods))
     sub.add_argument("--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default")
-    sub.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    sub.add_argument(
+        "--checkpointing", dest="gradient_checkpointing", action="store_true", help="with gradient checkpointing"
+    )
     sub.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
 
     command(_verify, "check a folder that save_fused wrote: hashes, values, loading").add_argument("folder", type=Path)
@@ -202,8 +202,7 @@ def _difference(
     from apexlib.text.corpora import corpus_hash
 
     documents = load_corpus(corpus)
-    packed = pack(documents, load_tokenizer(model, revision=revision), length)
-    assessment = batches(packed, batch, limit=blocks)
+    assessment = batches(pack(documents, load_tokenizer(model, revision=revision), length), batch, limit=blocks)
     statistics = activation_statistics(load_model(model, revision=revision), assessment, top=top)
     facts = {"model": model, "revision": revision, "data": corpus_hash(documents), "top": top}
     for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
@@ -291,17 +290,17 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _plan(*, model: str, apex: Path | None, checkpointing: bool, calibrate: bool, **asked: Any) -> None:
+def _plan(*, model: str, method: list[str], apex: Path | None, calibrate: bool, **asked: Any) -> None:
     import torch
 
     from apexlib import ApexConfig, plan_budget
     from apexlib.analysis import budget
 
-    asked |= {"gradient_checkpointing": checkpointing}
     if calibrate:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         asked["flops_per_second"] = budget.calibrate(device, getattr(torch, asked["dtype"]))
-    table = plan_budget(model, ApexConfig.from_json(apex) if apex else None, **asked).set_index("method").T
+    config = ApexConfig.from_json(apex) if apex else None
+    table = plan_budget(model, config, methods=method, **asked).set_index("method").T
     print(table.to_string(float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"))
 
 

@@ -1,6 +1,6 @@
 """What runs and notebooks read: models, texts and conversations by name, each read once in a process."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from glob import glob
 from pathlib import Path
@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from apexlib import encode_chat, load_chat, load_corpus, pack
 from apexlib.evaluation import final_answer
 from apexlib.suite.folders import home, locate
-from apexlib.text.corpora import load_chat, load_corpus
-from apexlib.text.datasets import ChatTokens, PackedTokens, encode_chat, pack
+from apexlib.text.datasets import ChatTokens, PackedTokens
 from apexlib.text.questions import scored
 from apexlib.text.skills import skills, skills_text
 
@@ -57,11 +57,10 @@ def examples(chat: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
 def _examples(source: str, split: str, count: int | None, difficulties: tuple[int, ...]) -> list[dict[str, Any]]:
     if source == "skills":
         return skills(split, count, difficulties=difficulties)
-    read = load_chat(locate(source), split=split, limit=count)
     family = {"family": Path(source).stem}
     return [
         scored(each) if "task" in each else {"answer": final_answer(each["messages"][-1]["content"])} | family | each
-        for each in read
+        for each in load_chat(locate(source), split=split, limit=count)
     ]
 
 
@@ -72,15 +71,13 @@ def conversations(tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any], s
 
 def data_files(settings: Mapping[str, Any]) -> tuple[Path, ...]:
     """The local files that the settings of a run name as `corpus` or `source`, at any depth."""
-    return tuple(sorted({Path(path) for name in _sources(settings) for path in glob(locate(name))}))
-
-
-def _sources(settings: Mapping[str, Any]) -> Iterator[str]:
+    found: set[Path] = set()
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _sources(value)
+            found |= {*data_files(value)}
         elif name in ("corpus", "source"):
-            yield value
+            found |= {Path(path) for path in glob(locate(value))}
+    return tuple(sorted(found))
 
 
 def _cache() -> Path:

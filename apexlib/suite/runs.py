@@ -77,8 +77,8 @@ def instruction_data(chat: Settings, retention: Settings) -> dict[str, str]:
 
 def untouched_run(*, folder: Path, base: str, chat: Settings, retention: Settings) -> dict[str, Any]:
     """Measure the base model as `instruction_run` measures a tuned one."""
-    model = load_model(base, dtype=torch.float32).eval()
-    return instruction_scores(model, load_tokenizer(base), chat=chat, retention=retention)
+    model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
+    return instruction_scores(model, tokenizer, chat=chat, retention=retention)
 
 
 def instruction_scores(
@@ -94,7 +94,7 @@ def instruction_scores(
     scores: dict[str, Any] = {}
     for split, name in (("valid", "valid_loss"), ("test", "answer_loss")):
         held_out = batches(conversations(tokenizer, chat, split), 64, collator=collate(pad_token(tokenizer)))
-        scores[name] = _loss(model, held_out)
+        scores[name] = float(perplexity(model, held_out, quiet=True)["loss"])
     asked = pd.Series([example for example in examples(chat, "test") if "answer" in example])
     by_choice = asked.map(lambda example: "choices" in example)
     writing = {"max_new_tokens": chat["max_new_tokens"], "extract": final_answer}
@@ -128,7 +128,7 @@ def continued_run(
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
     train, test = (text_blocks(tokenizer, text["corpus"], split, text["context"]) for split in ("train", "test"))
     data = {"train_dataset": train, "eval_dataset": Subset(test, range(min(text["blocks"], len(test))))}
-    start = _loss(model, batches(data["eval_dataset"], 16))
+    start = float(perplexity(model, batches(data["eval_dataset"], 16), quiet=True)["loss"])
     steps, tokens = training["steps"], training["batch_size"] * text["context"]
     points = {"eval_strategy": "steps", "eval_steps": max(1, steps // evaluations), "per_device_eval_batch_size": 16}
     record, cost = _train(model, data, folder, lr_scheduler_type="constant_with_warmup", **points, **training)
@@ -145,39 +145,26 @@ def text_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, corpus: str, context: int, blocks: int
 ) -> float:
     """Loss on the first held-out blocks of a corpus (validation split), in nats per token."""
-    return _loss(model, batches(text_blocks(tokenizer, corpus, "valid", context), 16, limit=blocks))
-
-
-def _loss(model: PreTrainedModel, held_out: list[Mapping[str, torch.Tensor]]) -> float:
+    held_out = batches(text_blocks(tokenizer, corpus, "valid", context), 16, limit=blocks)
     return float(perplexity(model, held_out, quiet=True)["loss"])
 
 
 def _train(
-    model: PreTrainedModel,
-    data: Settings,
-    folder: Path,
-    *,
-    variant: str,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    stages: int,
-    assessment_samples: int,
-    **schedule: Any,
+    model: PreTrainedModel, data: Settings, folder: Path, variant: str, stages: int, assessment_samples: int, **own: Any
 ) -> tuple[TrainingRecord, dict[str, float]]:
-    """Train by a variant; return what it leaves, its model in evaluation mode, and what it cost.
+    """Train by a variant; return what it leaves and what it cost.
 
-    The authors' optimizer: AdamW with β = (0.9, 0.95), no weight decay, 5 % warm-up (theirs 3 %, of longer runs).
+    The authors' optimizer: AdamW with β = (0.9, 0.95), no weight decay, 5 % warm-up (theirs 3 %, of longer runs). `own`
+    are `steps`, `batch_size` and further arguments of the Trainer, `seed` among them.
     """
-    size = {"max_steps": steps, "per_device_train_batch_size": batch_size, "warmup_steps": max(1, round(0.05 * steps))}
-    optimizer = {"weight_decay": 0.0, "adam_beta2": 0.95, "seed": seed, "bf16": torch.cuda.is_available()}
-    quiet = {"logging_steps": max(1, steps // 20), "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    settings = {**size, **optimizer, **quiet, **schedule, "dataloader_pin_memory": optimizer["bf16"]}
-    arguments = TrainingArguments(output_dir=str(folder), **settings)
+    steps, on_gpu = own.pop("steps"), torch.cuda.is_available()
+    own |= {"max_steps": steps, "warmup_steps": max(1, round(0.05 * steps)), "logging_steps": max(1, steps // 20)}
+    own |= {"per_device_train_batch_size": own.pop("batch_size"), "weight_decay": 0.0, "adam_beta2": 0.95}
+    own |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    arguments = TrainingArguments(str(folder), bf16=on_gpu, dataloader_pin_memory=on_gpu, **own)
     chosen, before = VARIANTS[variant], reset_peak()
-    config = chosen.config(seed=seed, stages=stages, samples=assessment_samples)
+    config = chosen.config(seed=arguments.seed, stages=stages, samples=assessment_samples)
     method = {"method": chosen.method, **chosen.options, "resume": True, "seconds": time_left()}
     record = train_in_stages(model, args=arguments, config=config, **data, **method)
     cost = {"trainable": float(record.trainable["share"].mean()), "seconds_per_step": record.seconds_per_step}
-    record.model.eval()
     return record, cost | {"peak_memory_mb": peak_mb() - before}
