@@ -221,8 +221,7 @@ def _spectrum(*, model: str, base: str | None, revision: str | None, base_revisi
         extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
     path = save_table(table, name, out, **facts)
     shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
-    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(path)
+    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"), path, sep="\n")
 
 
 def _weights(model: str, revision: str | None) -> Any:
@@ -299,8 +298,7 @@ def _plan(*, model: str, method: list[str], apex: Path | None, calibrate: bool, 
     if calibrate:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         asked["flops_per_second"] = budget.calibrate(device, getattr(torch, asked["dtype"]))
-    config = ApexConfig.from_json(apex) if apex else None
-    table = plan_budget(model, config, methods=method, **asked).set_index("method").T
+    table = plan_budget(model, apex and ApexConfig.from_json(apex), methods=method, **asked).set_index("method").T
     print(table.to_string(float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"))
 
 

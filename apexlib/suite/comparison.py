@@ -51,13 +51,12 @@ def grid_trials(
 
 def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
     """One row per trial: `method`, `learning_rate`, `seed`, each number of its result, `path` of its folder."""
-    rows = [
+    return pd.DataFrame(
         {"method": trial.settings["variant"], **{name: trial.settings[name] for name in ("learning_rate", "seed")}}
         | {name: value for name, value in result.items() if isinstance(value, int | float)}
         | {"path": relative(Path(folder) / trial.name)}
         for trial, result in zip(trials, results, strict=True)
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,7 @@ def chosen_runs(results: Path) -> pd.DataFrame:
 
     `base` is the base model of a run's seed; where the seed has none, the first.
     """
-    runs = pd.read_csv(results / "instruction.csv")
-    runs = runs[runs["chosen"]].reset_index(drop=True)
+    runs = pd.read_csv(results / "instruction.csv").query("chosen").reset_index(drop=True)
     if runs["method"].eq("base").all() or not runs["method"].eq("base").any():
         raise ValueError("instruction.csv: need the base and at least one chosen run")
     if gone := [path for path in runs["path"] if not Path(locate(path)).is_dir()]:

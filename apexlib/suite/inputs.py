@@ -17,6 +17,8 @@ from apexlib.text.datasets import ChatTokens, PackedTokens
 from apexlib.text.questions import scored
 from apexlib.text.skills import skills, skills_text
 
+_CACHE = Path("data", "cache")  # below the project's root
+
 
 def load_model(name: str, *, revision: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Load a model by its folder, from the project's root, or its name on the Hub; on a GPU where there is one."""
@@ -34,7 +36,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 @cache
 def documents(corpus: str, split: str = "train", *, skill_documents: int = 0) -> list[str]:
     """The documents of a split: of an embedded text, a file or a pattern of files (`load_corpus`), and skills."""
-    texts = load_corpus(locate(corpus), split=split, cache=_cache())
+    texts = load_corpus(locate(corpus), split=split, cache=home() / _CACHE)
     return texts + skills_text(skill_documents) if skill_documents else texts
 
 
@@ -42,7 +44,7 @@ def text_blocks(
     tokenizer: PreTrainedTokenizerFast, corpus: str, split: str, context: int, *, skill_documents: int = 0
 ) -> PackedTokens:
     """The `documents` of a split as blocks of `context` tokens; encoded once, and kept by hash."""
-    return pack(documents(corpus, split, skill_documents=skill_documents), tokenizer, context, cache=_cache())
+    return pack(documents(corpus, split, skill_documents=skill_documents), tokenizer, context, cache=home() / _CACHE)
 
 
 def examples(chat: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
@@ -66,7 +68,7 @@ def _examples(source: str, split: str, count: int | None, difficulties: tuple[in
 
 def conversations(tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any], split: str) -> ChatTokens:
     """The `examples` of a split as tokens, without those longer than `chat["max_length"]`; kept by hash."""
-    return encode_chat(examples(chat, split), tokenizer, max_length=chat["max_length"], cache=_cache())[0]
+    return encode_chat(examples(chat, split), tokenizer, max_length=chat["max_length"], cache=home() / _CACHE)[0]
 
 
 def data_files(settings: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -78,7 +80,3 @@ def data_files(settings: Mapping[str, Any]) -> tuple[Path, ...]:
         elif name in ("corpus", "source"):
             found |= {Path(path) for path in glob(locate(value))}
     return tuple(sorted(found))
-
-
-def _cache() -> Path:
-    return home() / "data" / "cache"
