@@ -15,11 +15,20 @@ from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
 from apexlib.suite import runs, trials
 from apexlib.suite.bases import base_models, check_bases, measured_models, models_table, reference_losses
-from apexlib.suite.comparison import Comparison, choose_rates, compare, grid_trials, rates_table
+from apexlib.suite.comparison import (
+    Comparison,
+    above_first,
+    beside_untouched,
+    choose_rates,
+    compare,
+    grid_trials,
+    rates_table,
+    token_ratios,
+    tokens_to_reach,
+)
 from apexlib.suite.folders import locate, relative
 from apexlib.suite.inputs import conversations, data_files, documents, examples, text_blocks
 from apexlib.suite.runs import continued_run, instruction_run, instruction_setting, pretraining_run, untouched_run
-from apexlib.suite.tables import above_first, beside_untouched, token_ratios, tokens_to_reach
 from apexlib.suite.variants import VARIANTS
 from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, pack

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apexlib.evaluation import perplexity
+from apexlib import perplexity
 from apexlib.suite.inputs import load_model
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.references import ngram_loss, unigram_loss
@@ -37,14 +37,12 @@ def reference_losses(
     """Losses on held-out blocks of models that only count tokens, pairs or triples of them (REFERENCES)."""
     if unknown := [name for name in names if name not in REFERENCES]:
         raise ValueError(f"unknown reference {unknown[0]!r}; known: {', '.join(REFERENCES)}")
-    orders = {name: order for order, name in enumerate(REFERENCES, start=1)}
     sample, test = (torch.from_numpy(part.astype("int64")) for part in (train.blocks[:_SAMPLE], held_out))
-    return {
-        name: unigram_loss(sample, test, vocabulary)
-        if name == "unigram"
-        else ngram_loss(train.blocks.ravel(), held_out, vocabulary, order=orders[name])
-        for name in names
-    }
+    losses = {"unigram": unigram_loss(sample, test, vocabulary)}
+    for order, name in enumerate(REFERENCES, start=1):
+        if name in names and order > 1:
+            losses[name] = ngram_loss(train.blocks.ravel(), held_out, vocabulary, order=order)
+    return {name: losses[name] for name in names}
 
 
 def check_bases(models: pd.DataFrame, references: Mapping[str, float]) -> None:
@@ -62,10 +60,8 @@ def is_final(models: pd.DataFrame) -> pd.Series:
 
 def models_table(results: Path, model: str | None = None) -> pd.DataFrame:
     """Read the models of notebook 00, with `is_final`; with `model`, a row for that one alone."""
-    if model is None:
-        table = pd.read_csv(results / "models.csv")
-    else:
-        table = pd.DataFrame({"model": [model], "seed": 0, "step": 0, "tokens": 0, "parameters": 0, "path": model})
+    alone = {"model": [model], "seed": 0, "step": 0, "tokens": 0, "parameters": 0, "path": model}
+    table = pd.DataFrame(alone) if model else pd.read_csv(results / "models.csv")
     return table.assign(is_final=is_final(table))
 
 

@@ -19,30 +19,28 @@ from typing import Any, Literal, get_args
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(_methods() if given[:1] == ["plan"] else ()).parse_args(given)
+    options = vars(_parser(_methods() if given[:1] == ["plan"] else ()).parse_args(given))
     try:
-        return options.run(options)
+        return options.pop("run")(**options) or 0
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message, code = f"error: {error}", 1
     except (ValueError, TypeError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
-        return 2
+        message, code = " ".join(["error:", *str(error).split()]), 2
     except ImportError as error:
-        print(f"error: {error}; need pip install 'apexlib[notebooks]'", file=sys.stderr)
-        return 2
+        message, code = f"error: {error}; need pip install 'apexlib[notebooks]'", 2
     except KeyboardInterrupt as error:
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
-        return getattr(error, "code", 130)
+        message, code = f"interrupted: {error}".removesuffix(": "), getattr(error, "code", 130)
+    print(message, file=sys.stderr)
+    return code
 
 
 def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m apexlib", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m apexlib", description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    many = {"action": "append", "default": []}
 
-    def command(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__.strip("_"), help=text, description=f"{text[0].upper()}{text[1:]}.")
         added.set_defaults(run=run)
         return added
@@ -50,16 +48,14 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     sub = command(_reproduce, "run the notebooks of a profile, each only if what it depends on changed")
     sub.add_argument("--profile", default="cpu", help="a name from notebooks/profiles, or a YAML file of your own")
     which = sub.add_mutually_exclusive_group()
-    which.add_argument("--only", action="append", default=[], metavar="01", help="just this notebook (repeatable)")
+    which.add_argument("--only", **many, metavar="01", help="just this notebook (repeatable)")
     which.add_argument("--from", dest="start", metavar="01", help="this notebook and all after it")
-    which.add_argument(
-        "--claim", dest="claims", type=int, action="append", default=[], metavar="3", help="what it needs (repeatable)"
-    )
+    which.add_argument("--claim", **many, dest="claims", type=int, metavar="3", help="what it needs (repeatable)")
     sub.add_argument("--budget", type=_seconds, default=math.inf, metavar="30m", help="time after which nothing starts")
     sub.add_argument("--force", action="store_true", help="run them even if nothing changed")
-    sub.add_argument("--set", action="append", default=[], metavar="01.NAME=VALUE", help="a parameter (repeatable)")
+    sub.add_argument("--set", **many, dest="settings", metavar="01.NAME=VALUE", help="a parameter (repeatable)")
     sub.add_argument("--dry-run", action="store_true", help="tell what would run and why; run nothing")
-    sub.add_argument("--list", action="store_true", help="show profiles, notebooks and parameters")
+    sub.add_argument("--list", action="store_true", dest="listing", help="show profiles, notebooks and parameters")
 
     sub = command(_difference, "assess heads and channels of a model; write two tables")
     sub.add_argument("model", help="a causal LM: folder, or name on the Hub")
@@ -91,11 +87,12 @@ def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     sub.add_argument("--method", nargs="+", metavar="METHOD", choices=methods, default=methods, help=", ".join(methods))
     sub.add_argument("--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default")
-    sub.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    sub.add_argument(
+        "--checkpointing", dest="gradient_checkpointing", action="store_true", help="with gradient checkpointing"
+    )
     sub.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
 
-    sub = command(_verify, "check a folder that save_fused wrote: hashes, values, loading")
-    sub.add_argument("folder", type=Path)
+    command(_verify, "check a folder that save_fused wrote: hashes, values, loading").add_argument("folder", type=Path)
     return parser
 
 
@@ -114,34 +111,34 @@ def _seconds(text: str) -> float:
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not text or found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: need a time such as 30m, 8m30s, 2h or 45s")
-    hours, minutes, seconds = (float(part or 0) for part in found.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
 
 
-def _reproduce(options: argparse.Namespace) -> int:
+def _reproduce(
+    *, profile: str, settings: list[str], claims: list[int], budget: float, dry_run: bool, listing: bool, **chosen: Any
+) -> int:
     from apexlib.suite import runner
     from apexlib.suite.profiles import load_yaml
 
-    root, settings = runner.find_root(), {}
-    if options.list:
-        print(*_listing(options.profile, root), sep="\n")
+    root, values = runner.find_root(), {}
+    if listing:
+        print(*_listing(profile, root), sep="\n")
         return 0
-    for text in options.set:
+    for text in settings:
         key, equals, value = text.partition("=")
         if not equals or "." not in key:
             raise ValueError(f"--set {text}: need NOTEBOOK.PARAMETER=VALUE")
-        settings[key] = load_yaml(value, f"--set {text}")
-    chosen = {name: getattr(options, name) for name in ("only", "start", "claims", "force")}
-    chosen |= {"root": root, "settings": settings}
-    if options.dry_run:
-        steps = runner.plan_profile(options.profile, **chosen)
+        values[key] = load_yaml(value, f"--set {text}")
+    chosen |= {"claims": claims, "root": root, "settings": values}
+    if dry_run:
+        steps = runner.plan_profile(profile, **chosen)
         width = max(len(step.notebook) for step in steps)
         print(*(f"{step.notebook:<{width}}  {step.status:<5}  {step.reason}" for step in steps), sep="\n")
         return 0
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        runner.run_profile(options.profile, **chosen, budget=options.budget)
+        runner.run_profile(profile, **chosen, budget=budget)
     except runner.RunError as error:
         left = ", ".join(f"{step.notebook} ({step.status})" for step in error.left)
         print(f"error: {left}" if error.failed else f"time is over; left: {left}; run again to go on", file=sys.stderr)
@@ -152,7 +149,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
-    return _show_verdicts(options.claims, options.profile, root) if options.claims else 0
+    return _show_verdicts(claims, profile, root) if claims else 0
 
 
 def _terminate(*_: Any) -> None:
@@ -172,8 +169,8 @@ def _listing(profile: str, root: Path) -> Iterator[str]:
         values = resolve(notebook, chosen, {})
         yield f"\n{name}  writes {', '.join(notebook.writes) or 'nothing'}"
         for parameter in notebook.parameters.values():
-            help_text = f"  # {parameter.help}" if parameter.help else ""
-            yield f"  {parameter.name}: {parameter.kind} = {values[parameter.name]!r}{help_text}"
+            told = f"  {parameter.name}: {parameter.kind} = {values[parameter.name]!r}  # {parameter.help}"
+            yield told.removesuffix("  # ")
 
 
 def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
@@ -197,47 +194,34 @@ def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
     return 0
 
 
-def _difference(options: argparse.Namespace) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
+def _difference(
+    *, model: str, revision: str | None, corpus: str, length: int, blocks: int, batch: int, top: float, out: Path
+) -> None:
     from apexlib import activation_statistics, batches, imbalance_table, load_corpus, pack, save_table
-    from apexlib.activations import check_top
-    from apexlib.progress import hide_progress
+    from apexlib.suite.inputs import load_model, load_tokenizer
     from apexlib.text.corpora import corpus_hash
 
-    check_top(options.top)
-    if hide_progress():
-        disable_progress_bar()
-    documents = load_corpus(options.corpus)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
-    blocks = batches(pack(documents, tokenizer, options.length), options.batch, limit=options.blocks)
-    model = AutoModelForCausalLM.from_pretrained(options.model, revision=options.revision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    statistics = activation_statistics(model, blocks, top=options.top)
-    facts = {"model": options.model, "revision": options.revision, "data": corpus_hash(documents), "top": options.top}
+    documents = load_corpus(corpus)
+    assessment = batches(pack(documents, load_tokenizer(model, revision=revision), length), batch, limit=blocks)
+    statistics = activation_statistics(load_model(model, revision=revision), assessment, top=top)
+    facts = {"model": model, "revision": revision, "data": corpus_hash(documents), "top": top}
     for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
-        print(save_table(table, name, options.out, **facts))
-    return 0
+        print(save_table(table, name, out, **facts))
 
 
-def _spectrum(options: argparse.Namespace) -> int:
+def _spectrum(*, model: str, base: str | None, revision: str | None, base_revision: str | None, out: Path) -> None:
     from apexlib import save_table, spectrum_table, update_table
 
-    model = _weights(options.model, options.revision)
-    facts = {"model": options.model, "revision": options.revision}
-    if options.base is None:
-        table, name, extra = spectrum_table(model), "spectrum", []
+    measured, facts = _weights(model, revision), {"model": model, "revision": revision}
+    if base is None:
+        table, name, extra = spectrum_table(measured), "spectrum", []
     else:
-        table, name = update_table(_weights(options.base, options.base_revision), model), "updates"
-        facts |= {"base": options.base, "base_revision": options.base_revision}
+        table, name = update_table(_weights(base, base_revision), measured), "updates"
+        facts |= {"base": base, "base_revision": base_revision}
         extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
-    path = save_table(table, name, options.out, **facts)
+    path = save_table(table, name, out, **facts)
     shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
-    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print(path)
-    return 0
+    print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"), path, sep="\n")
 
 
 def _weights(model: str, revision: str | None) -> Any:
@@ -252,7 +236,7 @@ def _weights(model: str, revision: str | None) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(*, settings: Path, **again: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
     from apexlib import ApexConfig, collate, encode_chat, load_chat, load_corpus, pack, save_table, train_in_stages
@@ -260,19 +244,17 @@ def _train(options: argparse.Namespace) -> int:
     from apexlib.files import atomic_folder
     from apexlib.progress import hide_progress
 
-    given = _settings(options.settings)
+    given = _settings(settings)
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
     tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given["revision"])
-    data, length = dict(given["data"]), given["length"]
     if given["kind"] == "chat":
-        dataset, report = encode_chat(load_chat(**data), tokenizer, max_length=length)
+        dataset, report = encode_chat(load_chat(**given["data"]), tokenizer, max_length=given["length"])
         collator = collate(pad_token(tokenizer))
     else:
-        dataset, report, collator = pack(load_corpus(**data), tokenizer, length), None, None
+        dataset, report, collator = pack(load_corpus(**given["data"]), tokenizer, given["length"]), None, None
     model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")
-    config = ApexConfig(**given["apex"])
-    again = {"resume": options.resume, "overwrite": options.overwrite}
-    record = train_in_stages(model, dataset, arguments, config, method=given["method"], data_collator=collator, **again)
+    asked = {"method": given["method"], "data_collator": collator, **again}
+    record = train_in_stages(model, dataset, arguments, ApexConfig(**given["apex"]), **asked)
     if arguments.should_save:
         folder = Path(arguments.output_dir)
         with atomic_folder(folder / "final", replace=True) as temporary:
@@ -282,7 +264,6 @@ def _train(options: argparse.Namespace) -> int:
         for name, table in (("log", record.log), ("data", report)):
             if table is not None:
                 print(save_table(table, name, folder, **facts))
-    return 0
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -308,32 +289,23 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _plan(*, model: str, method: list[str], apex: Path | None, calibrate: bool, **asked: Any) -> None:
     import torch
 
     from apexlib import ApexConfig, plan_budget
-    from apexlib.analysis.budget import calibrate
+    from apexlib.analysis import budget
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = plan_budget(
-        options.model,
-        ApexConfig.from_json(options.apex) if options.apex else None,
-        batch=options.batch,
-        length=options.length,
-        dtype=options.dtype,
-        methods=options.method,
-        gradient_checkpointing=options.checkpointing,
-        flops_per_second=calibrate(device, getattr(torch, options.dtype)) if options.calibrate else None,
-    )
-    table = table.set_index("method").T
+    if calibrate:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        asked["flops_per_second"] = budget.calibrate(device, getattr(torch, asked["dtype"]))
+    table = plan_budget(model, apex and ApexConfig.from_json(apex), methods=method, **asked).set_index("method").T
     print(table.to_string(float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"))
-    return 0
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(*, folder: Path) -> int:
     from apexlib import verify_folder
 
-    checks = verify_folder(options.folder)
+    checks = verify_folder(folder)
     for row in checks.itertuples():
         print(f"{'ok    ' if row.passed else 'FAILED'}  {row.check:<12}{row.file}  {row.detail}".rstrip())
     return 0 if checks["passed"].all() else 1

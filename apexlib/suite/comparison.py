@@ -1,9 +1,10 @@
-"""One grid of learning rates for all methods, and every seed at the rate that a method does best with.
+"""One grid of learning rates for all methods, every seed at the rate that a method does best with, and what that shows.
 
 Source: arXiv:2505.24241, sections 4 and 5. The runs of a comparison start from the same base model within a seed; they
 share data, order, schedule and evaluation, and differ by their `Variant` and its learning rate only.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from apexlib.suite.folders import locate, relative
+from apexlib import ExpansionPlan, biography
+from apexlib.suite.folders import home, locate, relative
 from apexlib.suite.inputs import data_files
+from apexlib.suite.runs import untouched_run
 from apexlib.suite.trials import Trial, run_trials
 from apexlib.suite.variants import VARIANTS
 
@@ -23,7 +26,7 @@ def grid_trials(
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     bases: Mapping[int, Path],
-    **settings: Any,
+    **settings,
 ) -> list[Trial]:
     """Make a trial for every variant, learning rate and seed, each starting from the base model of its seed.
 
@@ -48,13 +51,12 @@ def grid_trials(
 
 def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
     """One row per trial: `method`, `learning_rate`, `seed`, each number of its result, `path` of its folder."""
-    rows = [
+    return pd.DataFrame(
         {"method": trial.settings["variant"], **{name: trial.settings[name] for name in ("learning_rate", "seed")}}
         | {name: value for name, value in result.items() if isinstance(value, int | float)}
         | {"path": relative(Path(folder) / trial.name)}
         for trial, result in zip(trials, results, strict=True)
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -82,34 +84,25 @@ def compare(
     `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Models are kept (`keep_models`) of
     the runs at the chosen rates only.
     """
-
-    def table_of(trials: list[Trial]) -> tuple[pd.DataFrame, dict[str, Any]]:
-        results = run_trials(run, trials, folder)
-        table = runs_table(trials, results, folder)
-        return table, dict(zip(table["path"], results, strict=True))
-
-    def at_the_best(seeds: Sequence[int]) -> list[Trial]:
-        return [trial for name in variants for trial in grid_trials([name], [best[name]], seeds, bases, **settings)]
-
-    grid, results = table_of(grid_trials(variants, learning_rates, grid_seeds, bases, **settings))
-    best = choose_rates(grid)
-    more = at_the_best([seed for seed in bases if seed not in grid_seeds])
-    for trial in at_the_best(grid_seeds) if keep_models else ():
-        own = Path(folder) / trial.name
-        if not list(own.glob("stage-*")):  # removed, when another rate was the chosen one: the run is made again
-            shutil.rmtree(own)
-            more.append(trial)
-    if more:
-        others, found = table_of(more)
-        grid = pd.concat([grid[~grid["path"].isin(others["path"])], others], ignore_index=True)
-        results |= found
-    runs = grid.assign(chosen=(grid["learning_rate"] == grid["method"].map(best)) & grid["seed"].isin(list(bases)))
+    grid = grid_trials(variants, learning_rates, grid_seeds, bases, **settings)
+    on_grid = runs_table(grid, run_trials(run, grid, folder), folder)
+    best = choose_rates(on_grid)
+    others = [seed for seed in bases if seed not in grid_seeds]
+    more = [trial for name in variants for trial in grid_trials([name], [best[name]], others, bases, **settings)]
+    at_the_best = on_grid["learning_rate"] == on_grid["method"].map(best)
+    for path in on_grid.loc[at_the_best & keep_models, "path"]:
+        if not list(Path(locate(path)).glob("stage-*")):  # removed, when another rate was the chosen one
+            shutil.rmtree(locate(path))  # the run is made again
+    results = run_trials(run, [*more, *grid], folder)
+    results = [*results[len(more) :], *results[: len(more)]]
+    runs = runs_table([*grid, *more], results, folder)
+    runs["chosen"] = runs["learning_rate"] == runs["method"].map(best)
     for path in runs.loc[~(runs["chosen"] & keep_models), "path"]:
         for stage in Path(locate(path)).glob("stage-*"):
             shutil.rmtree(stage)
-    rates = runs[runs["seed"].isin(grid_seeds)].groupby(["method", "learning_rate"], as_index=False, sort=False)
-    rates = rates["valid_loss"].mean().rename(columns={"valid_loss": "loss"})
-    return Comparison(runs, results, rates.assign(chosen=rates["learning_rate"] == rates["method"].map(best)))
+    rates = on_grid.groupby(["method", "learning_rate"], as_index=False, sort=False)["valid_loss"].mean()
+    rates["chosen"] = rates["learning_rate"] == rates["method"].map(best)
+    return Comparison(runs, dict(zip(runs["path"], results, strict=True)), rates.rename(columns={"valid_loss": "loss"}))
 
 
 def choose_rates(runs: pd.DataFrame) -> dict[str, float]:
@@ -119,11 +112,9 @@ def choose_rates(runs: pd.DataFrame) -> dict[str, float]:
     >>> choose_rates(runs)
     {'full': 0.2}
     """
-    chosen = {}
-    for method, part in runs.groupby("method", sort=False):
-        table = part.pivot_table(index="seed", columns="learning_rate", values="valid_loss").dropna()
-        chosen[method] = float(table.mean().idxmin())
-    return chosen
+    pivot = {"index": "seed", "columns": "learning_rate", "values": "valid_loss"}
+    tables = {method: part.pivot_table(**pivot).dropna() for method, part in runs.groupby("method", sort=False)}
+    return {method: float(table.mean().idxmin()) for method, table in tables.items()}
 
 
 def rates_table(rates: pd.DataFrame) -> pd.DataFrame:
@@ -132,3 +123,90 @@ def rates_table(rates: pd.DataFrame) -> pd.DataFrame:
     table = rates.pivot(index="method", columns="learning_rate", values="loss").loc[rates["method"].unique()].round(4)
     ends = [rates["learning_rate"].min(), rates["learning_rate"].max()]
     return table.assign(chosen=best, at_the_end=best.isin(ends))
+
+
+def beside_untouched(tuning: Comparison, bases: Mapping[int, str], folder: Path, **asked: Any) -> Comparison:
+    """Add the base models as they are, measured as the tuned ones: method "base" at rate 0, chosen.
+
+    `asked` are the `chat` and the `retention` of `instruction_run`.
+    """
+    trials = [
+        Trial(f"base-seed{seed}", {"base": path, **asked}, (Path(locate(path)), *data_files(asked)))
+        for seed, path in bases.items()
+    ]
+    results = run_trials(untouched_run, trials, folder)
+    named = [Trial(path, {"variant": "base", "learning_rate": 0.0, "seed": seed}) for seed, path in bases.items()]
+    base = runs_table(named, results, home()).assign(chosen=True)
+    runs = pd.concat([base, tuning.runs], ignore_index=True)
+    return Comparison(runs, tuning.results | dict(zip(base["path"], results, strict=True)), tuning.rates)
+
+
+def token_ratios(curves: pd.DataFrame, methods: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
+    """Tokens after which a method reaches the last loss of "full", over the tokens of "full"; inf if it never does."""
+    rows = []
+    for method in methods:
+        for seed in seeds:
+            of_seed = curves[curves["seed"] == seed]
+            goal = of_seed[of_seed["method"] == "full"].sort_values("tokens").iloc[-1]
+            reached = tokens_to_reach(of_seed[of_seed["method"] == method], goal["loss"])
+            rows.append({"method": method, "seed": seed, "ratio": reached / goal["tokens"]})
+    return pd.DataFrame(rows)
+
+
+def tokens_to_reach(curve: pd.DataFrame, loss: float) -> float:
+    """Tokens after which a curve (`tokens`, `loss`) first falls to `loss`, linear between points; inf if it never does.
+
+    >>> tokens_to_reach(pd.DataFrame({"tokens": [0, 10, 20], "loss": [4.0, 3.0, 2.5]}), 2.75)
+    15.0
+    """
+    curve = curve.sort_values("tokens")
+    tokens, losses = curve["tokens"].to_numpy(float), curve["loss"].to_numpy(float)
+    if not (losses <= loss).any():
+        return math.inf
+    i = int((losses <= loss).argmax())
+    if i == 0:
+        return float(tokens[0])
+    share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+
+
+def chosen_runs(results: Path) -> pd.DataFrame:
+    """Read the chosen runs of notebook 03, base models among them; all must still have their models.
+
+    `base` is the base model of a run's seed; where the seed has none, the first.
+    """
+    runs = pd.read_csv(results / "instruction.csv").query("chosen").reset_index(drop=True)
+    if runs["method"].eq("base").all() or not runs["method"].eq("base").any():
+        raise ValueError("instruction.csv: need the base and at least one chosen run")
+    if gone := [path for path in runs["path"] if not Path(locate(path)).is_dir()]:
+        raise FileNotFoundError(f"{gone[0]}: a chosen run has lost its models; run notebook 03 again")
+    bases = runs[runs["method"] == "base"].set_index("seed")["path"]
+    return runs.assign(base=[locate(bases.get(seed, bases.iloc[0])) for seed in runs["seed"]])
+
+
+def stages_of(path: str) -> list[Path]:
+    """The models that the stages of a run have left, in order."""
+    found = sorted(Path(locate(path)).glob("stage-*"), key=lambda stage: int(stage.name.removeprefix("stage-")))
+    if not found:
+        raise FileNotFoundError(f"{path}: need stage-0, stage-1, … of a run")
+    return found
+
+
+def first_roles(runs: pd.DataFrame, run: Any) -> pd.DataFrame | None:
+    """Tell the roles of units in a run (`biography`); without a plan of its own, those of the APEX run of its seed.
+
+    "direct" has a plan of one role only, which counts as none. None where there is no plan at all.
+    """
+    apex = runs.loc[(runs["method"] == "apex") & (runs["seed"] == run.seed), "path"]
+    for path in apex if run.method == "direct" else (run.path, *apex):
+        files = [stage / "plan.json" for stage in stages_of(path)]
+        if plans := [ExpansionPlan.from_json(file) for file in files if file.is_file()]:
+            return biography(plans)
+    return None
+
+
+def above_first(table: pd.DataFrame, variants: Sequence[str], measure: str) -> pd.DataFrame:
+    """How much larger `measure` is than that of the first variant, within each `seed`: `method`, `above`."""
+    by_seed = table.pivot(index="seed", columns="variant", values=measure)
+    above = by_seed.sub(by_seed[variants[0]], axis=0)[list(variants)]
+    return above.melt(var_name="method", value_name="above", ignore_index=False).reset_index()

@@ -1,6 +1,6 @@
 """What runs and notebooks read: models, texts and conversations by name, each read once in a process."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from glob import glob
 from pathlib import Path
@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from apexlib import encode_chat, load_chat, load_corpus, pack
 from apexlib.evaluation import final_answer
 from apexlib.suite.folders import home, locate
-from apexlib.text.corpora import load_chat, load_corpus
-from apexlib.text.datasets import ChatTokens, PackedTokens, encode_chat, pack
+from apexlib.text.datasets import ChatTokens, PackedTokens
 from apexlib.text.questions import scored
 from apexlib.text.skills import skills, skills_text
+
+_CACHE = Path("data", "cache")  # below the project's root
 
 
 def load_model(name: str, *, revision: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -34,7 +36,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
 @cache
 def documents(corpus: str, split: str = "train", *, skill_documents: int = 0) -> list[str]:
     """The documents of a split: of an embedded text, a file or a pattern of files (`load_corpus`), and skills."""
-    texts = load_corpus(locate(corpus), split=split, cache=_cache())
+    texts = load_corpus(locate(corpus), split=split, cache=home() / _CACHE)
     return texts + skills_text(skill_documents) if skill_documents else texts
 
 
@@ -42,7 +44,7 @@ def text_blocks(
     tokenizer: PreTrainedTokenizerFast, corpus: str, split: str, context: int, *, skill_documents: int = 0
 ) -> PackedTokens:
     """The `documents` of a split as blocks of `context` tokens; encoded once, and kept by hash."""
-    return pack(documents(corpus, split, skill_documents=skill_documents), tokenizer, context, cache=_cache())
+    return pack(documents(corpus, split, skill_documents=skill_documents), tokenizer, context, cache=home() / _CACHE)
 
 
 def examples(chat: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
@@ -57,31 +59,24 @@ def examples(chat: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
 def _examples(source: str, split: str, count: int | None, difficulties: tuple[int, ...]) -> list[dict[str, Any]]:
     if source == "skills":
         return skills(split, count, difficulties=difficulties)
-    read = load_chat(locate(source), split=split, limit=count)
     family = {"family": Path(source).stem}
     return [
         scored(each) if "task" in each else {"answer": final_answer(each["messages"][-1]["content"])} | family | each
-        for each in read
+        for each in load_chat(locate(source), split=split, limit=count)
     ]
 
 
 def conversations(tokenizer: PreTrainedTokenizerFast, chat: Mapping[str, Any], split: str) -> ChatTokens:
     """The `examples` of a split as tokens, without those longer than `chat["max_length"]`; kept by hash."""
-    return encode_chat(examples(chat, split), tokenizer, max_length=chat["max_length"], cache=_cache())[0]
+    return encode_chat(examples(chat, split), tokenizer, max_length=chat["max_length"], cache=home() / _CACHE)[0]
 
 
 def data_files(settings: Mapping[str, Any]) -> tuple[Path, ...]:
     """The local files that the settings of a run name as `corpus` or `source`, at any depth."""
-    return tuple(sorted({Path(path) for name in _sources(settings) for path in glob(locate(name))}))
-
-
-def _sources(settings: Mapping[str, Any]) -> Iterator[str]:
+    found: set[Path] = set()
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _sources(value)
+            found |= {*data_files(value)}
         elif name in ("corpus", "source"):
-            yield value
-
-
-def _cache() -> Path:
-    return home() / "data" / "cache"
+            found |= {Path(path) for path in glob(locate(value))}
+    return tuple(sorted(found))
