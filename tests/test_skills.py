@@ -118,9 +118,9 @@ def solve_sequence(prompt):
 
 def solve_position(prompt):
     words = words_after_colon(prompt)
-    place = asked_word(prompt, r"the (.*?) word")
-    index = ["first", "second", "third", "fourth"].index(place.split()[0]) if place != "last" else 0
-    return words[-1 - index] if place.endswith("last") else words[index]
+    ordinal = asked_word(prompt, r"the (.*?) word")
+    index = ["first", "second", "third", "fourth"].index(ordinal.split()[0]) if ordinal != "last" else 0
+    return words[-1 - index] if ordinal.endswith("last") else words[index]
 
 
 def solve_remove(prompt):

@@ -13,7 +13,7 @@ SPLITS = ("train", "valid", "test")
 DIFFICULTIES = (1, 2, 3)
 
 Generator = Callable[[random.Random, int], tuple[dict[str, Any], str]]
-FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {}  # by name: what makes its tasks, and how they are asked
+FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {}  # each with its phrasings
 
 # few, so that a small model meets each of them often
 _WORDS = str.split(
