@@ -231,5 +231,5 @@ def fuzz(folder: Path, inputs: int) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    fuzz(place, int(sys.argv[2])).to_csv(place / "fuzz.csv", index=False)
+    folder = Path(sys.argv[1])
+    fuzz(folder, int(sys.argv[2])).to_csv(folder / "fuzz.csv", index=False)

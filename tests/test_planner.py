@@ -70,10 +70,10 @@ def test_depth_is_extrapolated_without_error():
 
 
 def test_checkpointing_recomputing_and_grouped_queries_save_what_they_should():
-    how = {"batch": 4, "length": 512, "methods": ["apex"]}  # with few tokens gradients are the peak in every form
-    plain = plan_budget(TINY_LLAMA, **how).iloc[0]
-    recomputed = plan_budget(TINY_LLAMA, ApexConfig(ffn="recompute"), **how).iloc[0]
-    again = plan_budget(TINY_LLAMA, gradient_checkpointing=True, **how).iloc[0]
+    settings = {"batch": 4, "length": 512, "methods": ["apex"]}  # with few tokens gradients are the peak in every form
+    plain = plan_budget(TINY_LLAMA, **settings).iloc[0]
+    recomputed = plan_budget(TINY_LLAMA, ApexConfig(ffn="recompute"), **settings).iloc[0]
+    again = plan_budget(TINY_LLAMA, gradient_checkpointing=True, **settings).iloc[0]
     assert again["train_mib"] < recomputed["train_mib"] < plain["train_mib"]
     assert again["flops_per_step"] > recomputed["flops_per_step"] > plain["flops_per_step"]
     assert plain["parameters"] == 1_100_048_384

@@ -37,9 +37,9 @@ def test_the_formula_is_the_derivative(rows, columns, seed):
 def test_it_rises_if_what_grows_lies_below_the_bound():
     sigma = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
     bound = sigma.sum() / effective_rank(torch.diag(sigma))
-    for place, value in enumerate(sigma):
+    for index, value in enumerate(sigma):
         step = torch.zeros(4, 4, dtype=torch.float64)
-        step[place, place] = 1
+        step[index, index] = 1
         assert (log_rank_change(torch.diag(sigma), step) > 0) == (value < bound)
 
 

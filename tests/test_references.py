@@ -17,7 +17,7 @@ def test_unigram_loss_is_the_entropy_on_its_own_text():
     assert unigram_loss(tokens, tokens, 7) == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-4)
 
 
-def literal_ngram(train, block, place, order, vocabulary):
+def literal_ngram(train, block, position, order, vocabulary):
     """p(w | h) of Witten & Bell by counting, with the longest context the block gives."""
 
     def p(word, context):
@@ -29,7 +29,7 @@ def literal_ngram(train, block, place, order, vocabulary):
         shorter = p(word, context[1:])
         return (after.count(word) + kinds * shorter) / (len(after) + kinds) if after else shorter
 
-    return p(block[place], block[max(0, place - order + 1) : place])
+    return p(block[position], block[max(0, position - order + 1) : position])
 
 
 @given(
@@ -38,7 +38,7 @@ def literal_ngram(train, block, place, order, vocabulary):
     st.integers(1, 3),
 )
 def test_ngram_loss_is_the_literal_count(train, blocks, order):
-    logs = [math.log(literal_ngram(train, block, place, order, 4)) for block in blocks for place in range(1, 4)]
+    logs = [math.log(literal_ngram(train, block, position, order, 4)) for block in blocks for position in range(1, 4)]
     found = ngram_loss(np.array(train), np.array(blocks), 4, order=order)
     assert found == pytest.approx(-np.mean(logs), rel=1e-9)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apexlib.files import content_hash
-from apexlib.text.skills import SPLITS, families, skills, skills_text, split_of
+from apexlib.text.skills import FAMILIES, SPLITS, skills, skills_text, split_of
 
 MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
 MONTHS += ["August", "September", "October", "November", "December"]
@@ -118,9 +118,9 @@ def solve_sequence(prompt):
 
 def solve_position(prompt):
     words = words_after_colon(prompt)
-    place = asked_word(prompt, r"the (.*?) word")
-    index = ["first", "second", "third", "fourth"].index(place.split()[0]) if place != "last" else 0
-    return words[-1 - index] if place.endswith("last") else words[index]
+    ordinal = asked_word(prompt, r"the (.*?) word")
+    index = ["first", "second", "third", "fourth"].index(ordinal.split()[0]) if ordinal != "last" else 0
+    return words[-1 - index] if ordinal.endswith("last") else words[index]
 
 
 def solve_remove(prompt):
@@ -133,7 +133,7 @@ SOLVERS["copy"] = lambda prompt: prompt.split(": ", 1)[1].removesuffix(".")
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_answer_is_what_an_independent_solver_finds(family, split):
     tasks = skills(split, 120, seed=3, families=[family])
     for task in tasks:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from apexlib.activations import unit_table
 from apexlib.architectures import family_of, model_components
 from apexlib.plan import ApexConfig
 from apexlib.training.methods import METHODS, Method, method_of
@@ -27,8 +28,6 @@ from apexlib.training.methods import METHODS, Method, method_of
 _ATTENTION = "apexlib_planned"
 _DEEP = 6  # more layers than this are extrapolated from two depths: they are alike
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
 _FLOPS = flop_registry | {  # what torch has no formula for; its formulas take tensors, those it exports too
     torch.ops.aten.addmm_: addmm_flop,
     _FLASH: sdpa_flop,
@@ -70,8 +69,7 @@ def plan_budget(
             raise ValueError(f"{name}: need at least 1, got {value}")
     config, dtype = config or ApexConfig(), getattr(torch, dtype) if isinstance(dtype, str) else dtype
     shape = config_or_name
-    if not isinstance(shape, PretrainedConfig):
-        shape = AutoConfig.from_pretrained(shape)
+    shape = shape if isinstance(shape, PretrainedConfig) else AutoConfig.from_pretrained(shape)
     depth = shape.get_text_config().num_hidden_layers
     rows, depths = [], [depth] if depth <= _DEEP else [2, 4]
     stages = {name: config.stages if method_of(name, config).staged else 1 for name in methods}
@@ -93,18 +91,12 @@ def plan_budget(
 
 
 def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
-    """Measure FLOP/s of a dense product of `size`³: the median of ten, after one to warm up."""
-    from time import perf_counter
+    """Measure FLOP/s of a dense product of `size`³: the median over half a second, after warming up."""
+    from torch.utils.benchmark import Timer
 
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times = []
-    for _ in range(11):
-        start = perf_counter()
-        left @ right
-        synchronize()
-        times.append(perf_counter() - start)
-    return 2 * size**3 / sorted(times[1:])[5]
+    factors = {name: torch.randn(size, size, device=device, dtype=dtype) for name in ("left", "right")}
+    timer = Timer("left @ right", globals=factors, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
 def _count(
@@ -118,7 +110,9 @@ def _count(
         raise ValueError(f"{shape.model_type}: which experts run depends on values; only dense models can be planned")
     disk = sum(parameter.nbytes for parameter in plain.parameters())
     counts: dict[str, float] = {"parameters": sum(p.numel() for p in plain.parameters())}
-    assess = _assess(plain, ids) if method.assesses else 0
+    with torch.no_grad(), _Counter((*plain.parameters(), *plain.buffers(), ids)) as assess:
+        if method.assesses:
+            plain.eval().base_model(input_ids=ids, use_cache=False)
     model, moments = method.begin(plain, 0, equal_statistics(plain)).train(), {}
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -127,22 +121,19 @@ def _count(
     added = sum(p.numel() for p in model.parameters()) - counts["parameters"]
     counts["plain_trainable"] = counts["trainable"] - added or added  # where only what is added trains, that counts
     _step(model, moments, ids, method)  # the first makes the moments
-    with _Counter((*model.parameters(), *model.buffers(), *_flat(moments), ids)) as train:
+    with _Counter((*model.parameters(), *model.buffers(), *moments.values(), ids)) as train:
         _step(model, moments, ids, method)
-    with _Counter((*model.parameters(), *model.buffers(), *_flat(moments))) as fuse:
+    with _Counter((*model.parameters(), *model.buffers(), *moments.values())) as fuse:
         method.end(model)
-    counts["flops_per_step"] = train.flops
-    counts |= {"assess_bytes": assess, "train_bytes": train.peak, "fuse_bytes": fuse.peak}
-    return counts | {"optimizer_bytes": sum(t.nbytes for t in _flat(moments)), "disk_bytes": disk}
+    counts |= {"flops_per_step": train.flops, "assess_bytes": assess.peak if method.assesses else 0}
+    counts |= {"train_bytes": train.peak, "fuse_bytes": fuse.peak}
+    return counts | {"optimizer_bytes": sum(t.nbytes for t in moments.values()), "disk_bytes": disk}
 
 
 def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:
     """Make statistics in which all units are alike, for plans that draw their units."""
-    tables = [
-        pd.DataFrame({"layer": part.layer, "component": part.component, "unit": range(part.units)})
-        for part in model_components(model)
-    ]
-    return pd.concat(tables, ignore_index=True).assign(activation=1.0, rank_score=0)
+    tables = [unit_table(part, activation=1.0, rank_score=0) for part in model_components(model)]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -155,25 +146,14 @@ def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
     return shape
 
 
-def _step(model: nn.Module, moments: dict[nn.Parameter, list[Tensor]], ids: Tensor, method: Method) -> None:
+def _step(model: nn.Module, moments: dict[nn.Parameter, Tensor], ids: Tensor, method: Method) -> None:
     """Forward, backward and what a fused AdamW leaves: its kernel itself needs nothing beyond its two moments."""
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     method.change_gradients(model)
     for parameter in model.parameters():
         if parameter.grad is not None and parameter not in moments:
-            moments[parameter] = [torch.zeros_like(parameter) for _ in range(2)]
+            moments[parameter] = parameter.new_zeros(2, *parameter.shape)
     model.zero_grad()
-
-
-@torch.no_grad()
-def _assess(plain: PreTrainedModel, ids: Tensor) -> int:
-    with _Counter((*plain.parameters(), *plain.buffers(), ids)) as allocations:
-        plain.eval().base_model(input_ids=ids, use_cache=False)
-    return allocations.peak
-
-
-def _flat(moments: dict[nn.Parameter, list[Tensor]]) -> list[Tensor]:
-    return [moment for pair in moments.values() for moment in pair]
 
 
 class _Counter(TorchDispatchMode):

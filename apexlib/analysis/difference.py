@@ -6,7 +6,7 @@ hurts more, and stronger models spread their activations more evenly.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -97,8 +97,7 @@ def silenced(model: PreTrainedModel, parts: Iterable[Component], units: Mapping[
     `parts` are the heads or the channels of `model_components(model)`, one part per layer; a layer that `units` leaves
     out stays as it is. A unit is silenced where its output projection reads it, in training and in evaluation mode.
     """
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for part in parts:
             chosen = list(units.get(part.layer, ()))
             if unknown := [unit for unit in chosen if not 0 <= unit < part.units]:
@@ -107,11 +106,9 @@ def silenced(model: PreTrainedModel, parts: Iterable[Component], units: Mapping[
             features = part.reader.index[chosen].flatten()
             keep = torch.ones(part.reader.index.numel(), dtype=module.weight.dtype, device=module.weight.device)
             keep[features.to(keep.device)] = 0
-            handles.append(module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep, *args[1:])))
+            hook = module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep, *args[1:]))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel | str | Path) -> pd.DataFrame:
@@ -147,18 +144,16 @@ def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
     for part in (part for plan in plans for part in plan.layers):
         if units.setdefault((part.layer, part.component), part.units) != part.units:
             raise ValueError(f"layer {part.layer}, {part.component}: plans differ in its units; need one model's")
-    tables = []
-    for plan in plans:
-        roles = {
-            (part.layer, part.component, unit): role
-            for part in plan.layers
-            for role in ("source", "target", "direct")
-            for unit in getattr(part, role)
-        }
-        rows = [(*where, unit) for where, count in sorted(units.items()) for unit in range(count)]
-        table = pd.DataFrame(rows, columns=["layer", "component", "unit"])
-        tables.append(table.assign(stage=plan.stage, role=[roles.get(row, "frozen") for row in rows]))
-    return pd.concat(tables, ignore_index=True)
+    roles = {
+        (part.layer, part.component, unit, plan.stage): role
+        for plan in plans
+        for part in plan.layers
+        for role in ("source", "target", "direct")
+        for unit in getattr(part, role)
+    }
+    each = [(*where, unit) for where, count in sorted(units.items()) for unit in range(count)]
+    rows = [(*unit, plan.stage, roles.get((*unit, plan.stage), "frozen")) for plan in plans for unit in each]
+    return pd.DataFrame(rows, columns=["layer", "component", "unit", "stage", "role"])
 
 
 def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:

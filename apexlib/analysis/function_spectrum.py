@@ -4,7 +4,7 @@ Single weights of a head are not unique: W_V and W_O may exchange any invertible
 """
 
 from collections.abc import Iterable, Mapping
-from functools import partial
+from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -30,11 +30,10 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
     rows = []
     for part in progress(parts, "heads"):
         value, output = (_slices(model, part.slots[role]) for role in ("value", "output"))
-        for unit in range(part.units):
-            for copy in range(output.shape[1]):
-                first, second = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
-                row = {"layer": part.layer, "unit": unit, "copy": copy}
-                rows.append(row | measures(singular_values(first @ second.T)))
+        for unit, copy in np.ndindex(*output.shape[:2]):
+            first, second = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
+            row = {"layer": part.layer, "unit": unit, "copy": copy}
+            rows.append(row | measures(singular_values(first @ second.T)))
     return pd.DataFrame(rows)
 
 
@@ -49,27 +48,22 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
     tokens, mask = 0, None
 
-    def add(number: int, states: Tensor) -> None:
-        flat = states.detach().flatten(0, -2)
+    def add(number: int, states: Tensor | tuple) -> None:
+        flat = (states[0] if isinstance(states, tuple) else states).detach().flatten(0, -2)
         flat = (flat if mask is None else flat[mask.to(flat.device)]).double()
         grams[number] = grams[number] + (flat.T @ flat).cpu()
 
-    def leaves(number: int, _: torch.nn.Module, __: tuple, output: Tensor | tuple) -> None:
-        add(number, output[0] if isinstance(output, tuple) else output)
-
-    handles = [layers[0].register_forward_pre_hook(lambda _, args: add(0, args[0]))]
-    handles += [layer.register_forward_hook(partial(leaves, number)) for number, layer in enumerate(layers, start=1)]
-    try:
-        with in_evaluation(model):
-            for batch in progress(batches, "hidden states"):
-                inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-                mask = inputs.get("attention_mask")
-                mask = None if mask is None else mask.flatten().bool()
-                tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-                model.base_model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with in_evaluation(model), ExitStack() as hooks:
+        hooks.enter_context(layers[0].register_forward_pre_hook(lambda _, args: add(0, args)))
+        for number, layer in enumerate(layers, start=1):
+            hook = layer.register_forward_hook(lambda _, __, output, number=number: add(number, output))
+            hooks.enter_context(hook)
+        for batch in progress(batches, "hidden states"):
+            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            mask = inputs.get("attention_mask")
+            mask = None if mask is None else mask.flatten().bool()
+            tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            model.base_model(**inputs, use_cache=False)
     if not tokens:
         raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
     rows = [{"layer": layer, "tokens": tokens} | _of_gram(gram, layer) for layer, gram in enumerate(grams)]

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-LEVEL = 0.95
 
-
-def interval(values: Sequence[float], *, level: float = LEVEL) -> tuple[float, float]:
+def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of independent values; a single value gives (−∞, ∞): it says nothing of spread.
 
     >>> low, high = interval([1.0, 2.0, 3.0])

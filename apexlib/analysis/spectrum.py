@@ -92,7 +92,10 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
     scale = 2.0 ** frexp(largest)[1]  # a power of two costs no accuracy; squares must neither overflow nor underflow
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if matrix.is_cuda:
-        gram = _gram_cuda(matrix, scale)
+        gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+        for part in matrix.split(max(1, 16 * _CHUNK // len(matrix)), dim=1):
+            scaled = part.double() / scale
+            gram.addmm_(scaled, scaled.T)
         sigma, error = _roots(torch.linalg.eigvalsh(gram).cpu().numpy()[::-1])
     else:
         gram = _gram(matrix, scale)
@@ -112,14 +115,6 @@ def _gram(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
         # BLAS wants columns one after another: a part that lies row by row goes in transposed
         by_rows = part.flags.c_contiguous
         gram = dsyrk(1.0, part.T if by_rows else part, beta=1.0, c=gram, trans=by_rows, lower=1, overwrite_c=1)
-    return gram
-
-
-def _gram_cuda(matrix: Float[Tensor, "short long"], scale: float) -> Tensor:
-    gram = torch.zeros(matrix.shape[0], matrix.shape[0], dtype=torch.float64, device=matrix.device)
-    for part in matrix.split(max(1, 16 * _CHUNK // matrix.shape[0]), dim=1):
-        part = part.double() / scale
-        gram.addmm_(part, part.T)
     return gram
 
 
@@ -188,8 +183,6 @@ def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
 
 SPECTRAL_MEASURES = tuple(measures(np.ones(1)))  # their names
 
-# tables over the weights of a model
-
 
 def spectrum_table(source: Model, *, device: str | torch.device | None = None) -> pd.DataFrame:
     """Measure every weight matrix of a model, or of a folder with safetensors files, one row each.
@@ -217,8 +210,7 @@ def update_table(base: Model, tuned: Model, *, device: str | torch.device | None
       seed) of the norm of ΔW: what moving as far in no particular direction would do;
     - `relative`: ‖ΔW‖_F / ‖W‖_F;
     - `noise_frobenius`, `noise_effective_rank`: of `rounding_noise` of W in the coarser of the two dtypes. An update
-      that is not far above it in norm has the effective rank of noise: one of rank 64 that measures 63 from float32
-      states can measure twice that from bf16 checkpoints;
+      not far above it in norm has the effective rank of noise: one of rank 64 can measure 128 from bf16 checkpoints;
     - `above_noise`: how many singular values of ΔW exceed the largest of that noise.
 
     An untouched matrix has an update of rank 0. Rows follow `base`; both must hold matrices of equal names and shapes.
@@ -239,15 +231,14 @@ def update_table(base: Model, tuned: Model, *, device: str | torch.device | None
             coarser = max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             noise = _sigma(name, rounding_noise(old, coarser))
             row["after"] = _exp_entropy(_sigma(name, new))
-            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + gaussian(update, row["frobenius"])))
+            draw = torch.randn(update.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            chance = (draw * (row["frobenius"] / draw.norm())).to(update.device)
+            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + chance))
         size = torch.linalg.vector_norm(old, dtype=torch.float64).item()
         row["relative"] = row["frobenius"] / size if size else np.nan
         row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)
         rows.append(row | {"above_noise": int((sigma > noise[0]).sum())})
     return pd.DataFrame(rows)
-
-
-# null models
 
 
 def marchenko_pastur_rank(rows: int, columns: int) -> float:
@@ -260,8 +251,6 @@ def marchenko_pastur_rank(rows: int, columns: int) -> float:
     >>> round(marchenko_pastur_rank(1024, 2816), 1), round(marchenko_pastur_rank(64, 64) / 64, 3)
     (971.7, 0.805)
     """
-    if min(rows, columns) < 1:
-        raise ValueError(f"shape {rows}×{columns}: need at least one row and one column")
     small, c = min(rows, columns), min(rows, columns) / max(rows, columns)
     theta = (np.arange(4096) + 0.5) * np.pi / 4096  # the midpoint rule converges fast on a smooth periodic function
     eigenvalue = 1 + c + 2 * c**0.5 * np.cos(theta)
@@ -284,15 +273,6 @@ def rounding_noise(
     mantissa, exponent = torch.frexp(matrix.double())  # 0.5 ≤ |mantissa| < 1
     ulp = torch.ldexp(torch.full_like(mantissa, torch.finfo(dtype).eps / 2), exponent) * (mantissa != 0)
     return (draws[0] - draws[1]) * ulp
-
-
-def gaussian(like: Float[Tensor, "rows columns"], norm: float, *, seed: int = 0) -> Float[Tensor, "rows columns"]:
-    """Draw a Gaussian matrix of the shape of `like` and of Frobenius norm `norm`, in float64."""
-    draw = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (draw * (norm / draw.norm())).to(like.device)
-
-
-# rows of tables
 
 
 def _sigma(name: str, matrix: Tensor) -> np.ndarray:

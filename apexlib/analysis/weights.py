@@ -46,15 +46,17 @@ def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object]
     """The shape of each tensor by name, and what reads a part of it."""
     tensors = {}
     for path in _weight_files(folder):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                tensors[name] = file.get_slice(name).get_shape(), partial(_read, path, name)
-    return {name: tensors[name] for name in sorted(tensors, key=_natural)}
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensors[name] = file.get_slice(name).get_shape(), partial(_read, path, name)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: {error}") from None
 
+    def natural(name: str) -> list[tuple[int, str]]:  # layer 10 comes after layer 2
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key under which layer 10 comes after layer 2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return {name: tensors[name] for name in sorted(tensors, key=natural)}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -77,13 +79,6 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def _read(path: Path, name: str, part: object) -> Tensor:
-    with _open(path) as file:
+    with safe_open(path, framework="pt") as file:
         return file.get_slice(name)[part]

@@ -4,7 +4,6 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apexlib.files import atomic_write, content_hash
-from apexlib.text.rows import Row, hub_rows, object_rows, text_field, text_rows
+from apexlib.text.rows import Row, file_rows, text_field
 from apexlib.text.skills import SPLITS, check_split, skills, split_of
 
 Source = str | Path | Sequence[str | Path]
@@ -28,6 +27,7 @@ EMBEDDED = ("stdlib", "stdlib-code", "stdlib-prose")
 _log = logging.getLogger(__name__)
 _SKIPPED_MODULES = {"encodings", "pydoc_data", "turtledemo"}  # character tables; the topics, read below; demos
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test"}
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|valid)(?:[-_.]|$)")  # in the name of one of several files
 
 
@@ -44,8 +44,7 @@ def load_corpus(
 
     `source` is one of
     - "stdlib-code", "stdlib-prose" or "stdlib" (both): the source of the running interpreter's standard library; its
-      docstrings, one document a module, with the language reference topics of pydoc. The order is fixed and mixed, so
-      the first n documents are a fair sample. Code and docstrings of a module fall in the same split.
+      docstrings, one document a module in the split of its code, with pydoc's topics. The order is fixed and mixed.
     - a file: .txt (documents separated by a line `<|endoftext|>`), .jsonl or .parquet (text in `column`); .txt and
       .jsonl also as .gz. Documents keep their order; a hash of the text decides the split, split="all" takes them all.
     - several files, as a list or a pattern ("data/general-*.txt.gz", sorted). Those whose name has a part "test" or
@@ -53,8 +52,7 @@ def load_corpus(
     - the name of a data set on the Hub, with `revision` (a commit) and, if need be, `subset`; `split` is the Hub's.
 
     Where nothing else is said, about 90 % of documents are train, 5 % valid, 5 % test. Blank documents, repetitions and
-    library files that do not decode are left out, and their number is logged. `cache` is a folder that keeps the
-    docstrings, which take seconds to collect, by a hash of the library's source.
+    library files that do not decode are left out, and counted in the log. `cache` is a folder that keeps docstrings.
 
     >>> documents = load_corpus("stdlib-code", split="valid")
     >>> any("import " in document for document in documents)
@@ -66,14 +64,14 @@ def load_corpus(
         return [text for text, part in _stdlib(source, cache) if part == split]
     homes: dict[str, str] = {}  # the split of each document, in order
     read = blank = 0
-    for where, row, split_for in _rows(source, text_rows, split, revision, subset):
+    for where, row, split_for in _rows(source, functools.partial(file_rows, documents=True), split, revision, subset):
         text = text_field(row, column, where)
         read += 1
         blank += not text.strip()
         if text.strip() and homes.get(text) != "test":  # what a held-out file has is in no other split
             homes[text] = split_for(text)
-    _log_dropped(source, blank=blank, repeated=read - blank - len(homes))
-    return _some([text for text, home in homes.items() if split in (home, "all")], split, len(homes), source)
+    found = [text for text, home in homes.items() if split in (home, "all")]
+    return _some(found, split, len(homes), source, blank=blank, repeated=read - blank - len(homes))
 
 
 def load_chat(
@@ -87,12 +85,11 @@ def load_chat(
 ) -> list[dict[str, Any]]:
     """Read conversations `{"messages": [{"role", "content"}, ...], ...}`; what else a row has is kept.
 
-    `source` is "skills" (generated from `seed`: `limit` tasks, 2000 without a limit), one or several .jsonl (or
-    .jsonl.gz) or .parquet files, or a data set on the Hub, split as in `load_corpus` (files by a hash of all but the
-    last message). Several files are mixed in an order by hash, so that the first n conversations are a fair sample; a
-    question that a held-out file asks is left out of the others. Rows hold `messages`, or alpaca's `instruction`,
-    `input` and `output`. An optional system message comes first, then user and assistant take turns, the assistant
-    last; a row that differs is an error that names it.
+    `source` is "skills" (generated from `seed`: `limit` tasks, 2000 without a limit), one or several .jsonl(.gz) or
+    .parquet files, or a data set on the Hub, split as in `load_corpus` (files by a hash of all but the last message).
+    Several files are mixed in an order by hash; a question that a held-out file asks is left out of the others. Rows
+    hold `messages`, or alpaca's `instruction`, `input` and `output`. An optional system message comes first, then user
+    and assistant take turns, the assistant last; a row that differs is an error that names it.
 
     >>> load_chat(limit=1)[0]["messages"][-1]["role"]
     'assistant'
@@ -103,17 +100,16 @@ def load_chat(
     if source == "skills":
         return skills(split, limit or 2000, seed=seed)
     rows = []
-    for where, row, split_for in _rows(source, object_rows, split, revision, subset):
+    for where, row, split_for in _rows(source, file_rows, split, revision, subset):
         example = _conversation(row, where)
         question = json.dumps(example["messages"][:-1])
         rows.append((example, question, split_for(question)))
     held_out = {question for _, question, part in rows if part == "test"}
     kept = [(example, part) for example, question, part in rows if part == "test" or question not in held_out]
-    _log_dropped(source, asked_in_a_held_out_file=len(rows) - len(kept))
     examples = [example for example, part in kept if split in (part, "all")]
     if isinstance(source, list) and len(source) > 1:
-        examples.sort(key=lambda example: hashlib.sha256(json.dumps(example, default=str).encode()).digest())
-    return _some(examples, split, len(rows), source)[:limit]
+        examples.sort(key=lambda example: _digest(json.dumps(example, default=str)))
+    return _some(examples, split, len(rows), source, asked_in_a_held_out_file=len(rows) - len(kept))[:limit]
 
 
 def corpus_hash(documents: Iterable[str]) -> str:
@@ -122,10 +118,7 @@ def corpus_hash(documents: Iterable[str]) -> str:
     >>> corpus_hash(["ab", "c"]) == corpus_hash(["a", "bc"])
     False
     """
-    total = hashlib.sha256()
-    for document in documents:
-        total.update(hashlib.sha256(document.encode()).digest())
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(map(_digest, documents))).hexdigest()
 
 
 def cached(folder: Path | None, name: str, key: str, build: Callable[[], bytes]) -> bytes:
@@ -139,14 +132,17 @@ def cached(folder: Path | None, name: str, key: str, build: Callable[[], bytes])
     path = Path(folder) / f"{name}-{key[:32]}.bin"
     if path.is_file():
         stored = path.read_bytes()
-        digest, content = stored[:32], stored[32:]
-        if hashlib.sha256(content).digest() == digest:
-            return content
+        if hashlib.sha256(stored[32:]).digest() == stored[:32]:
+            return stored[32:]
         _log.warning("%s is damaged; it is built anew", path)
     content = build()
     with atomic_write(path) as temporary:
         temporary.write_bytes(hashlib.sha256(content).digest() + content)
     return content
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 # embedded: the standard library
@@ -155,36 +151,34 @@ def cached(folder: Path | None, name: str, key: str, build: Callable[[], bytes])
 def _stdlib(source: str, cache: Path | None) -> list[tuple[str, str]]:
     """The documents of an embedded corpus with their splits, ordered by hash."""
     modules = _stdlib_modules(Path(sysconfig.get_path("stdlib")))
-    documents: dict[str, str] = {}
-    if source != "stdlib-prose":
-        documents |= {text: split_of(text) for text in modules.values()}
+    documents = {} if source == "stdlib-prose" else {text: split_of(text) for text in modules.values()}
     if source != "stdlib-code":
         key = content_hash("prose", 1, sys.version_info[:3], corpus_hash(modules.values()))
         prose = json.loads(cached(cache, "stdlib-prose", key, lambda: json.dumps(_prose(modules)).encode()))
         documents |= {text: part for text, part in prose if text not in documents}
-    return sorted(documents.items(), key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    return sorted(documents.items(), key=lambda document: _digest(document[0]))
 
 
 @functools.cache
 def _stdlib_modules(root: Path) -> dict[str, str]:
     """Source of each module of the standard library below `root`, by its path there; no tests, no tables."""
-    modules, undecodable = {}, []
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        folder_names = path.relative_to(root).parts[:-1]
-        top = folder_names[0] if folder_names else path.stem
+    modules, undecodable = {}, 0
+    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        parts = name.removesuffix(".py").split("/")
         # the interpreter's own list leaves out what an installation adds, such as its build configuration
-        if top not in sys.stdlib_module_names - _SKIPPED_MODULES or _SKIPPED_FOLDERS & set(folder_names):
+        if parts[0] not in sys.stdlib_module_names - _SKIPPED_MODULES or _SKIPPED_FOLDERS & set(parts[:-1]):
             continue
         try:
-            text = importlib.util.decode_source(path.read_bytes())  # by its PEP 263 declaration
+            text = importlib.util.decode_source((root / name).read_bytes())  # by its PEP 263 declaration
         except (SyntaxError, UnicodeDecodeError, LookupError):
-            undecodable.append(path.name)
+            undecodable += 1
             continue
         if text.strip():
-            modules[path.relative_to(root).as_posix()] = text
+            modules[name] = text
     if not modules:
         raise FileNotFoundError(f"{root} holds no Python source: need a standard library in source form, or a file")
-    _log_dropped("stdlib", undecodable=len(undecodable))
+    if undecodable:
+        _log.warning("stdlib: left out %s undecodable", undecodable)
     return modules
 
 
@@ -192,27 +186,21 @@ def _prose(modules: dict[str, str]) -> list[tuple[str, str]]:
     """The docstrings of each module, and the reference topics, with their splits."""
     from pydoc_data.topics import topics
 
-    documents, seen = [], set()
+    documents, seen = [], {""}
     for text in modules.values():
-        new = [docstring for docstring in dict.fromkeys(_docstrings(text)) if docstring not in seen]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in old modules
+                nodes = ast.walk(ast.parse(text))
+        except (SyntaxError, ValueError):  # templates, and files for another version
+            continue
+        found = (ast.get_docstring(node) or "" for node in nodes if isinstance(node, _DOCUMENTED))
+        valid = (docstring.strip().encode(errors="replace").decode() for docstring in found)  # no lone surrogates
+        new = [docstring for docstring in dict.fromkeys(valid) if docstring not in seen]
         seen.update(new)
         if new:  # in the split of its module: else valid prose would stand in train code
             documents.append(("\n\n".join(new), split_of(text)))
     return documents + [(topic.strip(), split_of(topic)) for _, topic in sorted(topics.items())]
-
-
-def _docstrings(text: str) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # templates, and files for another version
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
-            if docstring:
-                yield docstring.encode(errors="replace").decode()  # a docstring may hold a lone surrogate
 
 
 # sources, splits, counts
@@ -224,30 +212,28 @@ def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
         given, used = row["messages"], {"messages"}
     elif "instruction" in row:
         used = {"instruction", "input", "output"}
-        asked = [
-            text_field(row, name, where) for name in ("instruction", "input") if row.get(name) or name == "instruction"
-        ]
-        answer = text_field(row, "output", where)
-        given = [{"role": "user", "content": "\n\n".join(asked)}, {"role": "assistant", "content": answer}]
+        asked = ("instruction", "input") if row.get("input") else ("instruction",)
+        question, answer = "\n\n".join(text_field(row, name, where) for name in asked), text_field(row, "output", where)
+        given = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     else:
         raise ValueError(f"{where}: no field 'messages' or 'instruction'; it has {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}: 'messages' is {given!r:.40}; need a list of messages")
-    messages: list[dict[str, str]] = []
+    messages, previous = [], None
     for number, message in enumerate(given, 1):
         here = f"{where}, message {number}"
         if not isinstance(message, dict):
             raise ValueError(f"{here}: {type(message).__name__}; need an object with 'role' and 'content'")
         role, content = text_field(message, "role", here), text_field(message, "content", here)
-        previous = messages[-1]["role"] if messages else None
         allowed = {None: ("system", "user"), "user": ("assistant",)}.get(previous, ("user",))
         if role not in allowed:
             raise ValueError(f"{here}: role {role!r}; need {' or '.join(allowed)}")
         if not content.strip():
             raise ValueError(f"{here}: the {role}'s content is empty")
         messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message is by {messages[-1]['role']}; need the assistant's answer")
+        previous = role
+    if previous != "assistant":
+        raise ValueError(f"{where}: the last message is by {previous}; need the assistant's answer")
     return {"messages": messages} | {name: value for name, value in row.items() if name not in used}
 
 
@@ -261,10 +247,8 @@ def _locate(source: Source, embedded: tuple[str, ...], revision: str | None, sub
     if looks_like_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise FileNotFoundError(f"{str(source)!r} does not exist: need files, {', '.join(embedded)}, or a Hub name")
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise ValueError(
-            f"{source!r} is no file and none of {', '.join(embedded)}; to read it from the Hub, pin it: need "
-            f"revision=<a commit of 40 hex digits>, got {revision!r}"
-        )
+        need = f"to read it from the Hub, pin it: need revision=<a commit of 40 hex digits>, got {revision!r}"
+        raise ValueError(f"{source!r} is no file and none of {', '.join(embedded)}; {need}")
     return source
 
 
@@ -286,34 +270,27 @@ def _rows(
 ) -> Iterator[tuple[str, dict[str, Any], Callable[[str], str]]]:
     """Rows of files or of a data set on the Hub, each with what tells the split of its content."""
     if isinstance(source, str):
-        yield from ((*row, lambda _: split) for row in hub_rows(source, revision, subset, split))
+        from datasets import load_dataset
+
+        rows = load_dataset(source, subset, revision=revision, split=split)
+        yield from ((f"{source}, row {number}", row, lambda _: split) for number, row in enumerate(rows, 1))
         return
     check_split(split, (*SPLITS, "all"))
     for file in source:
-        split_for = split_of if len(source) == 1 else functools.partial(_split_among_several, file.name)
+        split_for = split_of
+        if len(source) > 1:
+            held_out = _HELD_OUT.search(file.name)
+            split_for = (lambda _: "test") if held_out else (lambda content: split_of(content).replace("test", "train"))
         yield from ((*row, split_for) for row in read(file))
 
 
-def _split_among_several(name: str, content: str) -> str:
-    """The split of what one of several files holds, by the file's name and a hash."""
-    if _HELD_OUT.search(name):
-        return "test"
-    return "valid" if split_of(content) == "valid" else "train"
-
-
-def _some(found: list[Any], split: str, total: int, source: Located) -> list[Any]:
+def _some(found: list[Any], split: str, total: int, source: Located, **dropped: int) -> list[Any]:
+    """What was found in a split, at least one; how much was dropped on the way is logged."""
+    name = source if isinstance(source, str) else ", ".join(map(str, source))
+    if left_out := ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in dropped.items() if count):
+        _log.warning("%s: left out %s", name, left_out)
     if not found:
-        hint = "" if isinstance(source, str) or len(source) == 1 else "; files named 'test' or 'valid' are split 'test'"
-        raise ValueError(
-            f"{_name(source)}: nothing in split {split!r} of {total} rows; need at least one, or split='all'{hint}"
-        )
+        several = isinstance(source, list) and len(source) > 1
+        need = "need at least one, or split='all'" + several * "; files named 'test' or 'valid' are split 'test'"
+        raise ValueError(f"{name}: nothing in split {split!r} of {total} rows; {need}")
     return found
-
-
-def _log_dropped(source: Located, **counts: int) -> None:
-    if left_out := ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count):
-        _log.warning("%s: left out %s", _name(source), left_out)
-
-
-def _name(source: Located) -> str:
-    return source if isinstance(source, str) else ", ".join(map(str, source))

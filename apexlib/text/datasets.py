@@ -1,11 +1,10 @@
 """What a trainer reads: packed documents, conversations with loss on the assistant's tokens only, and their batches."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerFast
 
@@ -51,18 +51,15 @@ class PackedTokens(Dataset):
 class ChatTokens(Dataset):
     """Conversations of different lengths, as (tokens, labels); batch them with `collate`."""
 
-    def __init__(self, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, examples: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         self.examples = list(examples)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Item:
-        tokens, labels = self.examples[index]
-        return {
-            "input_ids": torch.from_numpy(tokens.astype(np.int64)),
-            "labels": torch.from_numpy(labels.astype(np.int64)),
-        }
+        tokens, labels = (torch.from_numpy(part.astype(np.int64)) for part in self.examples[index])
+        return {"input_ids": tokens, "labels": labels}
 
 
 def pack(
@@ -83,14 +80,10 @@ def pack(
 
     def encode() -> bytes:
         stream: list[np.ndarray] = []
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        options["verbose"] = False  # documents may be longer than the model's context
         for start in range(0, len(documents), 256):
-            encoded = tokenizer(
-                list(documents[start : start + 256]),
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                verbose=False,  # documents may be longer than the model's context
-            )
+            encoded = tokenizer(list(documents[start : start + 256]), **options)
             stream += [np.array([*ids, tokenizer.eos_token_id], dtype="<i4") for ids in encoded["input_ids"]]
         return np.concatenate(stream).tobytes() if stream else b""
 
@@ -100,37 +93,27 @@ def pack(
 
 
 def encode_chat(
-    examples: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    max_length: int,
-    cache: Path | None = None,
+    examples: Sequence[dict], tokenizer: PreTrainedTokenizerFast, *, max_length: int, cache: Path | None = None
 ) -> tuple[ChatTokens, pd.DataFrame]:
     """Encode conversations by the tokenizer's chat template, with loss on the assistant's tokens and their EOS only.
 
-    Where the template marks the assistant's words ({% generation %}) the mark is used; else each turn is found by
-    rendering the conversation up to it, and tokens are labelled by where they stand in the text. Where the template
-    writes no EOS after an answer one is added (`eos_added`). Left out, and counted, are examples that contain a special
-    token as text (it would become one) and examples longer than `max_length` tokens: by the prompt (everything before
-    the first answer), or by an answer (cut, it would lose its EOS). `cache` is a folder that keeps tokens, labels and
-    counts by a hash of messages, tokenizer, template and `max_length`.
+    The template's mark ({% generation %}) tells the assistant's words; without one, each turn is found by rendering the
+    conversation up to it. Where the template writes no EOS after an answer one is added (`eos_added`). Left out, and
+    counted, are examples that contain a special token as text (it would become one) and examples longer than
+    `max_length` tokens: by the prompt (everything before the first answer), or by an answer (cut, it would lose its
+    EOS). `cache` is a folder that keeps the result by a hash of messages, tokenizer, template and `max_length`.
 
     The report has one row: examples, kept, dropped_prompt, dropped_answer, dropped_special, eos_added, tokens,
     trained_tokens, trained_share (of the kept tokens).
 
-    >>> from apexlib.text.corpora import load_chat
-    >>> from apexlib.text.tokenizer import train_tokenizer
-    >>> examples = load_chat("skills", limit=20)
-    >>> tokenizer = train_tokenizer([message["content"] for e in examples for message in e["messages"]], 300)
-    >>> dataset, report = encode_chat(examples, tokenizer, max_length=128)
+    >>> from apexlib import load_chat, train_tokenizer
+    >>> dataset, report = encode_chat(load_chat("skills", limit=20), train_tokenizer(["a"]), max_length=128)
     >>> len(dataset), int(report.dropped_answer[0])
     (20, 0)
     """
     _check_tokenizer(tokenizer)
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"tokenizer {_name(tokenizer)!r} has no chat template: set its chat_template, or use train_tokenizer"
-        )
+        raise ValueError(f"tokenizer {_name(tokenizer)!r} has no chat template: set one, or use train_tokenizer")
     conversations = [example["messages"] for example in examples]
     words, settings = tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
     key = content_hash("chat", 1, conversations, words, settings, tokenizer.get_chat_template(), max_length)
@@ -141,7 +124,7 @@ def encode_chat(
     row = {"examples": len(examples), "kept": len(ends) + 1, **dict(zip(_COUNTS, stored["counts"], strict=True))}
     row |= {"tokens": len(tokens), "trained_tokens": int((labels != IGNORED).sum())}
     report = pd.DataFrame([row | {"trained_share": row["trained_tokens"] / row["tokens"]}])
-    return ChatTokens(list(zip(np.split(tokens, ends), np.split(labels, ends), strict=True))), report
+    return ChatTokens(zip(np.split(tokens, ends), np.split(labels, ends), strict=True)), report
 
 
 def collate(
@@ -197,13 +180,11 @@ def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of
     tokens, labels = ([item[name].long() for item in items] for name in ("input_ids", "labels"))
     if any(len(ids) != len(goals) for ids, goals in zip(tokens, labels, strict=True)):
         raise ValueError("an item has more or fewer labels than tokens: need one for each")
-    length = max(map(len, tokens))
-    length += -length % (multiple_of or 1)
+    missing = -max(map(len, tokens)) % (multiple_of or 1)
 
     def join(rows: list[Tensor], fill: int) -> Tensor:
-        missing = [length - len(row) for row in rows]
-        ends = [(0, n) if side == "right" else (n, 0) for n in missing]
-        return torch.stack([pad(row, end, value=fill) for row, end in zip(rows, ends, strict=True)])
+        joined = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)
+        return pad(joined, (0, missing) if side == "right" else (missing, 0), value=fill)
 
     mask = [torch.ones_like(row) for row in tokens]
     batch = {"input_ids": join(tokens, pad_token_id), "attention_mask": join(mask, 0), "labels": join(labels, IGNORED)}
@@ -216,8 +197,8 @@ def _encoded(conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerFa
     """Tokens and labels of the conversations that are kept, their lengths, and the `_COUNTS`, as a file of numpy."""
     marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
     encode = _by_generation_mark if marked else _by_rendered_prefixes
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special_text = re.compile("|".join(map(re.escape, sorted(special))))
+    special = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special_text = re.compile("|".join(special))
     template = f"chat template of {_name(tokenizer)!r}"
     counts = dict.fromkeys(_COUNTS, 0)
     kept, shortest = [], None
@@ -239,11 +220,9 @@ def _encoded(conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerFa
         counts["eos_added"] += added
         kept.append((tokens[:n_tokens], np.where(trained, tokens, IGNORED)[:n_tokens]))
     if not kept:
-        raise ValueError(
-            f"none of {len(conversations)} examples is left: {counts['dropped_prompt']} prompts and "
-            f"{counts['dropped_answer']} answers pass max_length={max_length} (the shortest example needs {shortest}), "
-            f"{counts['dropped_special']} contain a special token"
-        )
+        prompts, answers, special, _ = counts.values()
+        long = f"{prompts} prompts and {answers} answers pass max_length={max_length} (the shortest needs {shortest})"
+        raise ValueError(f"none of {len(conversations)} examples is left: {long}, {special} contain a special token")
     tokens, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
     lengths = [len(tokens) for tokens, _ in kept]
     np.savez(file := BytesIO(), tokens=tokens, labels=labels, lengths=lengths, counts=list(counts.values()))
@@ -251,12 +230,9 @@ def _encoded(conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerFa
 
 
 def _by_generation_mark(messages: Messages, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], np.ndarray]:
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-    )
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    options["tokenizer_kwargs"] = {"return_offsets_mapping": True, "verbose": False}
+    encoded = tokenizer.apply_chat_template(messages, **options)
     trained = np.array(encoded["assistant_masks"], dtype=bool)
     offsets = encoded["offset_mapping"]
     for i in range(1, len(trained)):  # the mask stops at the first token of a last character of several
@@ -285,9 +261,8 @@ def _by_rendered_prefixes(messages: Messages, tokenizer: PreTrainedTokenizerFast
         if message["role"] == "assistant":
             start = len(render(messages[:i], add_generation_prompt=True))
             turn = full[start : len(render(messages[: i + 1]))].rstrip()
-            if tokenizer.eos_token in turn:
-                turn = turn[: turn.index(tokenizer.eos_token) + len(tokenizer.eos_token)]
-            trained |= (starts < start + len(turn)) & (ends > start)
+            said, eos, _ = turn.partition(tokenizer.eos_token)
+            trained |= (starts < start + len(said + eos)) & (ends > start)
     return encoded["input_ids"], trained
 
 

@@ -3,13 +3,12 @@
 import numpy as np
 import torch
 from jaxtyping import Int
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 
 def unigram_loss(train: Tensor, test: Tensor, vocabulary: int) -> float:
     """Loss, in nats per token, of predicting each token of `test` from its frequency in `train` (add-one smoothed).
-
-    A language model that does not beat this has learned nothing from context.
 
     >>> round(unigram_loss(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1]), vocabulary=2), 4)  # -ln(4/6 · 2/6) / 2
     0.752
@@ -36,25 +35,17 @@ def ngram_loss(
     train, test = np.asarray(train, dtype=np.int64), np.asarray(test, dtype=np.int64)
     counts = np.bincount(train, minlength=vocabulary) + 1.0
     p = (counts / counts.sum())[test[:, 1:]]
-    for n in range(2, order + 1):
-        seen, times = np.unique(_runs(train[None], n, vocabulary)[0], return_counts=True)
+    for n in range(2, min(order, test.shape[1]) + 1):
+        powers = vocabulary ** np.arange(n)[::-1]  # number every run of n tokens
+        seen, times = np.unique(sliding_window_view(train, n) @ powers, return_counts=True)
         contexts, first, kinds = np.unique(seen // vocabulary, return_index=True, return_counts=True)
-        asked = _runs(test, n, vocabulary)
+        asked = sliding_window_view(test, n, axis=1) @ powers
         count = _look_up(asked, seen, times)
         total = _look_up(asked // vocabulary, contexts, np.add.reduceat(times, first))
         different = _look_up(asked // vocabulary, contexts, kinds)
         shorter = p[:, n - 2 :]
         p[:, n - 2 :] = np.where(total > 0, (count + different * shorter) / np.maximum(total + different, 1), shorter)
     return float(-np.log(p).mean())
-
-
-def _runs(tokens: Int[np.ndarray, "blocks length"], n: int, vocabulary: int) -> Int[np.ndarray, "blocks runs"]:
-    """Number every run of n tokens of a block."""
-    count = tokens.shape[1] - n + 1
-    key = np.zeros((len(tokens), count), dtype=np.int64)
-    for offset in range(n):
-        key = key * vocabulary + tokens[:, offset : offset + count]
-    return key
 
 
 def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:

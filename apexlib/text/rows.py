@@ -1,4 +1,4 @@
-"""Rows of data files and of data sets on the Hub, each with words for where it stands, so that an error can name it."""
+"""Rows of data files, each with words for where it stands, so that an error can name it."""
 
 import codecs
 import gzip
@@ -14,22 +14,17 @@ SEPARATOR = "<|endoftext|>"
 Row = tuple[str, dict[str, Any]]  # "file, row n" (from 1), and the row
 
 
-def text_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file of documents; plain text has the one field `text`."""
-    if _kind(path) != ".txt":
-        yield from object_rows(path)
-        return
-    text = _decode(_bytes(path), path).replace("\r\n", "\n")
-    for number, document in enumerate(re.split(rf"(?m)^{re.escape(SEPARATOR)}[ \t]*$", text), 1):
-        if document.strip():  # a file may begin or end with a separator
-            yield f"{path}, document {number}", {"text": document.strip("\n")}
-
-
-def object_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file of objects with named fields."""
-    if _kind(path) == ".parquet":
+def file_rows(path: Path, *, documents: bool = False) -> Iterator[Row]:
+    """Rows of a file of objects with named fields; a file of `documents` may be plain text, its one field is `text`."""
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if kind == ".txt" and documents:
+        text = _decode(_bytes(path), path).replace("\r\n", "\n")
+        for number, document in enumerate(re.split(rf"(?m)^{re.escape(SEPARATOR)}[ \t]*$", text), 1):
+            if document.strip():  # a file may begin or end with a separator
+                yield f"{path}, document {number}", {"text": document.strip("\n")}
+    elif kind == ".parquet":
         yield from _parquet_rows(path)
-    elif _kind(path) == ".jsonl":
+    elif kind == ".jsonl":
         for number, line in enumerate(_bytes(path).split(b"\n"), 1):
             if not line.strip():
                 continue
@@ -42,17 +37,7 @@ def object_rows(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{where}: a JSON {type(row).__name__}; need an object with named fields")
             yield where, row
     else:
-        raise ValueError(
-            f"{path}: unknown kind of file; need .jsonl, .jsonl.gz or .parquet, for documents also .txt or .txt.gz"
-        )
-
-
-def hub_rows(name: str, revision: str | None, subset: str | None, split: str) -> Iterator[Row]:
-    """Rows of one split of a data set on the Hub, at one commit."""
-    import datasets
-
-    for number, row in enumerate(datasets.load_dataset(name, subset, revision=revision, split=split), 1):
-        yield f"{name}, row {number}", row
+        raise ValueError(f"{path}: unknown kind of file; need .jsonl(.gz) or .parquet, for documents also .txt(.gz)")
 
 
 def text_field(row: dict[str, Any], field: str, where: str) -> str:
@@ -68,10 +53,6 @@ def text_field(row: dict[str, Any], field: str, where: str) -> str:
     return text
 
 
-def _kind(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
@@ -81,10 +62,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, after row {number}: not readable as parquet ({error})") from None
 

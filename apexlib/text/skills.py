@@ -2,10 +2,9 @@
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 from apexlib.files import content_hash
@@ -14,29 +13,17 @@ SPLITS = ("train", "valid", "test")
 DIFFICULTIES = (1, 2, 3)
 
 Generator = Callable[[random.Random, int], tuple[dict[str, Any], str]]
-_FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {}
+FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {}  # each with its phrasings
 
 # few, so that a small model meets each of them often
-_WORDS = re.findall(
-    r"\w+",
-    """apple bag bear bird book box bread cake cat chair cloud cow cup dog door egg fish fox girl hat horse key king
-    lamp leaf map milk moon owl pen pig ring road sand ship star sun tree wind wolf""",
+_WORDS = str.split(
+    "apple bag bear bird book box bread cake cat chair cloud cow cup dog door egg fish fox girl hat horse key king "
+    "lamp leaf map milk moon owl pen pig ring road sand ship star sun tree wind wolf"
 )
 _ORDINALS = ("first", "second", "third", "fourth")
 # written out, since the calendar module's names follow the locale
-_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-_MONTHS = tuple(
-    re.findall(r"\w+", "January February March April May June July August September October November December")
-)
-
-
-def families() -> list[str]:
-    """Name the families of tasks.
-
-    >>> families()[:5], len(families())
-    (['copy', 'reverse', 'sort', 'count', 'arithmetic'], 14)
-    """
-    return list(_FAMILIES)
+_DAYS = str.split("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_MONTHS = str.split("January February March April May June July August September October November December")
 
 
 def skills(
@@ -50,9 +37,9 @@ def skills(
     """Generate `n` different tasks of `split`, taking turns over families and difficulties (1 easy, 3 hard).
 
     What a task asks decides its split, by hash (80 % train, 10 % valid, 10 % test): a task of one split is in no other,
-    under no seed and in no phrasing. Families and difficulties draw independently, so leaving one out keeps the rest.
-    When a family has no further task the others go on; when all are used up that is an error, which says how many
-    there are.
+    under no seed and in no phrasing. `families` are all of `FAMILIES` if None. Families and difficulties draw
+    independently, so leaving one out keeps the rest. When a family has no further task the others go on; when all are
+    used up that is an error, which says how many there are.
 
     >>> task = skills("train", 1, families=["reverse"])[0]
     >>> task["messages"][0]["content"], task["answer"]
@@ -64,14 +51,12 @@ def skills(
     cells = [
         _distinct(family, difficulty, split, seed)
         for difficulty in _known(difficulties, DIFFICULTIES, "difficulty")
-        for family in _known(families, tuple(_FAMILIES), "family")
+        for family in _known(families, tuple(FAMILIES), "family")
     ]
-    tasks: list[dict[str, Any]] = []
-    for in_turn in zip_longest(*cells):
-        tasks += [task for task in in_turn if task is not None]
-        if len(tasks) >= n:
-            return tasks[:n]
-    raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
+    tasks = list(islice(filter(None, chain.from_iterable(zip_longest(*cells))), n))
+    if len(tasks) < n:
+        raise ValueError(f"n={n}: these families and difficulties have about {len(tasks)} tasks in {split!r}")
+    return tasks
 
 
 def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
@@ -79,12 +64,9 @@ def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
 
     Every task is of the train split and stands in one document only, so no valid or test question is among them.
 
-    >>> print(skills_text(1, per_document=2)[0])
+    >>> print(skills_text(1, per_document=1)[0])
     Say exactly this: fox wind.
     fox wind
-    <BLANKLINE>
-    Reverse: wind girl.
-    girl wind
     """
     if n < 1 or per_document < 1:
         raise ValueError(f"n={n}, per_document={per_document}: need at least one document with one task")
@@ -118,36 +100,30 @@ def _known(given: Iterable[Any] | None, known: tuple[Any, ...], what: str) -> li
 
 def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[dict[str, Any]]:
     """Draw the tasks of one family and difficulty; end when 2000 draws in a row bring nothing new."""
-    generate, phrasings = _FAMILIES[family]
+    generate, phrasings = FAMILIES[family]
     rng = random.Random(f"{family}/{difficulty}/{split}/{seed}")  # a string is seeded through SHA-512, not hash()
-    seen: set[str] = set()
-    misses = 0
+    seen, misses = set(), 0
     while misses < 2000:
         fields, answer = generate(rng, difficulty)
         key = content_hash(family, fields)  # not of the phrasing: a rephrased test question is a test question
-        if key in seen or split_of(key, held_out=0.1) != split:
-            misses += 1
-            continue
-        misses = 0
-        seen.add(key)
-        prompt = rng.choice(phrasings).format(**fields)
-        yield {
-            "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-            "family": family,
-            "difficulty": difficulty,
-            "answer": answer,
-        }
+        misses += 1
+        if key not in seen and split_of(key, held_out=0.1) == split:
+            misses = 0
+            seen.add(key)
+            prompt = rng.choice(phrasings).format(**fields)
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            yield {"messages": messages, "family": family, "difficulty": difficulty, "answer": answer}
 
 
 def _family(*phrasings: str) -> Callable[[Generator], Generator]:
     """Register a generator of (fields, answer), which for one difficulty gives nothing that it gives for another.
 
-    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another. The names and
-    values of the fields are what a task's split is hashed from: a field that is renamed moves tasks between splits.
+    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another. A task's split
+    is hashed from the names and values of its fields: a field that is renamed moves tasks between splits.
     """
 
     def register(generate: Generator) -> Generator:
-        _FAMILIES[generate.__name__.strip("_")] = (generate, phrasings)
+        FAMILIES[generate.__name__.strip("_")] = (generate, phrasings)
         return generate
 
     return register
@@ -218,14 +194,16 @@ def _calendar(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]
     if difficulty == 2:
         names, unit, most = rng.choice(((_DAYS, "day", 30), (_MONTHS, "month", 24)))
         start, n = rng.randrange(len(names)), rng.randint(1, most)
-        return {"steps": f"{_many(n, unit)} {side} {names[start]}"}, names[(start + sign * n) % len(names)]
+        steps = f"{n} {unit if n == 1 else f'{unit}s'} {side} {names[start]}"
+        return {"steps": steps}, names[(start + sign * n) % len(names)]
     while True:  # within a month, or across its end; never across the end of February, which moves
         start = date(2023, 1, 1) + timedelta(days=rng.randrange(365))
         n = rng.randint(1, 3) if difficulty == 1 else rng.randint(4, 20)
         end = start + timedelta(days=sign * n)
         crosses = {start.month, end.month}
         if len(crosses) == (1 if difficulty == 1 else 2) and crosses != {2, 3}:
-            return {"steps": f"{_many(n, 'day')} {side} {_day(start)}"}, _day(end)
+            given, answer = (f"{_MONTHS[day.month - 1]} {day.day}" for day in (start, end))
+            return {"steps": f"{n} {'day' if n == 1 else 'days'} {side} {given}"}, answer
 
 
 @_family("Is {word} in: {words}?", "Does this list have {word}: {words}?")
@@ -260,9 +238,8 @@ def _format(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
 @_family("What comes next: {numbers}?", "Continue {numbers}, with one number.")
 def _sequence(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     if difficulty == 3:  # each number is the sum of the two before it
-        numbers = [rng.randint(1, 30), rng.randint(1, 30)]
-        while len(numbers) < 5:
-            numbers.append(numbers[-1] + numbers[-2])
+        a, b = rng.randint(1, 30), rng.randint(1, 30)
+        numbers = [a, b, a + b, a + 2 * b, 2 * a + 3 * b]
     else:
         step = rng.randint(1, 4) if difficulty == 1 else rng.choice((1, -1)) * rng.randint(5, 12)
         start = rng.randrange(200) if step > 0 else rng.randrange(40, 200)
@@ -289,11 +266,3 @@ def _remove(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
 
 def _pairs(keys: list[Any], values: list[Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-
-
-def _many(n: int, unit: str) -> str:
-    return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
-
-
-def _day(day: date) -> str:
-    return f"{_MONTHS[day.month - 1]} {day.day}"

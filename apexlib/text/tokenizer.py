@@ -33,10 +33,9 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer of at most `vocab_size` tokens; any Unicode text survives encoding and decoding.
 
-    Each digit is a token of its own. `<|endoftext|>` ends and separates documents (EOS and BOS), `<|pad|>` pads.
-    Text that merely looks like such a token becomes one, unless it is encoded with `split_special_tokens=True`: `pack`
-    does so, and `encode_chat` drops such examples. A corpus with few different words gives fewer tokens. `cache` is a
-    folder that keeps the tokenizer by a hash of the documents.
+    Each digit is a token of its own. `<|endoftext|>` ends and separates documents (EOS and BOS), `<|pad|>` pads. Text
+    that looks like such a token becomes one, unless it is encoded with `split_special_tokens=True`: `pack` does so, and
+    `encode_chat` drops such examples. `cache` is a folder that keeps the tokenizer by a hash of the documents.
 
     >>> tokenizer = train_tokenizer(["to be or not to be"] * 2, vocab_size=270)
     >>> tokenizer.decode(tokenizer("not 42 é")["input_ids"])
@@ -57,14 +56,9 @@ def train_tokenizer(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         model.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=special,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        model.train_from_iterator(documents, trainer)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        settings = {"vocab_size": vocab_size, "min_frequency": 2, "special_tokens": special, "show_progress": False}
+        model.train_from_iterator(documents, trainers.BpeTrainer(**settings, initial_alphabet=alphabet))
         return model.to_str().encode()
 
     key = content_hash("tokenizer", 1, tokenizers.__version__, vocab_size, corpus_hash(documents))
