@@ -37,7 +37,6 @@ EXCEPTIONS = {("analysis/budget.py", "training.methods")}
 # in the method's room, who may import whom
 ARROWS = {
     "files": set(),
-    "memory": set(),
     "progress": set(),
     "provenance": {"files"},
     "operators": set(),

@@ -16,8 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from apexlib.evaluation import exact_match, final_answer, multiple_choice, pad_token, perplexity
 from apexlib.files import content_hash
-from apexlib.memory import peak_mb, reset_peak
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
+from apexlib.suite.memory import peak_mb, reset_peak
 from apexlib.suite.pretraining import pretrain
 from apexlib.suite.trials import time_left
 from apexlib.suite.variants import VARIANTS
