@@ -130,11 +130,10 @@ class ActivationRecorder:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         states: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, (self.tokens, self.batches, self._sums))
-        self.tokens = sum(tokens for tokens, _, _ in states)
-        self.batches = sum(batches for _, batches, _ in states)
+        torch.distributed.all_gather_object(states, self.state())
+        self.tokens, self.batches = (sum(state[name] for state in states) for name in ("tokens", "batches"))
         for component, sums in self._sums.items():
-            sums.combine([others[component] for _, _, others in states])
+            sums.combine([state["sums"][component] for state in states])
 
     def state(self) -> dict[str, Any]:
         """What was gathered so far, as tensors and numbers."""
@@ -160,10 +159,9 @@ class ActivationRecorder:
         tables = []
         for part in self.components:
             sums = self._sums[part.component]
-            row = sums.parts.index(part)
-            averages = {"ema": sums.ema[row], "ema_rank": sums.ema_rank[row]}
-            mean, rank = sums.total[row] / self.tokens, sums.rank_score[row]
-            tables.append(unit_table(part, activation=mean, rank_score=rank, **averages))
+            total, *others = (getattr(sums, name)[sums.parts.index(part)] for name in _UnitSums._gathered)
+            others = dict(zip(_UnitSums._gathered[1:], others, strict=True))
+            tables.append(unit_table(part, activation=total / self.tokens, **others))
         return pd.concat(tables, ignore_index=True).assign(tokens=self.tokens, batches=self.batches)
 
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -262,9 +260,8 @@ class _UnitSums:
     def __init__(self, parts: list[Component], top: float) -> None:
         self.parts = parts
         shape = (len(parts), parts[0].units)
-        self.count = min(
-            max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2
-        )  # one unit alone is neither top nor bottom
+        # one unit alone is neither top nor bottom
+        self.count = min(max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2)
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.rank_score = torch.zeros(shape, dtype=torch.int64)
         self.ema: Tensor | None = None
@@ -287,12 +284,11 @@ class _UnitSums:
         for name in self._gathered:
             setattr(self, name, state[name])
 
-    def combine(self, others: list["_UnitSums"]) -> None:
-        """Become the sum of `others`; moving averages become their mean, since no order joins parallel batches."""
-        self.total = torch.stack([other.total for other in others]).sum(0)
-        self.rank_score = torch.stack([other.rank_score for other in others]).sum(0)
-        self.ema = torch.stack([other.ema for other in others]).mean(0)
-        self.ema_rank = torch.stack([other.ema_rank for other in others]).mean(0)
+    def combine(self, states: list[Mapping[str, Tensor]]) -> None:
+        """Become the sum of `states`; moving averages become their mean, since no order joins parallel batches."""
+        for name in self._gathered:
+            stacked = torch.stack([state[name] for state in states])
+            setattr(self, name, stacked.mean(0) if name.startswith("ema") else stacked.sum(0))
 
     def _rank(self, squares: Float[Tensor, "layers units"]) -> Tensor:
         """+1 for the Top-K of each layer, −1 for its Min-K, else 0; ties by unit number, so that no device decides."""
@@ -305,10 +301,8 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
-    parts = model_components(model)
-    return pd.concat(
-        [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in parts], ignore_index=True
-    )
+    norms = ((part, unit_weight_norms(model, part)) for part in model_components(model))
+    return pd.concat([unit_table(part, weight_norm=each) for part, each in norms], ignore_index=True)
 
 
 def unit_table(part: Component, **columns: Any) -> pd.DataFrame:

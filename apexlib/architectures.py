@@ -48,62 +48,30 @@ class Family:
 
 
 def _fused(name: str) -> dict[str, str]:
-    return {"query": name, "key": name, "value": name}
+    return dict.fromkeys(("query", "key", "value"), name)
 
 
-_LLAMA = Family()
-_EXPERTS = replace(_LLAMA, gate="", up="", down="", activation="")
+def _ffn(gate: str, up: str, down: str, activation: str) -> dict[str, str]:
+    return {"gate": gate, "up": up, "down": down, "activation": activation}
+
+
+_LLAMA, _EXPERTS = Family(), Family(**_ffn("", "", "", ""))
+_GPT2_FFN = _ffn("mlp.c_fc", "", "mlp.c_proj", "mlp.act")
+_NEOX_FFN = _ffn("mlp.dense_h_to_4h", "", "mlp.dense_4h_to_h", "mlp.act")
+_PHI_FFN = _ffn("mlp.fc1", "", "mlp.fc2", "mlp.activation_fn")
+_PHI3_FFN = _ffn("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn")
+_NEOX = {**_fused("attention.query_key_value"), "interleaved": True}
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
     "gemma3": replace(_LLAMA, layers="model.language_model.layers"),
     "olmo2": replace(_LLAMA, coupled=("query", "key")),
-    "phi": replace(
-        _LLAMA, output="self_attn.dense", gate="mlp.fc1", up="", down="mlp.fc2", activation="mlp.activation_fn"
-    ),
-    "phi3": replace(
-        _LLAMA,
-        **_fused("self_attn.qkv_proj"),
-        gate="mlp.gate_up_proj",
-        up="mlp.gate_up_proj",
-        activation="mlp.activation_fn",
-    ),
-    "gpt2": Family(
-        layers="transformer.h",
-        **_fused("attn.c_attn"),
-        output="attn.c_proj",
-        gate="mlp.c_fc",
-        up="",
-        down="mlp.c_proj",
-        activation="mlp.act",
-    ),
-    "gpt_neox": Family(
-        layers="gpt_neox.layers",
-        **_fused("attention.query_key_value"),
-        output="attention.dense",
-        gate="mlp.dense_h_to_4h",
-        up="",
-        down="mlp.dense_4h_to_h",
-        activation="mlp.act",
-        interleaved=True,
-    ),
-    "opt": replace(
-        _LLAMA,
-        layers="model.decoder.layers",
-        output="self_attn.out_proj",
-        gate="fc1",
-        up="",
-        down="fc2",
-        activation="activation_fn",
-    ),
-    "mixtral": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
+    "phi": Family(output="self_attn.dense", **_PHI_FFN),
+    "phi3": Family(**_fused("self_attn.qkv_proj"), **_PHI3_FFN),
+    "gpt2": Family("transformer.h", **_fused("attn.c_attn"), output="attn.c_proj", **_GPT2_FFN),
+    "gpt_neox": Family("gpt_neox.layers", **_NEOX, output="attention.dense", **_NEOX_FFN),
+    "opt": Family("model.decoder.layers", output="self_attn.out_proj", **_ffn("fc1", "", "fc2", "activation_fn")),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
 }
 
 
@@ -208,20 +176,16 @@ def _heads(model: PreTrainedModel, family: Family, layer: int) -> Component:
     groups = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     copies = heads // groups
-    query = torch.arange(heads * head_dim).view(groups, copies, head_dim)
+    output = query = torch.arange(heads * head_dim).view(groups, copies, head_dim)
     value = torch.arange(groups * head_dim).view(groups, 1, head_dim)
-    starts = {"query": 0, "key": 0, "value": 0}
-    if family.query == family.value:
-        if family.interleaved:  # head h holds rows 3·h·head_dim …: its query, its key, its value
-            base = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
-            query = value = base
-            starts = {"query": 0, "key": head_dim, "value": 2 * head_dim}
-        else:
-            starts = {"query": 0, "key": heads * head_dim, "value": (heads + groups) * head_dim}
-    index = {"query": query, "key": value + starts["key"], "value": value + starts["value"]}
-    output = torch.arange(heads * head_dim).view(groups, copies, head_dim)
+    starts = (0, 0)  # of key and value among the rows
+    if family.query == family.value and family.interleaved:  # head by head: its query, its key, its value
+        query = value = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
+        starts = (head_dim, 2 * head_dim)
+    elif family.query == family.value:
+        starts = (heads * head_dim, (heads + groups) * head_dim)
+    index = {"query": query, "key": value + starts[0], "value": value + starts[1], "output": output}
     slots = {role: _slot(model, family, layer, role, index[role]) for role in index}
-    slots["output"] = _slot(model, family, layer, "output", output)
     return Component(layer, "head", groups, slots, activation="")
 
 

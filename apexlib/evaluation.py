@@ -99,12 +99,11 @@ def exact_match(
             )[:, length:]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             outputs |= dict(zip(rows, texts, strict=True))
-    table = [
-        {"example": row}
-        | {name: example[name] for name in ("family", "difficulty") if name in example}
-        | {"answer": example["answer"], "output": outputs[row], "correct": extract(outputs[row]) == example["answer"]}
-        for row, example in enumerate(examples)
-    ]
+    table = []
+    for row, example in enumerate(examples):
+        said = {name: example[name] for name in ("family", "difficulty") if name in example}
+        found = {"answer": example["answer"], "output": outputs[row]}
+        table.append({"example": row} | said | found | {"correct": extract(outputs[row]) == example["answer"]})
     return pd.DataFrame(table)
 
 

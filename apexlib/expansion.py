@@ -12,7 +12,6 @@ directly. M = 0 and v = s = s' = 1 at the start, so that the function does not c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -109,15 +108,14 @@ def expand(
     whole = trained_whole(model, train_embeddings, train_norms)
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    model._expansion = _Record(trained)
+    model._expansion = trained  # all that it remembers of itself: which parameters trained before
     model.save_pretrained = model.push_to_hub = _refuse_to_save
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
     try:
         for part, layer, slots in planned:
-            _expand_component(model, part, layer, slots, operator, generator)
-            _fuse_ffn(model, part, ffn)
+            _expand_component(model, part, layer, slots, operator, generator, ffn)
         for name, dtype in whole.items():
             train_whole(model, name, dtype)
     except BaseException:  # out of memory, say: nothing has trained, so that one projection after the other is composed
@@ -134,7 +132,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     it was. Raises ValueError, and changes nothing, where a trained value is not finite: so all trainable rows are
     composed before the first is written, which takes, for that long, as much memory as they do in the model's dtype.
     """
-    if not isinstance(getattr(model, "_expansion", None), _Record):
+    if not isinstance(getattr(model, "_expansion", None), dict):
         raise ValueError(f"{type(model).__name__}: is not expanded, or fused already; need the model given to `expand`")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -173,20 +171,13 @@ class Mixer(nn.Module):
         return rearrange(rows, "(unit dim) (copy d) -> (unit copy dim) d", copy=copies, dim=self.dim)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What an expanded model remembers of itself: which parameters trained before."""
-
-    trained: dict[str, bool]
-
-
 def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> PreTrainedModel:
     """Make the model plain again, with its `composed` rows, and forget that it was expanded."""
     make_plain(model, composed)
     for module in model.modules():
         for name in [name for name, child in module.named_children() if isinstance(child, Mixer)]:
             delattr(module, name)
-    for name, trained in model._expansion.trained.items():
+    for name, trained in model._expansion.items():
         parameter = model.get_parameter(name)
         parameter.requires_grad_(trained)
         parameter.grad = None
@@ -201,6 +192,7 @@ def _expand_component(
     slots: dict[str, list[Slot]],
     operator: str,
     generator: torch.Generator,
+    ffn: str,
 ) -> None:
     family, reader = family_of(model), part.reader
     tuned = [*layer.target, *layer.source, *layer.direct]
@@ -215,14 +207,10 @@ def _expand_component(
     for name, own in slots.items():
         by_unit = family.interleaved and len(own) > 1
         split(model.get_submodule(name), own, units, len(tuned), mixer, by_unit=by_unit, reordered=reordered)
-
-
-def _fuse_ffn(model: PreTrainedModel, part: Component, mode: str) -> None:
     if "up" in part.slots:
-        path = _parent(part.reader.module)
-        modules = [part.slots[role].module for role in ("gate", "up", "down")]
-        names = tuple(name.removeprefix(f"{path}.") for name in (*modules, part.activation))
-        take_form(model.get_submodule(path), names, mode)
+        path = _parent(reader.module)
+        modules = (*(part.slots[role].module for role in ("gate", "up", "down")), part.activation)
+        take_form(model.get_submodule(path), tuple(name.removeprefix(f"{path}.") for name in modules), ffn)
 
 
 def _match(
@@ -244,16 +232,12 @@ def _match(
         raise ValueError(f"{here}: a projection has no whole weight matrix (quantised or sharded?): {error}") from error
     planned = []
     for layer in plan.layers:
-        part = parts.get((layer.layer, layer.component))
+        part, where = parts.get((layer.layer, layer.component)), f"layer {layer.layer}, {layer.component}"
         if part is None:
             known = " and ".join(f"{component}s" for component in sorted({component for _, component in parts}))
-            raise ValueError(
-                f"layer {layer.layer}, {layer.component}: {here} has {known} in layers 0 to {max(parts)[0]} only"
-            )
+            raise ValueError(f"{where}: {here} has {known} in layers 0 to {max(parts)[0]} only")
         if part.units != layer.units:
-            raise ValueError(
-                f"layer {layer.layer}, {layer.component}: planned for {layer.units} units, {here} has {part.units}"
-            )
+            raise ValueError(f"{where}: planned for {layer.units} units, {here} has {part.units}")
         slots: dict[str, list[Slot]] = {}
         for slot in part.slots.values():
             slots.setdefault(slot.module, []).append(slot)

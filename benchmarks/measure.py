@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from apexlib.memory import reset_peak, resident_mb
 from apexlib.plan import ApexConfig
+from apexlib.suite.memory import reset_peak, resident_mb
 from benchmarks.workloads import Case, Workload, workload
 
 MIB = 2**20

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from apexlib.memory import peak_mb, reset_peak, resident_mb
+from apexlib.suite.memory import peak_mb, reset_peak, resident_mb
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells it in /proc")
 
@@ -36,5 +36,6 @@ def test_what_the_system_does_not_tell_is_nan():
 
 
 def test_measuring_needs_no_torch():
-    code = "import sys, apexlib.memory as memory; memory.reset_peak(); memory.peak_mb(); print('torch' in sys.modules)"
+    code = "import sys; from apexlib.suite.memory import peak_mb, reset_peak; reset_peak(); peak_mb()"
+    code += "; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -19,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 from readme import rendered
 
+import apexlib
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import read_claims
 from apexlib.suite.notebooks import read_notebook
@@ -37,7 +38,6 @@ EXCEPTIONS = {("analysis/budget.py", "training.methods")}
 # in the method's room, who may import whom
 ARROWS = {
     "files": set(),
-    "memory": set(),
     "progress": set(),
     "provenance": {"files"},
     "operators": set(),
@@ -69,7 +69,10 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "apexlib":
             inner = node.module.removeprefix("apexlib").lstrip(".")
             names = {alias.name for alias in node.names}
-            found |= {inner} if inner and inner not in ROOMS else {f"{inner}.{name}".lstrip(".") for name in names}
+            if not inner:  # public names, from where they live
+                found |= {apexlib._HOMES.get(name, f"apexlib.{name}").removeprefix("apexlib.") for name in names}
+            else:
+                found |= {f"{inner}.{name}" for name in names} if inner in ROOMS else {inner}
         elif isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("apexlib.") for alias in node.names if alias.name.startswith("apexlib.")}
     return found
