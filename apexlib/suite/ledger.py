@@ -56,7 +56,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
         """Measure the claim from the tables in `results`: one value per seed, none where a table or run is missing."""
         (name,) = self.measure
         try:
-            values = MEASURES[name](Path(results), **self.arguments).dropna()
+            values = MEASURES[name](results, **self.arguments).dropna()
         except FileNotFoundError:
             return pd.Series(dtype=float)
         if not np.isfinite(values).all():
@@ -101,18 +101,18 @@ def claims_table(
 ) -> pd.DataFrame:
     """Decide every claim from the result tables in a folder: what the paper says, what was measured, the verdict.
 
-    `only` takes some of them: numbers, ids, or names of the notebooks that decide them. `claims` are those of the
-    project's ledger unless given. Columns: those of the ledger and of `decide`; `claim` is the id, `limits` has what
-    the draw of test examples adds, `notebook` decides the claim, `scale` is the folder's name: the profile.
+    `only` takes some of them, as `choose` does; `claims` are those of the project's ledger unless given. Columns: those
+    of the ledger and of `decide`; `claim` is the id, `limits` has what the draw of test examples adds, `notebook`
+    decides the claim, `scale` is the folder's name: the profile.
     """
-    results = Path(results_dir)
+    results, rows = Path(results_dir), []
     claims = read_claims() if claims is None else claims
-    rows = []
     for claim in claims if only is None else choose(claims, only):
         values = claim.values(results).to_list()
-        limits = " ".join(filter(None, [claim.limits, example_noise(results, claim) if values else ""]))
-        row = claim.model_dump(include=set(COLUMNS)) | decide(values) | {"claim": claim.id, "limits": limits}
-        rows.append(row | {"notebook": claim.notebooks[-1], "scale": results.name})
+        own = {"claim": claim.id, "notebook": claim.notebooks[-1], "scale": results.name}
+        if values and (noise := example_noise(results, claim)):
+            own["limits"] = f"{claim.limits} {noise}"
+        rows.append(claim.model_dump() | decide(values) | own)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -127,8 +127,7 @@ def decide(values: Sequence[float]) -> dict[str, Any]:
     """
     if not len(values):
         return {"mean": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "not measured"}
-    low, high = interval(values)
-    verdict = "inconclusive at this scale"
+    (low, high), verdict = interval(values), "inconclusive at this scale"
     if len(values) >= 3 and (low > 0 or high < 0):
         verdict = "reproduced" if low > 0 else "not reproduced"
     return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values), "verdict": verdict}
