@@ -146,7 +146,7 @@ def _picture(path: Path) -> Part:
 
 
 def _drawn(figures: Path) -> list[tuple[str, str]]:
-    return [(name, figure.caption) for name, figure in FIGURES.items() if (figures / f"{name}.svg").is_file()]
+    return [(name, figure["caption"]) for name, figure in FIGURES.items() if (figures / f"{name}.svg").is_file()]
 
 
 def _counts(claims: pd.DataFrame) -> str:
