@@ -36,7 +36,7 @@ def loss_curve(table: pd.DataFrame, ax: Axes) -> None:
     for model, rows, look in groups(table[table["split"] != "reference"], "model"):
         train = rows[rows["split"] == "train"].groupby("tokens")["loss"].agg(mean="mean", low="min", high="max")
         ax.plot(train.index / 1e6, train["mean"], color=look["color"], label=f"{model}, training")
-        _band(ax, train.index / 1e6, train, look)
+        ax.fill_between(train.index / 1e6, train["low"], train["high"], color=look["color"], alpha=0.2, linewidth=0)
         valid = rows[rows["split"] == "valid"].groupby("tokens")["loss"].mean()
         ax.plot(valid.index / 1e6, valid, **look, **DOTS, ms=5, label=f"{model}, held out")
     for name, loss in table.loc[table["split"] == "reference", ["model", "loss"]].itertuples(index=False):
@@ -69,16 +69,14 @@ def lines(
     looks: Mapping[str, tuple[str, int, str]] | None = None,
     alpha: float = 0.2,
     level: Mapping[str, Any] | None = None,
-    by_chance: str = "",
     log: bool = False,
     ticks: int = 0,
     tick_format: str = "",
 ) -> None:
     """Draw `y` against `x` in the given unit, a line for each value of `by`, averaged where an x has several rows.
 
-    "mean" gets a band from `low` to `high`, and rows that are `chosen` are filled. `by_chance` names the column of that
-    name in the legend: dotted lines. A `level` is a line across. On a `log` axis 0 is drawn at the left edge. Each x
-    has a tick, if there are at most so many `ticks`.
+    "mean" gets a band from `low` to `high`; rows that are `chosen` are filled; `by_chance` is dotted. A `level` is a line
+    across. On a `log` axis 0 is drawn at the left edge. Each x has a tick, if there are at most so many `ticks`.
     """
     ax.set_xscale("log" if log else "linear")
     edge = table.loc[table[x] > 0, x].min() / 2 if log else 0
@@ -89,13 +87,13 @@ def lines(
         if "chosen" in rows:
             ax.plot(at[rows["chosen"] > 0], rows.loc[rows["chosen"] > 0, y], **look, linestyle="none")
         if y == "mean":
-            _band(ax, at, rows, look, alpha)
-        if by_chance:
+            ax.fill_between(at, rows["low"], rows["high"], color=look["color"], alpha=alpha, linewidth=0)
+        if "by_chance" in rows:
             ax.plot(at, rows["by_chance"], color=look["color"], linestyle=":", linewidth=1)
     if level:
         ax.axhline(**LEVEL | level)
-    if by_chance:
-        ax.plot([], [], color="0.4", linestyle=":", linewidth=1, label=by_chance)
+    if "by_chance" in table:
+        ax.plot([], [], color="0.4", linestyle=":", linewidth=1, label="random rows as large")
     if (values := table[x].drop_duplicates().sort_values()).size <= ticks:
         names = [f"{value / unit:{tick_format}}" for value in values] if tick_format else None
         ax.set_xticks(values.where(values > 0, edge) / unit, names)
@@ -103,10 +101,9 @@ def lines(
 
 
 def weight(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw a weight as an image, one row per unit, with each unit's role marked at the left edge.
+    """Draw `value` as an image, a row per `unit`, a `column` each; the `role` of a unit is marked at the left edge.
 
-    Columns: `unit`, `column`, `value`, `role` ("source", "target", "direct" or "frozen"). Colours are symmetric
-    around zero and end at the 99.5th percentile of the magnitude.
+    Colours are symmetric around zero and end at the 99.5th percentile of the magnitude.
     """
     matrix = table.pivot(index="unit", columns="column", values="value").to_numpy()
     limit = np.quantile(np.abs(matrix), 0.995)
@@ -186,10 +183,6 @@ def biography(table: pd.DataFrame, ax: Axes) -> None:
     ax.grid(visible=False)
     for name, colour in ROLES.values():
         ax.bar(0, 0, color=colour, label=name)
-
-
-def _band(ax: Axes, x: pd.Index, rows: pd.DataFrame, look: Mapping[str, str], alpha: float = 0.2) -> None:
-    ax.fill_between(x, rows["low"], rows["high"], color=look["color"], alpha=alpha, linewidth=0)
 
 
 _PLOTS = (loss_curve, activation_distribution, lines, weight, trade_off, comparison, by_method, rank_gain)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError, field_validator
 
 from apexlib.analysis.intervals import interval
@@ -64,15 +65,11 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
         return values
 
 
-_CLAIMS = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
-
-
 def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
-    import yaml
-
+    ledger = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
     try:
-        claims = _CLAIMS.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        claims = ledger.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except ValidationError as error:
         first = [fault for fault in error.errors() if fault["loc"][:1] == error.errors()[0]["loc"][:1]]
         raise ValueError(f"{path}: {'; '.join(map(_fault, first[:10]))}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
+import yaml
 from jinja2 import StrictUndefined, Template
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
@@ -17,18 +18,9 @@ from apexlib.files import atomic_write
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import measured
 
-TITLE = "APEX: what is claimed, what was measured"
-VERDICTS = {  # colour of each, dark enough for text; the word stands beside it
-    "reproduced": "#00609c",
-    "not reproduced": "#b34700",
-    "inconclusive at this scale": "#7a6000",
-    "not measured": "#6b6b6b",
-}
-INTRODUCTION = (
-    "Each claim is put as a number, one per training seed, that is above zero where the claim holds; the rule was "
-    "written before the run. It is reproduced if the 95 % interval of the mean over at least three seeds lies above "
-    "zero, not reproduced if it lies below, else inconclusive at this scale."
-)
+_BESIDE = Path(__file__).parent
+WORDS = yaml.safe_load((_BESIDE / "overview.yaml").read_text(encoding="utf-8"))
+VERDICTS = WORDS["colours"]
 A4 = (8.27, 11.69)  # inches
 _MARGIN = 0.63  # inches; leaves the width of a figure of two columns
 Part = tuple[float, Callable[[Page, float], None]]  # of a page: its height in inches, and what draws it below a `top`
@@ -64,10 +56,10 @@ def run_facts(results: Path) -> str:
 def overview_html(claims: pd.DataFrame, figures: Path, facts: str) -> str:
     """Write the page: how many claims got which verdict, the ledger by notebook, the figures with captions."""
     ledger = [(_heading(name), rows.itertuples()) for name, rows in claims.groupby("notebook", sort=False)]
-    said = {"title": TITLE, "counts": _counts(claims), "introduction": INTRODUCTION, "facts": facts, "ledger": ledger}
-    said |= {"measured": measured, "colours": VERDICTS, "drawn": _drawn(figures)}
+    said = WORDS | {"counts": _counts(claims), "facts": facts, "ledger": ledger, "measured": measured}
+    said["drawn"] = _drawn(figures)
     said["svg"] = lambda name: inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
-    page = Path(__file__).with_name("overview.html").read_text(encoding="utf-8")
+    page = (_BESIDE / "overview.html").read_text(encoding="utf-8")
     return Template(page, autoescape=True, trim_blocks=True, undefined=StrictUndefined).render(said)
 
 
@@ -83,8 +75,8 @@ def inline_svg(text: str, name: str) -> str:
 
 def ledger_pages(claims: pd.DataFrame, facts: str) -> list[Page]:
     """Set the ledger on A4 pages, a block for each claim, its verdict at the right."""
-    opening = (_text(text, gap=0.06) for text in (_counts(claims), INTRODUCTION, facts))
-    blocks = [[_text(TITLE, size=14, weight="bold"), *opening]]
+    opening = (_text(text, gap=0.06) for text in (_counts(claims), WORDS["introduction"], facts))
+    blocks = [[_text(WORDS["title"], size=14, weight="bold"), *opening]]
     for notebook, rows in claims.groupby("notebook", sort=False):
         heading = [_text(_heading(notebook), size=11, weight="bold", gap=0.14)]
         for row in rows.itertuples():
@@ -119,10 +111,7 @@ def _pages(blocks: Iterable[list[Part]]) -> list[Page]:
 
 
 def _text(text: str, *, size: float = 8, wide: float = 1, right: bool = False, gap: float = 0, **look: str) -> Part:
-    """Set text of `size` points, `gap` inches below what is above it; at the `right` it stands beside what follows.
-
-    It is broken to the width of the page, as if letters were so many times as `wide`.
-    """
+    """Set text, letters so many times as `wide` as usual, `gap` inches lower; `right`: beside what follows."""
     lines = textwrap.wrap(text, int(930 / (size * wide)), break_on_hyphens=False)
     x, side = (A4[0] - _MARGIN, "right") if right else (_MARGIN, "left")
 

@@ -66,8 +66,7 @@ def groups(
 ) -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
     """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in.
 
-    `looks` sets the groups and their order: of each its name in a legend, the number of its colour in PALETTE, its
-    marker.
+    `looks` sets groups and order: of each its name in a legend, the number of its colour in PALETTE, its marker.
     """
     names = table[by].dropna().unique()
     looks = looks or dict(zip(names, zip(names, cycle(range(len(PALETTE))), cycle(MARKERS)), strict=False))
@@ -81,14 +80,7 @@ def around(table: pd.DataFrame, mean: str = "mean", low: str = "low", high: str 
     return np.abs(table[[low, high]].to_numpy().T - table[mean].to_numpy())
 
 
-def finish(
-    ax: Axes,
-    table: pd.DataFrame,
-    *,
-    legend: str | None = None,
-    percent: Mapping[str, int | None] | None = None,
-    **labels: Any,
-) -> Axes:
+def finish(ax: Axes, table: pd.DataFrame, *, legend: str = "", percent: Mapping | None = None, **labels: Any) -> Axes:
     """Label the axes, add a legend and keep the plotted table with the ax, for `save_figure`.
 
     `legend`: "inside", "beside" the ax where it would hide something, or one "below" all panels of the figure.
