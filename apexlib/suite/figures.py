@@ -75,7 +75,7 @@ def lines(
 ) -> None:
     """Draw `y` against `x` in the given unit, a line for each value of `by`, averaged where an x has several rows.
 
-    "mean" gets a band from `low` to `high`; rows that are `chosen` are filled; `by_chance` is dotted. A `level` is a line
+    "mean" gets a band from `low` to `high`; rows that are `chosen` are filled; `by_chance` is dotted. A `level` lies
     across. On a `log` axis 0 is drawn at the left edge. Each x has a tick, if there are at most so many `ticks`.
     """
     ax.set_xscale("log" if log else "linear")

@@ -71,7 +71,8 @@ def read_claims(path: Path = LEDGER) -> list[Claim]:
     try:
         claims = ledger.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = [fault for fault in error.errors() if fault["loc"][:1] == error.errors()[0]["loc"][:1]]
+        faults = error.errors(include_url=False)
+        first = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
         raise ValueError(f"{path}: {'; '.join(map(_fault, first[:10]))}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
