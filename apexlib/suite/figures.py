@@ -118,10 +118,7 @@ def weight(table: pd.DataFrame, ax: Axes) -> None:
 
 
 def trade_off(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `answer_loss` against `retention_loss`, a line per `method` along its `learning_rate`.
-
-    The rates `chosen` are filled, the lowest is marked by size.
-    """
+    """Draw `answer_loss` against `retention_loss`, a line per `method`; those `chosen` filled, the lowest large."""
     for method, rows, look in groups(table, "method", sort_by="learning_rate"):
         points, chosen = rows[["retention_loss", "answer_loss"]].to_numpy().T, rows["chosen"].to_numpy()
         ax.plot(*points, **look, linewidth=0.9, label=method, mfc="white")
