@@ -114,38 +114,40 @@ def forecast():
     return pd.DataFrame({"phase": ["train", "fuse"], "forecast_mib": [90, 200], "measured_mib": [100, 190]})
 
 
-PLOTS = {
-    plotting.plot_constructed_ranks: constructed,
-    partial(plotting.plot_by_method, label="change", null="by chance", percent=True): by_method,
-    plotting.plot_rank_by_layer: by_layer,
-    plotting.plot_rank_gain: gains,
-    plotting.plot_movement_by_role: by_role,
-    plotting.plot_biography: lives,
-    plotting.plot_weight: weight,
-    plotting.plot_masking_curve: masking,
-    plotting.plot_imbalance: imbalance,
-    plotting.plot_loss_curve: curve,
-    plotting.plot_activation_distribution: activations,
-    plotting.plot_token_curve: token_curve,
-    plotting.plot_rates: rates,
-    plotting.plot_trade_off: trade_off,
-    plot_scaling: scaling,
-    plot_forecast: forecast,
+PANELS = {  # a table for each panel of a figure
+    ("loss_curve", 0): curve,
+    ("activation_distribution", 0): activations,
+    ("masking_curve", 0): masking,
+    ("imbalance", 0): imbalance,
+    ("expansion", 0): weight,
+    ("learning_rates", 0): rates,
+    ("instruction", 0): comparison,
+    ("trade_off", 0): trade_off,
+    ("continued_rates", 0): rates,
+    ("continued", 0): token_curve,
+    ("constructed_ranks", 0): constructed,
+    ("effective_rank", 0): by_layer,
+    ("effective_rank", 1): by_method,
+    ("update_rank", 0): by_method,
+    ("rank_gain", 0): gains,
+    ("movement_by_role", 0): by_role,
+    ("movement_by_role", 1): lives,
+    ("ablations", 0): comparison,
 }
-TABLES = PLOTS | {plotting.plot_comparison: comparison, plot_step_costs: step_costs}
+PLOTS = {
+    f"{name}-{panel}": (partial(plotting.plot, name=name, panel=panel), make)
+    for (name, panel), make in PANELS.items()
+    if make is not comparison  # its labels are the panels' titles
+}
+PLOTS |= {"scaling": (plot_scaling, scaling), "forecast": (plot_forecast, forecast)}
 
 
-def example(plot):
-    """A table for a plot, whatever its options."""
-    return next(make() for each, make in TABLES.items() if getattr(each, "func", each) is getattr(plot, "func", plot))
-
-
-@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: getattr(plot, "func", plot).__name__)
-def test_figures_have_labels_legend_their_data_and_the_same_bytes_twice(plot, tmp_path):
+@pytest.mark.parametrize(("plot", "make"), PLOTS.values(), ids=PLOTS)
+def test_figures_have_labels_legend_their_data_and_the_same_bytes_twice(plot, make, tmp_path):
     written = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         (ax,) = plotting.new_figure()
-        assert plot(PLOTS[plot](), ax) is ax
+        assert plot(make(), ax) is ax
         assert ax.get_xlabel()
         assert ax.get_ylabel()
         assert (ax.get_legend() or ax.figure.legends[0]).get_texts()
@@ -153,12 +155,12 @@ def test_figures_have_labels_legend_their_data_and_the_same_bytes_twice(plot, tm
     assert [path.suffix for path in written[0]] == [".svg", ".png", ".csv"]
     for first, second in zip(*written, strict=True):
         assert first.read_bytes() == second.read_bytes()
-    pd.testing.assert_frame_equal(pd.read_csv(written[0][2]), PLOTS[plot](), check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(written[0][2]), make(), check_dtype=False)
 
 
 def test_lines_are_drawn_at_the_tables_values():
     (ax,) = plotting.new_figure()
-    plotting.plot_masking_curve(masking(), ax)
+    plotting.plot(masking(), ax, "masking_curve")
     lines = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
     assert lines["most active first"].tolist() == [[0, 0], [0.5, 1.5], [1, 3]]
 
@@ -166,7 +168,7 @@ def test_lines_are_drawn_at_the_tables_values():
 def test_panels_are_told_apart_in_the_saved_data(tmp_path):
     axes = plotting.new_figure(2)
     for ax, title in zip(axes, ("heads", "channels"), strict=True):
-        plotting.plot_masking_curve(masking(), ax)
+        plotting.plot(masking(), ax, "masking_curve")
         ax.set_title(title)
     table = pd.read_csv(plotting.save_figure(axes, "two", folder=tmp_path)[2])
     assert table["panel"].value_counts().to_dict() == {"heads": 9, "channels": 9}
@@ -174,9 +176,9 @@ def test_panels_are_told_apart_in_the_saved_data(tmp_path):
 
 @pytest.mark.parametrize("name", plotting.FIGURES)
 def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path):
-    plot = plotting.FIGURES[name].plot
-    panels = dict(zip(["null", "a, b", "c"], (plot, plot) if callable(plot) else plot, strict=False))
-    tables = [example(each).assign(panel=panel) for panel, each in panels.items()]
+    makes = [make for (figure, _), make in PANELS.items() if figure == name]
+    panels = dict(zip(["null", "a, b"], 2 * makes, strict=False))
+    tables = [make().assign(panel=panel) for panel, make in panels.items()]
     for each in tables:
         numbers = each.select_dtypes("float").columns
         each[numbers] = each[numbers] * (1 + 1e-9) / 3  # more digits than the file keeps
@@ -184,8 +186,8 @@ def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path)
     first = [path.read_bytes() for path in plotting.draw_figure(table, name, tmp_path)]
     drawn = plt.gcf().axes
     assert [ax.get_title() for ax in drawn if ax.get_title()] == list(panels)
-    for ax, plot in zip([ax for ax in drawn if ax.get_title()], panels.values(), strict=True):
-        whole = set(example(plot).select_dtypes("int"))
+    for ax, make in zip([ax for ax in drawn if ax.get_title()], panels.values(), strict=True):
+        whole = set(make().select_dtypes("int"))
         assert whole <= set(ax._plotted.select_dtypes("int"))  # also where another panel has no such column
     for path in tmp_path.glob("*.[ps]*g"):
         path.unlink()
@@ -200,7 +202,7 @@ def test_a_single_panel_needs_no_title(tmp_path):
 def test_a_level_to_compare_with_is_drawn_across(tmp_path):
     level = pd.DataFrame({"model": ["chance"], "split": "reference", "loss": 6.5})
     (ax,) = plotting.new_figure()
-    plotting.plot_loss_curve(pd.concat([curve(), level]), ax)
+    plotting.plot(pd.concat([curve(), level]), ax, "loss_curve")
     assert [line.get_ydata() for line in ax.get_lines() if line.get_linestyle() == ":"] == [[6.5, 6.5]]
     assert [text.get_text() for text in ax.texts] == ["chance"]
     assert "chance" not in " ".join(text.get_text() for text in ax.get_legend().get_texts())
@@ -235,7 +237,7 @@ def test_step_costs_are_drawn_from_above_with_their_quartiles():
 
 def test_a_biography_is_drawn_unit_by_unit_in_the_colours_of_roles():
     (ax,) = plotting.new_figure()
-    plotting.plot_biography(lives(), ax)
+    plotting.plot(lives(), ax, "movement_by_role", panel=1)
     names = list(plotting.ROLES)
     drawn = [[names[code] for code in row] for row in ax.images[0].get_array().tolist()]
     told = [

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError, field_validator
 
 from apexlib.analysis.intervals import interval
@@ -56,7 +57,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
         """Measure the claim from the tables in `results`: one value per seed, none where a table or run is missing."""
         (name,) = self.measure
         try:
-            values = MEASURES[name](Path(results), **self.arguments).dropna()
+            values = MEASURES[name](results, **self.arguments).dropna()
         except FileNotFoundError:
             return pd.Series(dtype=float)
         if not np.isfinite(values).all():
@@ -64,17 +65,14 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
         return values
 
 
-_CLAIMS = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
-
-
 def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
-    import yaml
-
+    ledger = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
     try:
-        claims = _CLAIMS.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        claims = ledger.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = [fault for fault in error.errors() if fault["loc"][:1] == error.errors()[0]["loc"][:1]]
+        faults = error.errors(include_url=False)
+        first = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
         raise ValueError(f"{path}: {'; '.join(map(_fault, first[:10]))}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
@@ -101,18 +99,18 @@ def claims_table(
 ) -> pd.DataFrame:
     """Decide every claim from the result tables in a folder: what the paper says, what was measured, the verdict.
 
-    `only` takes some of them: numbers, ids, or names of the notebooks that decide them. `claims` are those of the
-    project's ledger unless given. Columns: those of the ledger and of `decide`; `claim` is the id, `limits` has what
-    the draw of test examples adds, `notebook` decides the claim, `scale` is the folder's name: the profile.
+    `only` takes some of them, as `choose` does; `claims` are those of the project's ledger unless given. Columns: those
+    of the ledger and of `decide`; `claim` is the id, `limits` has what the draw of test examples adds, `notebook`
+    decides the claim, `scale` is the folder's name: the profile.
     """
-    results = Path(results_dir)
+    results, rows = Path(results_dir), []
     claims = read_claims() if claims is None else claims
-    rows = []
     for claim in claims if only is None else choose(claims, only):
         values = claim.values(results).to_list()
-        limits = " ".join(filter(None, [claim.limits, example_noise(results, claim) if values else ""]))
-        row = claim.model_dump(include=set(COLUMNS)) | decide(values) | {"claim": claim.id, "limits": limits}
-        rows.append(row | {"notebook": claim.notebooks[-1], "scale": results.name})
+        own = {"claim": claim.id, "notebook": claim.notebooks[-1], "scale": results.name}
+        if values and (noise := example_noise(results, claim)):
+            own["limits"] = f"{claim.limits} {noise}"
+        rows.append(claim.model_dump() | decide(values) | own)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -127,8 +125,7 @@ def decide(values: Sequence[float]) -> dict[str, Any]:
     """
     if not len(values):
         return {"mean": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "not measured"}
-    low, high = interval(values)
-    verdict = "inconclusive at this scale"
+    (low, high), verdict = interval(values), "inconclusive at this scale"
     if len(values) >= 3 and (low > 0 or high < 0):
         verdict = "reproduced" if low > 0 else "not reproduced"
     return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values), "verdict": verdict}

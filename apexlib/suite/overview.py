@@ -3,13 +3,14 @@
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+import yaml
+from jinja2 import StrictUndefined, Template
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
@@ -17,59 +18,12 @@ from apexlib.files import atomic_write
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import measured
 
-TITLE = "APEX: what is claimed, what was measured"
-VERDICTS = {  # colour of each, dark enough for text; the word stands beside it
-    "reproduced": "#00609c",
-    "not reproduced": "#b34700",
-    "inconclusive at this scale": "#7a6000",
-    "not measured": "#6b6b6b",
-}
-INTRODUCTION = (
-    "Each claim is put as a number, one per training seed, that is above zero where the claim holds; the rule was "
-    "written before the run. It is reproduced if the 95 % interval of the mean over at least three seeds lies above "
-    "zero, not reproduced if it lies below, else inconclusive at this scale."
-)
+_BESIDE = Path(__file__).parent
+WORDS = yaml.safe_load((_BESIDE / "overview.yaml").read_text(encoding="utf-8"))
+VERDICTS = WORDS["colours"]
 A4 = (8.27, 11.69)  # inches
 _MARGIN = 0.63  # inches; leaves the width of a figure of two columns
 Part = tuple[float, Callable[[Page, float], None]]  # of a page: its height in inches, and what draws it below a `top`
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title><style>
-:root { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
-body { max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .5rem 0; } small, .small { font-size: .8rem; color: #4d4d4d; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; table-layout: fixed; }
-th, td { text-align: left; vertical-align: top; padding: .5rem .6rem .5rem 0; border-bottom: 1px solid #ddd; }
-th { font-size: .8rem; color: #4d4d4d; font-weight: 600; }
-td p { margin: .2rem 0 0; } td.verdict { font-weight: 600; }
-th:nth-child(1) { width: 4%; } th:nth-child(2) { width: 46%; } th:nth-child(5) { width: 14%; }
-figure { margin: 1.5rem 0; break-inside: avoid; } figure svg { width: 100%; height: auto; display: block; }
-figcaption { font-size: .85rem; } tr { break-inside: avoid; }
-@media (max-width: 44rem) {
-  thead { display: none; } table, tbody, tr, td { display: block; }
-  tr { padding: .6rem 0; border-bottom: 1px solid #bbb; } td { border: 0; padding: .15rem 0; }
-  td[data-label]::before { content: attr(data-label) ": "; font-size: .8rem; color: #4d4d4d; font-weight: 400; }
-}
-@media print { :root { font-size: 10.5px; } body { max-width: none; padding: 0; } h2 { break-after: avoid; } }
-</style></head><body>
-<h1>{{ title }}</h1><p>{{ counts }}</p><p>{{ introduction }}</p><p><small>{{ facts }}</small></p>
-{% for heading, rows in ledger %}
-<h2>{{ heading }}</h2>
-<table><thead><tr><th></th><th>claim</th><th>the paper</th><th>here</th><th>verdict</th></tr></thead><tbody>
-{% for row in rows %}
-<tr id="claim-{{ row.number }}"><td>{{ row.number }}</td><td><strong>{{ row.statement }}</strong>
-<p class="small">Rule: {{ row.rule }}.</p><p class="small">Limits: {{ row.limits }}</p>
-<p class="small">Source: {{ row.source }}.</p></td><td data-label="the paper">{{ row.expected }}</td>
-<td data-label="here">{{ measured(row) }}{% if row.n > 1 %}<p class="small">{{ row.n }} seeds</p>{% endif %}</td>
-<td class="verdict" data-label="verdict" style="color: {{ colours[row.verdict] }}">{{ row.verdict }}</td></tr>
-{% endfor %}
-</tbody></table>
-{% endfor %}
-<h2>Figures</h2>
-{% for name, text in drawn %}<figure>{{ svg(name) | safe }}<figcaption>{{ text }}</figcaption></figure>{% endfor %}
-</body></html>
-"""
 
 
 def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[Path]:
@@ -102,10 +56,11 @@ def run_facts(results: Path) -> str:
 def overview_html(claims: pd.DataFrame, figures: Path, facts: str) -> str:
     """Write the page: how many claims got which verdict, the ledger by notebook, the figures with captions."""
     ledger = [(_heading(name), rows.itertuples()) for name, rows in claims.groupby("notebook", sort=False)]
-    said = {"title": TITLE, "counts": _counts(claims), "introduction": INTRODUCTION, "facts": facts, "ledger": ledger}
-    said |= {"measured": measured, "colours": VERDICTS, "drawn": _drawn(figures)}
+    said = WORDS | {"counts": _counts(claims), "facts": facts, "ledger": ledger, "measured": measured}
+    said["drawn"] = _drawn(figures)
     said["svg"] = lambda name: inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
-    return Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined).from_string(_PAGE).render(said)
+    page = (_BESIDE / "overview.html").read_text(encoding="utf-8")
+    return Template(page, autoescape=True, trim_blocks=True, undefined=StrictUndefined).render(said)
 
 
 def inline_svg(text: str, name: str) -> str:
@@ -118,10 +73,10 @@ def inline_svg(text: str, name: str) -> str:
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text).strip()
 
 
-def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
+def ledger_pages(claims: pd.DataFrame, facts: str) -> list[Page]:
     """Set the ledger on A4 pages, a block for each claim, its verdict at the right."""
-    opening = (_text(text, gap=0.06) for text in (_counts(claims), INTRODUCTION, facts))
-    blocks = [[_text(TITLE, size=14, weight="bold"), *opening]]
+    opening = (_text(text, gap=0.06) for text in (_counts(claims), WORDS["introduction"], facts))
+    blocks = [[_text(WORDS["title"], size=14, weight="bold"), *opening]]
     for notebook, rows in claims.groupby("notebook", sort=False):
         heading = [_text(_heading(notebook), size=11, weight="bold", gap=0.14)]
         for row in rows.itertuples():
@@ -136,32 +91,27 @@ def ledger_pages(claims: pd.DataFrame, facts: str) -> Iterator[Page]:
     return _pages(blocks)
 
 
-def figure_pages(figures: Path) -> Iterator[Page]:
+def figure_pages(figures: Path) -> list[Page]:
     """Set the figures, as they lie in the folder, on A4 pages with their captions."""
     parts = ((_picture(figures / f"{name}.png"), _text(caption)) for name, caption in _drawn(figures))
     return _pages([*both, _text("", gap=0.2)] for both in parts)
 
 
-def _pages(blocks: Iterable[list[Part]]) -> Iterator[Page]:
+def _pages(blocks: Iterable[list[Part]]) -> list[Page]:
     """Set blocks below one another on A4 pages, none of them split."""
-    page, top = None, 0.0
+    pages, top = [], 0.0
     for block in blocks:
         if top - sum(height for height, _ in block) < _MARGIN:
-            if page:
-                yield page
-            page, top = Page(figsize=A4, layout="none"), A4[1] - _MARGIN
+            pages.append(Page(figsize=A4, layout="none"))
+            top = A4[1] - _MARGIN
         for height, draw in block:
-            draw(page, top)
+            draw(pages[-1], top)
             top -= height
-    if page:
-        yield page
+    return pages
 
 
 def _text(text: str, *, size: float = 8, wide: float = 1, right: bool = False, gap: float = 0, **look: str) -> Part:
-    """Set text of `size` points, `gap` inches below what is above it; at the `right` it stands beside what follows.
-
-    It is broken to the width of the page, as if letters were so many times as `wide`.
-    """
+    """Set text, letters so many times as `wide` as usual, `gap` inches lower; `right`: beside what follows."""
     lines = textwrap.wrap(text, int(930 / (size * wide)), break_on_hyphens=False)
     x, side = (A4[0] - _MARGIN, "right") if right else (_MARGIN, "left")
 
@@ -185,7 +135,7 @@ def _picture(path: Path) -> Part:
 
 
 def _drawn(figures: Path) -> list[tuple[str, str]]:
-    return [(name, figure.caption) for name, figure in FIGURES.items() if (figures / f"{name}.svg").is_file()]
+    return [(name, figure["caption"]) for name, figure in FIGURES.items() if (figures / f"{name}.svg").is_file()]
 
 
 def _counts(claims: pd.DataFrame) -> str:

@@ -4,15 +4,17 @@ A `plot_*` function draws a tidy table on an `ax` and finishes it with `finish`;
 plotted table as CSV. Equal tables give equal bytes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 from apexlib.files import atomic_write
 
@@ -23,30 +25,11 @@ PALETTE = (  # seaborn's "colorblind": told apart with any colour vision
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEVEL = {"color": "0.4", "linewidth": 0.8}  # a line across
 DOTTED = LEVEL | {"linestyle": ":"}  # that is there to compare with
-STYLE = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.linewidth": 0.4,
-    "grid.alpha": 0.4,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-    "svg.hashsalt": "apexlib",  # element ids that do not change from run to run
-    "svg.fonttype": "path",
-}
 
 
 def new_figure(columns: int = 1, *, width: float | None = None, height: float = 2.3) -> list[Axes]:
     """Open a figure in the suite's style with `columns` panels side by side; sizes in inches."""
-    mpl.rcParams.update(STYLE)
+    plt.style.use(Path(__file__).with_name("figures.mplstyle"))
     width = width or (COLUMN if columns == 1 else 2 * COLUMN + 0.2)
     _, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return list(axes[0])
@@ -64,7 +47,7 @@ def save_figure(ax: Axes | Iterable[Axes], name: str, *, folder: Path = Path("fi
     if len(axes) > 1:
         tables = [table.assign(panel=each.get_title()) for each, table in zip(axes, tables, strict=True)]
     figure, paths = axes[0].figure, [Path(folder) / f"{name}.{ending}" for ending in ("svg", "png", "csv")]
-    with atomic_write(paths[0]) as file, mpl.rc_context({"svg.hashsalt": STYLE["svg.hashsalt"]}):
+    with atomic_write(paths[0]) as file, mpl.rc_context({"svg.hashsalt": "apexlib"}):
         figure.savefig(file, metadata={"Date": None, "Creator": None})
     with atomic_write(paths[1]) as file:
         figure.savefig(file, dpi=200, metadata={"Software": None})
@@ -78,17 +61,18 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
 
 
-def groups(table: pd.DataFrame, by: str, *, sort_by: str = "") -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
-    """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in."""
-    parts = table.groupby(by, sort=False)
-    for (name, rows), colour, marker in zip(parts, cycle(PALETTE), cycle(MARKERS), strict=False):
-        yield name, rows.sort_values(sort_by) if sort_by else rows, {"color": colour, "marker": marker}
+def groups(
+    table: pd.DataFrame, by: str, *, sort_by: str = "", looks: Mapping[str, tuple[str, int, str]] | None = None
+) -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
+    """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in.
 
-
-def band(ax: Axes, x: pd.Series, rows: pd.DataFrame, *, alpha: float = 0.2, **look: str) -> None:
-    """Draw `mean` against `x` as a line, and a band in its colour from `low` to `high`."""
-    ax.plot(x, rows["mean"], **look)
-    ax.fill_between(x, rows["low"], rows["high"], color=look["color"], alpha=alpha, linewidth=0)
+    `looks` sets groups and order: of each its name in a legend, the number of its colour in PALETTE, its marker.
+    """
+    names = table[by].dropna().unique()
+    looks = looks or dict(zip(names, zip(names, cycle(range(len(PALETTE))), cycle(MARKERS)), strict=False))
+    for value, (name, colour, marker) in looks.items():
+        rows = table[table[by] == value]
+        yield name, rows.sort_values(sort_by) if sort_by else rows, {"color": PALETTE[colour], "marker": marker}
 
 
 def around(table: pd.DataFrame, mean: str = "mean", low: str = "low", high: str = "high") -> np.ndarray:
@@ -96,12 +80,15 @@ def around(table: pd.DataFrame, mean: str = "mean", low: str = "low", high: str 
     return np.abs(table[[low, high]].to_numpy().T - table[mean].to_numpy())
 
 
-def finish(ax: Axes, table: pd.DataFrame, *, legend: str | None = None, **labels: str) -> Axes:
+def finish(ax: Axes, table: pd.DataFrame, *, legend: str = "", percent: Mapping | None = None, **labels: Any) -> Axes:
     """Label the axes, add a legend and keep the plotted table with the ax, for `save_figure`.
 
     `legend`: "inside", "beside" the ax where it would hide something, or one "below" all panels of the figure.
+    `percent`: the decimals of an axis, "x" or "y", that shows shares.
     """
     ax.set(**labels)
+    for axis, decimals in (percent or {}).items():
+        getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1, decimals))
     if legend == "inside":
         ax.legend()
     elif legend == "beside":
