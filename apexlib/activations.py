@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, model_components, unit_weight_norms
-from apexlib.evaluation import in_evaluation
+from apexlib.evaluation import in_evaluation, on_device
 from apexlib.fused_ffn import FusedFFN
 from apexlib.plan import ComponentName
 from apexlib.progress import progress
@@ -43,7 +43,8 @@ def activation_statistics(
     """
     with in_evaluation(model), ActivationRecorder(model, top=top, statistic=statistic) as recorder:
         for batch in progress(batches, "assessing"):
-            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            inputs = on_device(model, batch)
+            inputs.pop("labels", None)
             model.base_model(**inputs, use_cache=False)
     return recorder.table()
 
@@ -262,9 +263,7 @@ class _UnitSums:
     def __init__(self, parts: list[Component], top: float) -> None:
         self.parts = parts
         shape = (len(parts), parts[0].units)
-        self.count = min(
-            max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2
-        )  # one unit alone is neither top nor bottom
+        self.count = min(max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2)  # 0 of one unit alone
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.rank_score = torch.zeros(shape, dtype=torch.int64)
         self.ema: Tensor | None = None
@@ -305,10 +304,8 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
-    parts = model_components(model)
-    return pd.concat(
-        [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in parts], ignore_index=True
-    )
+    tables = [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in model_components(model)]
+    return pd.concat(tables, ignore_index=True)
 
 
 def unit_table(part: Component, **columns: Any) -> pd.DataFrame:

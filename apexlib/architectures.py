@@ -55,13 +55,7 @@ _LLAMA = Family()
 _EXPERTS = replace(_LLAMA, gate="", up="", down="", activation="")
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3_text": _LLAMA,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
     "gemma3": replace(_LLAMA, layers="model.language_model.layers"),
     "olmo2": replace(_LLAMA, coupled=("query", "key")),
     "phi": replace(
@@ -102,8 +96,7 @@ FAMILIES: dict[str, Family] = {
         down="fc2",
         activation="activation_fn",
     ),
-    "mixtral": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
 }
 
 
@@ -210,18 +203,13 @@ def _heads(model: PreTrainedModel, family: Family, layer: int) -> Component:
     copies = heads // groups
     query = torch.arange(heads * head_dim).view(groups, copies, head_dim)
     value = torch.arange(groups * head_dim).view(groups, 1, head_dim)
-    starts = {"query": 0, "key": 0, "value": 0}
-    if family.query == family.value:
-        if family.interleaved:  # head h holds rows 3·h·head_dim …: its query, its key, its value
-            base = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
-            query = value = base
-            starts = {"query": 0, "key": head_dim, "value": 2 * head_dim}
-        else:
-            starts = {"query": 0, "key": heads * head_dim, "value": (heads + groups) * head_dim}
-    index = {"query": query, "key": value + starts["key"], "value": value + starts["value"]}
-    output = torch.arange(heads * head_dim).view(groups, copies, head_dim)
-    slots = {role: _slot(model, family, layer, role, index[role]) for role in index}
-    slots["output"] = _slot(model, family, layer, "output", output)
+    index = {"query": query, "key": value, "value": value, "output": query}
+    if family.interleaved:  # head h holds rows 3·h·head_dim …: its query, its key, its value
+        base = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
+        index |= {"query": base, "key": base + head_dim, "value": base + 2 * head_dim}
+    elif family.query == family.value:
+        index |= {"key": value + heads * head_dim, "value": value + (heads + groups) * head_dim}
+    slots = {role: _slot(model, family, layer, role, rows) for role, rows in index.items()}
     return Component(layer, "head", groups, slots, activation="")
 
 

@@ -117,7 +117,10 @@ def expand(
     try:
         for part, layer, slots in planned:
             _expand_component(model, part, layer, slots, operator, generator)
-            _fuse_ffn(model, part, ffn)
+            if "up" in part.slots:
+                path = _parent(part.reader.module)
+                modules = [*(part.slots[role].module for role in ("gate", "up", "down")), part.activation]
+                take_form(model.get_submodule(path), tuple(name.removeprefix(f"{path}.") for name in modules), ffn)
         for name, dtype in whole.items():
             train_whole(model, name, dtype)
     except BaseException:  # out of memory, say: nothing has trained, so that one projection after the other is composed
@@ -217,14 +220,6 @@ def _expand_component(
         split(model.get_submodule(name), own, units, len(tuned), mixer, by_unit=by_unit, reordered=reordered)
 
 
-def _fuse_ffn(model: PreTrainedModel, part: Component, mode: str) -> None:
-    if "up" in part.slots:
-        path = _parent(part.reader.module)
-        modules = [part.slots[role].module for role in ("gate", "up", "down")]
-        names = tuple(name.removeprefix(f"{path}.") for name in (*modules, part.activation))
-        take_form(model.get_submodule(path), names, mode)
-
-
 def _match(
     model: PreTrainedModel, plan: ExpansionPlan, operator: str
 ) -> list[tuple[Component, LayerPlan, dict[str, list[Slot]]]]:
@@ -244,16 +239,12 @@ def _match(
         raise ValueError(f"{here}: a projection has no whole weight matrix (quantised or sharded?): {error}") from error
     planned = []
     for layer in plan.layers:
-        part = parts.get((layer.layer, layer.component))
+        part, wanted = parts.get((layer.layer, layer.component)), f"layer {layer.layer}, {layer.component}"
         if part is None:
             known = " and ".join(f"{component}s" for component in sorted({component for _, component in parts}))
-            raise ValueError(
-                f"layer {layer.layer}, {layer.component}: {here} has {known} in layers 0 to {max(parts)[0]} only"
-            )
+            raise ValueError(f"{wanted}: {here} has {known} in layers 0 to {max(parts)[0]} only")
         if part.units != layer.units:
-            raise ValueError(
-                f"layer {layer.layer}, {layer.component}: planned for {layer.units} units, {here} has {part.units}"
-            )
+            raise ValueError(f"{wanted}: planned for {layer.units} units, {here} has {part.units}")
         slots: dict[str, list[Slot]] = {}
         for slot in part.slots.values():
             slots.setdefault(slot.module, []).append(slot)
