@@ -139,14 +139,14 @@ class ActivationRecorder:
 
     def state(self) -> dict[str, Any]:
         """What was gathered so far, as tensors and numbers."""
-        sums = {component: sums.state() for component, sums in self._sums.items()}
+        sums = {name: {key: getattr(sums, key) for key in sums.gathered} for name, sums in self._sums.items()}
         return {"tokens": self.tokens, "batches": self.batches, "sums": sums}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.tokens, self.batches = state["tokens"], state["batches"]
         for component, sums in self._sums.items():
-            sums.load_state(state["sums"][component])
+            vars(sums).update(state["sums"][component])
 
     def table(self) -> pd.DataFrame:
         """One row per layer, component and unit, in that order, units numbered as in the model.
@@ -258,7 +258,7 @@ def _sum_of_squares(activation: Float[Tensor, "*batch n"], tokens: Tensor | None
 class _UnitSums:
     """Running sums over batches for all layers of one component, arrays of shape (layers, units)."""
 
-    _gathered = ("total", "rank_score", "ema", "ema_rank")
+    gathered = ("total", "rank_score", "ema", "ema_rank")
 
     def __init__(self, parts: list[Component], top: float) -> None:
         self.parts = parts
@@ -277,21 +277,11 @@ class _UnitSums:
         self.ema = mean if self.ema is None else EMA_DECAY * self.ema + (1 - EMA_DECAY) * mean
         self.ema_rank = rank if self.ema_rank is None else EMA_DECAY * self.ema_rank + (1 - EMA_DECAY) * rank
 
-    def state(self) -> dict[str, Tensor | None]:
-        """What was summed up so far."""
-        return {name: getattr(self, name) for name in self._gathered}
-
-    def load_state(self, state: Mapping[str, Tensor | None]) -> None:
-        """Continue from what `state` returned."""
-        for name in self._gathered:
-            setattr(self, name, state[name])
-
     def combine(self, others: list["_UnitSums"]) -> None:
         """Become the sum of `others`; moving averages become their mean, since no order joins parallel batches."""
-        self.total = torch.stack([other.total for other in others]).sum(0)
-        self.rank_score = torch.stack([other.rank_score for other in others]).sum(0)
-        self.ema = torch.stack([other.ema for other in others]).mean(0)
-        self.ema_rank = torch.stack([other.ema_rank for other in others]).mean(0)
+        for name in self.gathered:
+            values = torch.stack([getattr(other, name) for other in others])
+            setattr(self, name, values.mean(0) if name.startswith("ema") else values.sum(0))
 
     def _rank(self, squares: Float[Tensor, "layers units"]) -> Tensor:
         """+1 for the Top-K of each layer, −1 for its Min-K, else 0; ties by unit number, so that no device decides."""

@@ -51,6 +51,10 @@ def _fused(name: str) -> dict[str, str]:
     return {"query": name, "key": name, "value": name}
 
 
+def _ungated(gate: str, down: str, activation: str) -> dict[str, str]:
+    return {"gate": gate, "up": "", "down": down, "activation": activation}
+
+
 _LLAMA = Family()
 _EXPERTS = replace(_LLAMA, gate="", up="", down="", activation="")
 
@@ -58,9 +62,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
     "gemma3": replace(_LLAMA, layers="model.language_model.layers"),
     "olmo2": replace(_LLAMA, coupled=("query", "key")),
-    "phi": replace(
-        _LLAMA, output="self_attn.dense", gate="mlp.fc1", up="", down="mlp.fc2", activation="mlp.activation_fn"
-    ),
+    "phi": replace(_LLAMA, output="self_attn.dense", **_ungated("mlp.fc1", "mlp.fc2", "mlp.activation_fn")),
     "phi3": replace(
         _LLAMA,
         **_fused("self_attn.qkv_proj"),
@@ -70,31 +72,19 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         layers="transformer.h",
-        **_fused("attn.c_attn"),
         output="attn.c_proj",
-        gate="mlp.c_fc",
-        up="",
-        down="mlp.c_proj",
-        activation="mlp.act",
+        **_fused("attn.c_attn"),
+        **_ungated("mlp.c_fc", "mlp.c_proj", "mlp.act"),
     ),
     "gpt_neox": Family(
         layers="gpt_neox.layers",
-        **_fused("attention.query_key_value"),
         output="attention.dense",
-        gate="mlp.dense_h_to_4h",
-        up="",
-        down="mlp.dense_4h_to_h",
-        activation="mlp.act",
         interleaved=True,
+        **_fused("attention.query_key_value"),
+        **_ungated("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act"),
     ),
     "opt": replace(
-        _LLAMA,
-        layers="model.decoder.layers",
-        output="self_attn.out_proj",
-        gate="fc1",
-        up="",
-        down="fc2",
-        activation="activation_fn",
+        _LLAMA, layers="model.decoder.layers", output="self_attn.out_proj", **_ungated("fc1", "fc2", "activation_fn")
     ),
     **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
 }
