@@ -12,7 +12,6 @@ directly. M = 0 and v = s = s' = 1 at the start, so that the function does not c
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -108,8 +107,7 @@ def expand(
     planned = _match(model, plan, operator)
     whole = trained_whole(model, train_embeddings, train_norms)
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
-    trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    model._expansion = _Record(trained)
+    model._trained_before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.save_pretrained = model.push_to_hub = _refuse_to_save
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -137,7 +135,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     it was. Raises ValueError, and changes nothing, where a trained value is not finite: so all trainable rows are
     composed before the first is written, which takes, for that long, as much memory as they do in the model's dtype.
     """
-    if not isinstance(getattr(model, "_expansion", None), _Record):
+    if not hasattr(model, "_trained_before"):
         raise ValueError(f"{type(model).__name__}: is not expanded, or fused already; need the model given to `expand`")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -176,24 +174,17 @@ class Mixer(nn.Module):
         return rearrange(rows, "(unit dim) (copy d) -> (unit copy dim) d", copy=copies, dim=self.dim)
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What an expanded model remembers of itself: which parameters trained before."""
-
-    trained: dict[str, bool]
-
-
 def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> PreTrainedModel:
     """Make the model plain again, with its `composed` rows, and forget that it was expanded."""
     make_plain(model, composed)
     for module in model.modules():
         for name in [name for name, child in module.named_children() if isinstance(child, Mixer)]:
             delattr(module, name)
-    for name, trained in model._expansion.trained.items():
+    for name, trained in model._trained_before.items():
         parameter = model.get_parameter(name)
         parameter.requires_grad_(trained)
         parameter.grad = None
-    del model._expansion, model.save_pretrained, model.push_to_hub
+    del model._trained_before, model.save_pretrained, model.push_to_hub
     return model
 
 
