@@ -107,7 +107,9 @@ def expand(
     planned = _match(model, plan, operator)
     whole = trained_whole(model, train_embeddings, train_norms)
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
-    model._trained_before = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    model._expansion = {
+        name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
+    }  # trained before
     model.save_pretrained = model.push_to_hub = _refuse_to_save
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -135,7 +137,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     it was. Raises ValueError, and changes nothing, where a trained value is not finite: so all trainable rows are
     composed before the first is written, which takes, for that long, as much memory as they do in the model's dtype.
     """
-    if not hasattr(model, "_trained_before"):
+    if not hasattr(model, "_expansion"):
         raise ValueError(f"{type(model).__name__}: is not expanded, or fused already; need the model given to `expand`")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -180,11 +182,11 @@ def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> Pre
     for module in model.modules():
         for name in [name for name, child in module.named_children() if isinstance(child, Mixer)]:
             delattr(module, name)
-    for name, trained in model._trained_before.items():
+    for name, trained in model._expansion.items():
         parameter = model.get_parameter(name)
         parameter.requires_grad_(trained)
         parameter.grad = None
-    del model._trained_before, model.save_pretrained, model.push_to_hub
+    del model._expansion, model.save_pretrained, model.push_to_hub
     return model
 
 
