@@ -194,10 +194,11 @@ def _heads(model: PreTrainedModel, family: Family, layer: int) -> Component:
     query = torch.arange(heads * head_dim).view(groups, copies, head_dim)
     value = torch.arange(groups * head_dim).view(groups, 1, head_dim)
     index = {"query": query, "key": value, "value": value, "output": query}
-    if family.interleaved:  # head h holds rows 3·h·head_dim …: its query, its key, its value
+    fused = family.query == family.value
+    if fused and family.interleaved:  # head h holds rows 3·h·head_dim …: its query, its key, its value
         base = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
         index |= {"query": base, "key": base + head_dim, "value": base + 2 * head_dim}
-    elif family.query == family.value:
+    elif fused:
         index |= {"key": value + heads * head_dim, "value": value + (heads + groups) * head_dim}
     slots = {role: _slot(model, family, layer, role, rows) for role, rows in index.items()}
     return Component(layer, "head", groups, slots, activation="")

@@ -107,9 +107,8 @@ def expand(
     planned = _match(model, plan, operator)
     whole = trained_whole(model, train_embeddings, train_norms)
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
-    model._expansion = {
-        name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)
-    }  # trained before
+    # all that an expanded model remembers of itself: which parameters trained before
+    model._expansion = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.save_pretrained = model.push_to_hub = _refuse_to_save
     for parameter in model.parameters():
         parameter.requires_grad_(False)
