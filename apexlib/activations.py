@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, model_components, unit_weight_norms
-from apexlib.evaluation import in_evaluation
+from apexlib.evaluation import in_evaluation, on_device
 from apexlib.fused_ffn import FusedFFN
 from apexlib.plan import ComponentName
 from apexlib.progress import progress
@@ -43,7 +43,8 @@ def activation_statistics(
     """
     with in_evaluation(model), ActivationRecorder(model, top=top, statistic=statistic) as recorder:
         for batch in progress(batches, "assessing"):
-            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            inputs = on_device(model, batch)
+            inputs.pop("labels", None)
             model.base_model(**inputs, use_cache=False)
     return recorder.table()
 
@@ -130,21 +131,22 @@ class ActivationRecorder:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         states: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(states, self.state())
-        self.tokens, self.batches = (sum(state[name] for state in states) for name in ("tokens", "batches"))
+        torch.distributed.all_gather_object(states, (self.tokens, self.batches, self._sums))
+        self.tokens = sum(tokens for tokens, _, _ in states)
+        self.batches = sum(batches for _, batches, _ in states)
         for component, sums in self._sums.items():
-            sums.combine([state["sums"][component] for state in states])
+            sums.combine([others[component] for _, _, others in states])
 
     def state(self) -> dict[str, Any]:
         """What was gathered so far, as tensors and numbers."""
-        sums = {component: sums.state() for component, sums in self._sums.items()}
+        sums = {name: {key: getattr(sums, key) for key in sums.gathered} for name, sums in self._sums.items()}
         return {"tokens": self.tokens, "batches": self.batches, "sums": sums}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.tokens, self.batches = state["tokens"], state["batches"]
         for component, sums in self._sums.items():
-            sums.load_state(state["sums"][component])
+            vars(sums).update(state["sums"][component])
 
     def table(self) -> pd.DataFrame:
         """One row per layer, component and unit, in that order, units numbered as in the model.
@@ -159,9 +161,10 @@ class ActivationRecorder:
         tables = []
         for part in self.components:
             sums = self._sums[part.component]
-            total, *others = (getattr(sums, name)[sums.parts.index(part)] for name in _UnitSums._gathered)
-            others = dict(zip(_UnitSums._gathered[1:], others, strict=True))
-            tables.append(unit_table(part, activation=total / self.tokens, **others))
+            row = sums.parts.index(part)
+            averages = {"ema": sums.ema[row], "ema_rank": sums.ema_rank[row]}
+            mean, rank = sums.total[row] / self.tokens, sums.rank_score[row]
+            tables.append(unit_table(part, activation=mean, rank_score=rank, **averages))
         return pd.concat(tables, ignore_index=True).assign(tokens=self.tokens, batches=self.batches)
 
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -255,13 +258,12 @@ def _sum_of_squares(activation: Float[Tensor, "*batch n"], tokens: Tensor | None
 class _UnitSums:
     """Running sums over batches for all layers of one component, arrays of shape (layers, units)."""
 
-    _gathered = ("total", "rank_score", "ema", "ema_rank")
+    gathered = ("total", "rank_score", "ema", "ema_rank")
 
     def __init__(self, parts: list[Component], top: float) -> None:
         self.parts = parts
         shape = (len(parts), parts[0].units)
-        # one unit alone is neither top nor bottom
-        self.count = min(max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2)
+        self.count = min(max(1, math.floor(top * shape[1] + 1e-9)), shape[1] // 2)  # 0 of one unit alone
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.rank_score = torch.zeros(shape, dtype=torch.int64)
         self.ema: Tensor | None = None
@@ -275,20 +277,11 @@ class _UnitSums:
         self.ema = mean if self.ema is None else EMA_DECAY * self.ema + (1 - EMA_DECAY) * mean
         self.ema_rank = rank if self.ema_rank is None else EMA_DECAY * self.ema_rank + (1 - EMA_DECAY) * rank
 
-    def state(self) -> dict[str, Tensor | None]:
-        """What was summed up so far."""
-        return {name: getattr(self, name) for name in self._gathered}
-
-    def load_state(self, state: Mapping[str, Tensor | None]) -> None:
-        """Continue from what `state` returned."""
-        for name in self._gathered:
-            setattr(self, name, state[name])
-
-    def combine(self, states: list[Mapping[str, Tensor]]) -> None:
-        """Become the sum of `states`; moving averages become their mean, since no order joins parallel batches."""
-        for name in self._gathered:
-            stacked = torch.stack([state[name] for state in states])
-            setattr(self, name, stacked.mean(0) if name.startswith("ema") else stacked.sum(0))
+    def combine(self, others: list["_UnitSums"]) -> None:
+        """Become the sum of `others`; moving averages become their mean, since no order joins parallel batches."""
+        for name in self.gathered:
+            values = torch.stack([getattr(other, name) for other in others])
+            setattr(self, name, values.mean(0) if name.startswith("ema") else values.sum(0))
 
     def _rank(self, squares: Float[Tensor, "layers units"]) -> Tensor:
         """+1 for the Top-K of each layer, −1 for its Min-K, else 0; ties by unit number, so that no device decides."""
@@ -301,8 +294,8 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
-    norms = ((part, unit_weight_norms(model, part)) for part in model_components(model))
-    return pd.concat([unit_table(part, weight_norm=each) for part, each in norms], ignore_index=True)
+    tables = [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in model_components(model)]
+    return pd.concat(tables, ignore_index=True)
 
 
 def unit_table(part: Component, **columns: Any) -> pd.DataFrame:

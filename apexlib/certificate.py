@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from apexlib.evaluation import in_evaluation
+from apexlib.evaluation import in_evaluation, on_device
 from apexlib.expansion import fuse, is_expanded
 from apexlib.files import atomic_folder, file_hash, write_json
 from apexlib.inspection import composed_weights
@@ -111,7 +111,8 @@ def _logits(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> list
             if isinstance(module, SplitProjection):
                 module.train()
         for batch in batches:
-            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            inputs = on_device(model, batch)
+            inputs.pop("labels", None)
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             logits.append(model(**inputs, use_cache=False).logits[mask].double().cpu())
     return logits

@@ -28,6 +28,11 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring a batch to where the model is."""
+    return {name: value.to(model.device) for name, value in batch.items()}
+
+
 def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, quiet: bool = False) -> pd.Series:
     """Mean next-token loss over all labelled tokens: `loss` (nats per token), `perplexity` (exp of it), `tokens`.
 
@@ -37,7 +42,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
     total, tokens = 0.0, 0
     with in_evaluation(model):
         for batch in batches if quiet else progress(batches, "evaluating"):
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            inputs = on_device(model, batch)
             labels = inputs.pop("labels", None)
             if labels is None:
                 labels = inputs["input_ids"]
@@ -90,8 +95,7 @@ def exact_match(
             ids = torch.tensor([[pad] * (length - len(prompts[row])) + prompts[row] for row in rows])
             mask = torch.tensor([[0] * (length - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
             written = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                **on_device(model, {"input_ids": ids, "attention_mask": mask}),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,

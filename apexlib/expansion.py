@@ -107,15 +107,19 @@ def expand(
     planned = _match(model, plan, operator)
     whole = trained_whole(model, train_embeddings, train_norms)
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
-    trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    model._expansion = trained  # all that it remembers of itself: which parameters trained before
+    # all that an expanded model remembers of itself: which parameters trained before
+    model._expansion = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.save_pretrained = model.push_to_hub = _refuse_to_save
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
     try:
         for part, layer, slots in planned:
-            _expand_component(model, part, layer, slots, operator, generator, ffn)
+            _expand_component(model, part, layer, slots, operator, generator)
+            if "up" in part.slots:
+                path = _parent(part.reader.module)
+                modules = [*(part.slots[role].module for role in ("gate", "up", "down")), part.activation]
+                take_form(model.get_submodule(path), tuple(name.removeprefix(f"{path}.") for name in modules), ffn)
         for name, dtype in whole.items():
             train_whole(model, name, dtype)
     except BaseException:  # out of memory, say: nothing has trained, so that one projection after the other is composed
@@ -132,7 +136,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     it was. Raises ValueError, and changes nothing, where a trained value is not finite: so all trainable rows are
     composed before the first is written, which takes, for that long, as much memory as they do in the model's dtype.
     """
-    if not isinstance(getattr(model, "_expansion", None), dict):
+    if not hasattr(model, "_expansion"):
         raise ValueError(f"{type(model).__name__}: is not expanded, or fused already; need the model given to `expand`")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -192,7 +196,6 @@ def _expand_component(
     slots: dict[str, list[Slot]],
     operator: str,
     generator: torch.Generator,
-    ffn: str,
 ) -> None:
     family, reader = family_of(model), part.reader
     tuned = [*layer.target, *layer.source, *layer.direct]
@@ -207,10 +210,6 @@ def _expand_component(
     for name, own in slots.items():
         by_unit = family.interleaved and len(own) > 1
         split(model.get_submodule(name), own, units, len(tuned), mixer, by_unit=by_unit, reordered=reordered)
-    if "up" in part.slots:
-        path = _parent(reader.module)
-        modules = (*(part.slots[role].module for role in ("gate", "up", "down")), part.activation)
-        take_form(model.get_submodule(path), tuple(name.removeprefix(f"{path}.") for name in modules), ffn)
 
 
 def _match(
@@ -232,12 +231,12 @@ def _match(
         raise ValueError(f"{here}: a projection has no whole weight matrix (quantised or sharded?): {error}") from error
     planned = []
     for layer in plan.layers:
-        part, where = parts.get((layer.layer, layer.component)), f"layer {layer.layer}, {layer.component}"
+        part, wanted = parts.get((layer.layer, layer.component)), f"layer {layer.layer}, {layer.component}"
         if part is None:
             known = " and ".join(f"{component}s" for component in sorted({component for _, component in parts}))
-            raise ValueError(f"{where}: {here} has {known} in layers 0 to {max(parts)[0]} only")
+            raise ValueError(f"{wanted}: {here} has {known} in layers 0 to {max(parts)[0]} only")
         if part.units != layer.units:
-            raise ValueError(f"{where}: planned for {layer.units} units, {here} has {part.units}")
+            raise ValueError(f"{wanted}: planned for {layer.units} units, {here} has {part.units}")
         slots: dict[str, list[Slot]] = {}
         for slot in part.slots.values():
             slots.setdefault(slot.module, []).append(slot)

@@ -142,7 +142,8 @@ class FusedFFN(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         gate, up, down, activation = (self.get_submodule(name) for name in self.names)
-        if not down.training or torch.compiler.is_compiling() or _transformed():
+        in_torch_func = torch._C._are_functorch_transforms_active()
+        if not down.training or torch.compiler.is_compiling() or in_torch_func:
             return super().forward(*inputs, **named)
         if any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
             return super().forward(*inputs, **named)
@@ -275,10 +276,6 @@ def _parts(flat: Any) -> list[Part]:
 
 def _flat(parts: list[Part]) -> list[Tensor | None]:
     return [tensor for part in parts for tensor in part]
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
 
 
 @cache

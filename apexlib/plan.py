@@ -18,6 +18,7 @@ ComponentName = Literal["head", "channel"]
 COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)
 FFN_FORMS = ("split", "fused", "recompute")  # kept for backward: all of plain autograd, pre-activations, only the input
 
+_LEAST = {"stages": 1, "assessment_samples": 1, "align": 1, "balance_weight": 0, "operator_lr_scale": 0}
 _CHOICES = {
     "ffn": FFN_FORMS,
     "strategy": ("advantage", "random", "reversed", "magnitude"),
@@ -95,12 +96,9 @@ class ApexConfig(_Json):
             if not 2 * self.fraction <= (share := getattr(self, name)) <= 1:
                 least = f"{2 * self.fraction:g} (2·fraction: source and target train)"
                 raise ValueError(f"{name}: need a total share from {least} to 1, got {share}")
-        for name in ("stages", "assessment_samples", "align"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: need at least 1, got {getattr(self, name)}")
-        for name in ("balance_weight", "operator_lr_scale"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: need at least 0, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}: need at least {least}, got {value}")
         _index(self.seed, "seed")
 
     @classmethod

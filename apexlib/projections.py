@@ -94,9 +94,8 @@ class SplitProjection(nn.Module):
         if self.mixer is None or not any(layout.expands):
             return rows
         sizes = self._sizes(len(rows))
-        blocks = (
-            rows.unflatten(0, (-1, sum(layout.widths))).split(layout.widths, 1) if layout.by_unit else rows.split(sizes)
-        )
+        by_unit = layout.by_unit
+        blocks = rows.unflatten(0, (-1, sum(layout.widths))).split(layout.widths, 1) if by_unit else rows.split(sizes)
         scales = repeat(None) if self.s is None else iter(self.s.unbind())
         composed = [
             self.mixer(block.flatten(0, -2), layout.copies, next(scales)).view_as(block) if expands else block

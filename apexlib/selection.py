@@ -108,9 +108,8 @@ def _floor(share: float, units: int, align: int) -> int:
 def _earlier_targets(previous: Sequence[ExpansionPlan], layer: int, component: str, units: int) -> set[int]:
     plans = [plan for stage in previous for plan in stage.layers if (plan.layer, plan.component) == (layer, component)]
     if other := [plan.units for plan in plans if plan.units != units]:
-        raise ValueError(
-            f"previous: layer {layer}, {component} has {units} units, a plan there was made for {other[0]}"
-        )
+        here = f"previous: layer {layer}, {component}"
+        raise ValueError(f"{here} has {units} units, a plan there was made for {other[0]}")
     return {unit for plan in plans for unit in plan.target}
 
 

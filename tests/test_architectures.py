@@ -88,6 +88,14 @@ def test_families_that_would_mislead_are_refused(register, message):
     assert known == FAMILIES
 
 
+def test_only_a_fused_projection_is_read_as_interleaved(monkeypatch, tiny_model):
+    model, plain = tiny_model("llama"), model_components(tiny_model("llama"))
+    monkeypatch.setitem(FAMILIES, "llama", Family(interleaved=True))
+    for part, expected in zip(model_components(model), plain, strict=True):
+        for role, slot in part.slots.items():
+            assert torch.equal(slot.index, expected.slots[role].index), role
+
+
 def test_modules_that_contradict_the_config_are_refused(tiny_model):
     model = tiny_model("llama")
     model.model.layers[1].self_attn.v_proj = torch.nn.Linear(16, 20)
