@@ -151,7 +151,8 @@ class _Library:
     def everything(self, name: str) -> Found:
         """Lead to all parts of a module, to what it imports, and to the modules of a package."""
         module = self.module(name)
-        inner = [f"{name}.{path.stem}" for path in (self.path(name).iterdir() if name == module.package else ())]
+        files = self.path(name).iterdir() if name == module.package else ()
+        inner = [f"{name}.{path.stem}" for path in files if path.stem != "__init__"]
         found = {(name, part) for part in module.statements} | {(each, _ALL) for each in inner if self.module(each)}
         return found.union(*(self.find(*target) for target in module.imports.values()))
 

@@ -172,5 +172,5 @@ def _fault(error: dict[str, Any]) -> str:
     row, field = error["loc"][:1], " ".join(map(str, error["loc"][1:]))
     where = [f"claim {number + 1}" for number in row] + [field] * bool(field)
     known = f"; known: {', '.join(Claim.model_fields)}" if error["type"] == "extra_forbidden" else ""
-    there = "" if error["type"] == "missing" else f", got {reprlib.repr(error['input'])}"
+    there = "" if error["type"] == "missing" else f", got {reprlib.repr(error['input']):.200}"
     return ": ".join([*where, error["msg"].removeprefix("Value error, ")]) + known + there

@@ -43,7 +43,7 @@ def validated(model: type[Strict], content: Any, where: str) -> Any:
     if first["type"] in ("model_type", "dict_type"):  # pydantic's words would name our classes
         need = "a mapping" if path else f"a mapping with {', '.join(model.model_fields)}"
     thing = f"{where}, {'.'.join(path)}" if path else where
-    raise ReproduceError(f"{thing}: need {need}, got {reprlib.repr(first['input'])}")
+    raise ReproduceError(f"{thing}: need {need}, got {reprlib.repr(first['input']):.200}")
 
 
 def unknown(what: str, name: Any, known: Collection[str], where: str = "") -> ReproduceError:
@@ -86,7 +86,7 @@ class Parameter:
                 with suppress(ValueError):
                     float(value)
                     hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4"
-            got = f"{reprlib.repr(value)} ({type(value).__name__})"
+            got = f"{reprlib.repr(value):.200} ({type(value).__name__})"
             raise ReproduceError(f"{where}parameter {self.name}: need {self.kind}, got {got}{hint}") from None
 
 
