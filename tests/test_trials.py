@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from apexlib.suite import trials
-from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, stored, time_left
+from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, time_left
+
+
+def stored(run, trial, folder):
+    """The result of a trial that is up to date, None for any other."""
+    return trials._written(folder / trial.name / trials.RESULT, trials._key(run, trial))
 
 
 def square(folder, number, fail=False, die=False):
@@ -114,8 +119,10 @@ def test_a_trial_starts_in_a_clean_folder(here, tmp_path):
     assert sorted(path.name for path in (tmp_path / "n1").iterdir()) == ["note", trials.RESULT]
 
 
-def test_no_trial_is_started_after_the_time_given(here, tmp_path):
+def test_no_trial_is_started_after_the_time_given(here, tmp_path, monkeypatch):
+    monkeypatch.delenv("APEXLIB_DEADLINE", raising=False)
     run_trials(square, some(2), tmp_path)
+    assert "APEXLIB_DEADLINE" not in os.environ
     with pytest.raises(OutOfTimeError, match="2 of 3 trials are left: n1, n3") as caught:
         run_trials(square, some(1, 2, 3), tmp_path, seconds=-1)
     assert caught.value.left == ("n1", "n3")

@@ -8,13 +8,13 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from apexlib.suite.memory import resident_mb
 from apexlib.suite.notebooks import Notebook
 
 Stamps = dict[str, list[int]]  # path below the root → size, time of change in ns
@@ -116,7 +116,8 @@ class _Follower:
     def cell_ends(self, cell: Any, cell_index: int, **_: Any) -> None:
         if cell_index not in self.numbers:
             return
-        self.peak_memory_mb = _peak_memory(self.kernel.provisioner.pid) or self.peak_memory_mb
+        peak = resident_mb(self.kernel.provisioner.pid)
+        self.peak_memory_mb = self.peak_memory_mb if math.isnan(peak) else round(peak)
         self.bar.update()
         seconds = time.monotonic() - self.cell_began
         if self.bar.disable and seconds > _LONG_CELL:
@@ -204,14 +205,6 @@ def _explain(error: Exception, follower: _Follower, log: TextIO) -> str:
     number = follower.numbers.get(index)
     where = f"code cell {number} of {follower.notebook.n_code_cells}" if number else "before the first cell"
     return _ANSI.sub("", f"{where}: {said}{_quote(source)}{_quote(trace)}")
-
-
-def _peak_memory(process: int) -> int | None:
-    """Read the peak resident memory of a living process, in MB; None where the system does not tell."""
-    with suppress(OSError):
-        if found := re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text()):
-            return round(int(found[1]) * 1024 / 1e6)
-    return None
 
 
 def _is_own_code(cell: Any) -> bool:

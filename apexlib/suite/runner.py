@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from apexlib.files import clear_partial, content_hash, exclusive, file_hash, write_json
 from apexlib.provenance import provenance
-from apexlib.suite.dependencies import code_of_source
+from apexlib.suite.dependencies import LIBRARY, code_of_source
 from apexlib.suite.execution import duration, execute, say, stamps
 from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
@@ -45,26 +45,15 @@ class RunError(RuntimeError):
         super().__init__("\n".join(f"{step.notebook} {step.status}: {step.reason}" for step in self.left))
 
 
-def run_profile(
-    profile: str = "cpu",
-    *,
-    root: Path | None = None,
-    only: Sequence[str] = (),
-    start: str | None = None,
-    claims: Sequence[int] = (),
-    force: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    budget: float = math.inf,
-) -> list[Step]:
+def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = math.inf, **chosen: Any) -> list[Step]:
     """Run the notebooks of `profile` (a name or a YAML file) whose inputs or results changed since they last ran.
 
-    `only` and `start` are beginnings of notebook names, or `claims` numbers of the ledger whose notebooks are run;
-    `settings` maps "notebook.parameter" to a value. Once `budget` seconds are over, no notebook is started, and the one
-    under way starts no further training. Raises `ReproduceError` before anything has run, `RunError` after all that
-    depends on no failed or unfinished notebook has.
+    `chosen`: `root`, the project's folder; `only` (several) and `start`, beginnings of notebook names, or `claims`,
+    numbers of the ledger whose notebooks are run; `settings` maps "notebook.parameter" to a value. Once `budget`
+    seconds are over, no notebook is started, and the one under way starts no further training. Raises `ReproduceError`
+    before anything has run, `RunError` after all that depends on no failed or unfinished notebook has.
     """
-    deadline = time.time() + budget
-    job = _Job(profile, root, only=only, start=start, claims=claims, settings=settings)
+    deadline, job = time.time() + budget, _Job(profile, **chosen)
     steps: list[Step] = []
     with job.alone():
         manifest = job.folders.results / "manifest.json"
@@ -239,12 +228,13 @@ class _Job:
         """Collect everything the notebook's results depend on, under names that a user knows."""
         trees = [tree for cell in notebook.cells if (tree := normalised(cell)) != normalised("")]
         values = resolve(notebook, self.profile, self.settings)
+        package = self.root / "apexlib"  # what the kernel will import
         return {
             **{f"code cell {number}": content_hash(tree) for number, tree in enumerate(trees, 2)},
             **{f"parameter {name}": value for name, value in values.items()},
             "what it writes": content_hash(notebook.writes),
             **{path: self.state.hash(path) for path in notebook.needs},
-            **_reached(notebook, self.root),
+            **code_of_source(notebook.cells, package if package.is_dir() else LIBRARY),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
             "Python": platform.python_version(),
         }
@@ -317,12 +307,6 @@ class _Job:
         )
         del facts["device"]  # that of this process, which computes nothing; each notebook's is in its entry
         return facts
-
-
-def _reached(notebook: Notebook, root: Path) -> dict[str, str]:
-    """Hash the definitions that a notebook can reach, in the library that its kernel will import."""
-    package = root / "apexlib"
-    return code_of_source(notebook.cells, package) if package.is_dir() else code_of_source(notebook.cells)
 
 
 def _matching(prefix: str, names: Collection[str]) -> list[str]:

@@ -99,13 +99,14 @@ def time_left() -> float | None:
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[None]:
     """Inside the block, here and in processes started there, the deadline is in `seconds` if it is not sooner."""
-    before, left = os.environ.get(DEADLINE, ""), time_left()
+    before, left = os.environ.get(DEADLINE), time_left()
     if seconds is not None and (left is None or seconds < left):
         os.environ[DEADLINE] = str(time.time() + seconds)
     try:
         yield
     finally:
-        os.environ[DEADLINE] = before  # empty: no deadline
+        os.environ.pop(DEADLINE, None)
+        os.environ |= {} if before is None else {DEADLINE: before}
 
 
 def _late() -> bool:
@@ -119,11 +120,6 @@ def default_workers() -> int:
     if torch.cuda.is_available():
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def stored(run: Run, trial: Trial, folder: Path) -> dict[str, Any] | None:
-    """Return the result of a trial that is up to date, None for any other."""
-    return _written(Path(folder) / trial.name / RESULT, _key(run, trial))
 
 
 def _written(path: Path, key: str) -> Any:
