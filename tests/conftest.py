@@ -65,10 +65,10 @@ def build(
     for dropout in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)
-    how = {"attn_implementation": attention} | ({"experts_implementation": "eager"} if "num_experts" in own else {})
+    options = {"attn_implementation": attention} | ({"experts_implementation": "eager"} if "num_experts" in own else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, **how).to(dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, **options).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

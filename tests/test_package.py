@@ -68,13 +68,13 @@ def needed(names):
 @pytest.fixture(scope="module")
 def clean_python(tmp_path_factory):
     """A Python with the built wheel and what it needs, and nothing of the notebooks' needs."""
-    place = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("wheel")
     for name in ("apexlib", "pyproject.toml", "README.md", "LICENSE"):
-        run("cp", "-r", ROOT / name, place)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", place / "dist", place)
-    (wheel,) = (place / "dist").glob("*.whl")
-    run(sys.executable, "-m", "venv", "--without-pip", place / "clean")
-    (packages,) = (place / "clean").glob("lib/python*/site-packages")
+        run("cp", "-r", ROOT / name, folder)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "clean")
+    (packages,) = (folder / "clean").glob("lib/python*/site-packages")
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", packages, wheel)
     (own,) = metadata.distributions(path=[str(packages)])
     core = [r.name for r in map(Requirement, own.requires) if not r.marker or r.marker.evaluate({"extra": ""})]
@@ -82,7 +82,7 @@ def clean_python(tmp_path_factory):
         for part in {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}:
             if not (packages / part).exists():
                 (packages / part).symlink_to(distribution.locate_file(part))
-    return place / "clean" / "bin" / "python"
+    return folder / "clean" / "bin" / "python"
 
 
 def test_the_wheel_has_every_room(clean_python):

@@ -190,9 +190,9 @@ FIGURES = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text(enco
 def plot(table: pd.DataFrame, ax: Axes, name: str, panel: int = 0) -> Axes:
     """Draw a table on `ax` as the figure of that name in `FIGURES` draws it in a panel."""
     panels = FIGURES[name]["panels"]
-    how = panels[panel % len(panels)]
-    PLOTS[how["plot"]](table, ax, **how.get("marks", {}))
-    return finish(ax, table, **how.get("axes", {}))
+    chosen = panels[panel % len(panels)]
+    PLOTS[chosen["plot"]](table, ax, **chosen.get("marks", {}))
+    return finish(ax, table, **chosen.get("axes", {}))
 
 
 def draw_figure(table: pd.DataFrame, name: str, folder: Path) -> list[Path]:
