@@ -227,7 +227,7 @@ def test_a_killed_process_is_reported_and_what_was_done_is_kept(tmp_path, monkey
     monkeypatch.setattr(trials, "default_workers", lambda: 2)
     run_trials(square, some(1), tmp_path)
     with pytest.raises(RuntimeError, match=r"first n2: its process died.*out of memory\?"):
-        run_trials(square, [*some(1), *some(2, die=True)], tmp_path)
+        run_trials(square, [*some(1), *some(2, die=True), *some(3, 4, 5)], tmp_path)
     assert stored(square, some(1)[0], tmp_path)["square"] == 1
 
 

@@ -91,20 +91,20 @@ class _Follower:
     """Follow a notebook while it runs: the cell it is in, how long cells take, how much memory the kernel needs."""
 
     def __init__(self, notebook: Notebook) -> None:
-        self.notebook = notebook
+        self.limit, self.total = notebook.timeout_minutes, 1 + len(notebook.cells)
         self.numbers: dict[int, int] = {}  # index in the executed copy → which of the notebook's own code cells
         self.index, self.source = 0, ""
         self.began = self.cell_began = time.monotonic()
         self.ends_by = math.inf  # known once the kernel has started
         self.kernel: Any = None
         self.peak_memory_mb: int | None = None
-        self.bar = tqdm(total=notebook.n_code_cells, desc=notebook.name, unit="cell", leave=False, disable=None)
+        self.bar = tqdm(total=self.total, desc=notebook.name, unit="cell", leave=False, disable=None)
 
     def cell_starts(self, cell: Any, cell_index: int) -> None:
         if _is_own_code(cell):
             self.index, self.source, self.cell_began = cell_index, cell.source, time.monotonic()
             if not self.numbers:
-                self.ends_by = self.cell_began + 60 * self.notebook.timeout_minutes
+                self.ends_by = self.cell_began + 60 * self.limit
             self.numbers[cell_index] = len(self.numbers) + 1
 
     def cell_ends(self, cell: Any, cell_index: int, **_: Any) -> None:
@@ -115,7 +115,7 @@ class _Follower:
         self.bar.update()
         seconds = time.monotonic() - self.cell_began
         if self.bar.disable and seconds > _LONG_CELL:
-            say(f"  code cell {self.numbers[cell_index]} of {self.notebook.n_code_cells} took {duration(seconds)}")
+            say(f"  code cell {self.numbers[cell_index]} of {self.total} took {duration(seconds)}")
 
 
 def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, more: Mapping[str, str]) -> type:
@@ -187,13 +187,13 @@ def _explain(error: Exception, follower: _Follower, log: TextIO) -> str:
         index, source, said = error.cell_index, error.source, f"{error.ename}: {error.evalue}".removesuffix(": ")
         trace = "\n".join(error.traceback).splitlines()
     elif isinstance(error, CellTimeoutError) and time.monotonic() >= follower.ends_by:
-        said = f"not done after {follower.notebook.timeout_minutes:g} minutes, the notebook's timeout_minutes"
+        said = f"not done after {follower.limit:g} minutes, the notebook's timeout_minutes"
     else:
         log.seek(0)
         trace = [line for line in log.read().splitlines() if not line.startswith("[IPKernelApp]")]
         said = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else said
     number = follower.numbers.get(index)
-    where = f"code cell {number} of {follower.notebook.n_code_cells}" if number else "before the first cell"
+    where = f"code cell {number} of {follower.total}" if number else "before the first cell"
     report = f"{where}: {said}{_quote(source.splitlines())}{_quote(trace[-20:])}"
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", report)  # colours of a terminal
 

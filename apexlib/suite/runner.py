@@ -60,8 +60,8 @@ def run_profile(
 
     `only` and `start` are beginnings of notebook names, or `claims` numbers of the ledger whose notebooks are run;
     `settings` maps "notebook.parameter" to a value. Once `budget` seconds are over, no notebook is started, and the one
-    under way starts no further training. Raises `ReproduceError` before anything has run, `RunError` after all that
-    depends on no failed or unfinished notebook has.
+    under way starts no further training. Raises `ReproduceError`, a ValueError, before anything has run, `RunError`
+    after all that depends on no failed or unfinished notebook has.
     """
     deadline = time.time() + budget
     job = _Job(profile, root, only=only, start=start, claims=claims, settings=settings)
