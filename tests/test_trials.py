@@ -19,7 +19,7 @@ from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, time_left
 
 def stored(run, trial, folder):
     """The result of a trial that is up to date, None for any other."""
-    return trials._written(folder / trial.name / trials.RESULT, trials._key(run, trial))
+    return trials._written(trials.RESULT, folder / trial.name, trials._key(run, trial))
 
 
 def square(folder, number, fail=False, die=False):
@@ -234,7 +234,7 @@ def test_a_killed_process_is_reported_and_what_was_done_is_kept(tmp_path, monkey
     monkeypatch.setattr(trials, "default_workers", lambda: 2)
     run_trials(square, some(1), tmp_path)
     with pytest.raises(RuntimeError, match=r"first n2: its process died.*out of memory\?"):
-        run_trials(square, [*some(1), *some(2, die=True)], tmp_path)
+        run_trials(square, [*some(1), *some(2, die=True), *some(3, 4, 5)], tmp_path)
     assert stored(square, some(1)[0], tmp_path)["square"] == 1
 
 

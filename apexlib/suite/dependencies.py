@@ -11,13 +11,12 @@ import ast
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from apexlib.suite.syntax import Part, Target, chain_of, defined, normalised, parsed
-
-__all__ = ["LIBRARY", "code_of", "code_of_source", "normalised"]
+from apexlib.suite.syntax import Part, Target, chain_of, defined, parsed
 
 LIBRARY = Path(__file__).parents[1]
 
@@ -52,10 +51,14 @@ class _Module:
     """A parsed file: its definitions and the rest of its statements, and what its imports stand for."""
 
     def __init__(self, name: str, package: str, tree: ast.Module) -> None:
-        self.name, self.package, self.tree = name, package, tree
+        self.name, self.package = name, package
         self.statements: dict[str, list[ast.stmt]] = {_REST: []}
-        self.parts: dict[str, Part] = {}
         self.imports: dict[str, Target] = {}
+        # where a package may take names from when they are asked for: the entries of its tables of text
+        nodes = ast.walk(tree) if name == package else ()
+        pairs = chain(*(zip(node.keys, node.values, strict=True) for node in nodes if isinstance(node, ast.Dict)))
+        texts = [pair for pair in pairs if all(isinstance(each, ast.Constant) for each in pair)]
+        self.homes = {key.value: f"{name}.{value.value}" for key, value in texts}
         waiting = [*tree.body]
         while waiting:
             node = waiting.pop(0)
@@ -68,26 +71,9 @@ class _Module:
             else:
                 for part in defined(node) or [_REST]:
                     self.statements.setdefault(part, []).append(node)
-        for part in self.statements if name == package else [_REST]:  # a package may hand on what a function imports
-            self.imports = self.part(part).imports | self.imports
-
-    def part(self, name: str) -> Part:
-        """Read a definition, or the rest."""
-        if name not in self.parts:
-            self.parts[name] = Part(self.statements[name], self.package)
-        return self.parts[name]
-
-    @cached_property
-    def homes(self) -> dict[str, str]:
-        """Where a package may take names from when they are asked for: the entries of its tables of text."""
-        nodes = ast.walk(self.tree) if self.name == self.package else ()
-        tables = [node for node in nodes if isinstance(node, ast.Dict)]
-        pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
-        return {
-            key.value: f"{self.name}.{value.value}"
-            for key, value in pairs
-            if isinstance(key, ast.Constant) and isinstance(value, ast.Constant)
-        }
+        self.parts = {part: Part(nodes, package) for part, nodes in self.statements.items()}
+        for part in self.parts if name == package else [_REST]:  # a package may hand on what a function imports
+            self.imports = self.parts[part].imports | self.imports
 
 
 @cache
@@ -117,13 +103,11 @@ class _Library:
     def module(self, name: str) -> _Module | None:
         """Parse a module of the library; None for any other name."""
         if name not in self.modules:
-            self.modules[name] = None
             path = self.path(name)
-            for file, package in ((path / "__init__.py", name), (Path(f"{path}.py"), name.rpartition(".")[0])):
-                if name.split(".")[0] in self.roots and file.is_file():
-                    about = file.stat()
-                    self.modules[name] = _read(name, package, file, about.st_size, about.st_mtime_ns)
-                    break
+            files = ((path / "__init__.py", name), (Path(f"{path}.py"), name.rpartition(".")[0]))
+            found = [(*way, way[0].stat()) for way in files if name.split(".")[0] in self.roots and way[0].is_file()]
+            read = [_read(name, package, file, about.st_size, about.st_mtime_ns) for file, package, about in found[:1]]
+            self.modules[name] = read[0] if read else None
         return self.modules[name]
 
     def path(self, name: str) -> Path:
@@ -134,11 +118,11 @@ class _Library:
     def follow(self, name: str, part: str) -> tuple[str, Found]:
         """Return the text that decides the hash of a part of a module, and the parts that it leads to at once."""
         module, found, origins = self.module(name), self.loaded(name), set()
-        read = module.part(part)
-        for chain in read.chains:
-            found |= (parts := self.resolve(module, chain, read.imports))
-            if target := read.imports.get(chain[0]) or module.imports.get(chain[0]):
-                origins.add(f"{chain} {sorted(parts) or target}")
+        read = module.parts[part]
+        for names in read.chains:
+            found |= (parts := self.resolve(module, names, read.imports))
+            if target := read.imports.get(names[0]) or module.imports.get(names[0]):
+                origins.add(f"{names} {sorted(parts) or target}")
         found = found.union(*map(self.loaded, read.loads))
         for bound, (target, *_) in read.imports.items():
             found |= self.find(target) if bound.startswith("*") else set()
@@ -192,11 +176,11 @@ class _Library:
         for node in module.statements[name]:
             marks = [getattr(each, "func", each) for each in getattr(node, "decorator_list", ())]
             marks += [each.value for each in getattr(node, "keywords", ())]  # a metaclass
-            if any(self.resolve(module, chain, {}) for chain in Part(marks).chains):
+            if any(self.resolve(module, names, {}) for names in Part(marks).chains):
                 return True
             for base in map(chain_of, getattr(node, "bases", ())):
                 for where, what in self.resolve(module, base, {}) - {(module.name, name)} if base else ():
                     above = self.module(where)
-                    if "__init_subclass__" in repr(above.part(what).tree) or self.enters(above, what):
+                    if "__init_subclass__" in repr(above.parts[what].tree) or self.enters(above, what):
                         return True
         return False

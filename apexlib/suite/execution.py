@@ -7,8 +7,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,6 @@ from apexlib.suite.notebooks import Notebook
 Stamps = dict[str, list[int]]  # path below the root → size, time of change in ns
 
 _LONG_CELL = 5.0  # seconds; where there is no progress bar, shorter cells get no line of their own
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,11 @@ def execute(
     """Run `notebook` in its folder with the parameters `values`, under more `environment` variables, into `copy`."""
     import papermill
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # it would repeat what is said here
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would complain of what an interrupt cuts off
+    for name in ("papermill", "asyncio"):  # repeats what is said here; complains of what an interrupt cuts off
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     before = {path: stamps(root, path) for path in notebook.writes}
-    follower = _Follower(notebook)
-    out_of_time = False
-    with copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
+    follower, out_of_time = _Follower(notebook), False
+    with follower.bar, copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
         try:
             executed = papermill.execute_notebook(
                 _not_a_template(notebook.path),
@@ -64,18 +63,13 @@ def execute(
         except Exception as error:  # whatever stopped this notebook, others may still run
             out_of_time = getattr(error, "ename", "") == "OutOfTimeError"
             problem = error.evalue if out_of_time else _explain(error, follower, log)
-        finally:
-            follower.bar.close()
     return Execution(problem, time.monotonic() - follower.began, follower.peak_memory_mb, out_of_time)
 
 
 def stamps(root: Path, path: str) -> Stamps:
     """Stat the file `path` below `root` or, if `path` ends in "/", every visible file in that folder."""
-    files = [root / path]
-    if path.endswith("/"):
-        names = {file: file.relative_to(root / path).as_posix() for file in (root / path).rglob("*")}
-        files = [file for file, name in names.items() if not re.search(r"(^|/)\.", name)]
-    stats = {file.relative_to(root).as_posix(): file.stat() for file in files if file.is_file()}
+    names = glob("**", root_dir=root / path, recursive=True) if path.endswith("/") else [""]
+    stats = {file.relative_to(root).as_posix(): file.stat() for name in names if (file := root / path / name).is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
@@ -97,31 +91,31 @@ class _Follower:
     """Follow a notebook while it runs: the cell it is in, how long cells take, how much memory the kernel needs."""
 
     def __init__(self, notebook: Notebook) -> None:
-        self.notebook = notebook
+        self.limit, self.total = notebook.timeout_minutes, 1 + len(notebook.cells)
         self.numbers: dict[int, int] = {}  # index in the executed copy → which of the notebook's own code cells
         self.index, self.source = 0, ""
         self.began = self.cell_began = time.monotonic()
         self.ends_by = math.inf  # known once the kernel has started
         self.kernel: Any = None
         self.peak_memory_mb: int | None = None
-        self.bar = tqdm(total=notebook.n_code_cells, desc=notebook.name, unit="cell", leave=False, disable=None)
+        self.bar = tqdm(total=self.total, desc=notebook.name, unit="cell", leave=False, disable=None)
 
     def cell_starts(self, cell: Any, cell_index: int) -> None:
         if _is_own_code(cell):
             self.index, self.source, self.cell_began = cell_index, cell.source, time.monotonic()
             if not self.numbers:
-                self.ends_by = self.cell_began + 60 * self.notebook.timeout_minutes
+                self.ends_by = self.cell_began + 60 * self.limit
             self.numbers[cell_index] = len(self.numbers) + 1
 
     def cell_ends(self, cell: Any, cell_index: int, **_: Any) -> None:
         if cell_index not in self.numbers:
             return
-        peak = resident_mb(self.kernel.provisioner.pid)
-        self.peak_memory_mb = self.peak_memory_mb if math.isnan(peak) else round(peak)
+        if not math.isnan(peak := resident_mb(self.kernel.provisioner.pid)):
+            self.peak_memory_mb = round(peak)
         self.bar.update()
         seconds = time.monotonic() - self.cell_began
         if self.bar.disable and seconds > _LONG_CELL:
-            say(f"  code cell {self.numbers[cell_index]} of {self.notebook.n_code_cells} took {duration(seconds)}")
+            say(f"  code cell {self.numbers[cell_index]} of {self.total} took {duration(seconds)}")
 
 
 def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, more: Mapping[str, str]) -> type:
@@ -131,6 +125,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
     from jupyter_client.kernelspec import KernelSpec
 
     environment = {
+        **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
@@ -138,17 +133,13 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
         "IPYTHONDIR": str(ipython),  # a user's own start-up files are not part of the run
         **more,
     }
-    environment = {name: value.replace("$", "$$") for name, value in environment.items()}  # each is a string.Template
 
     class OwnKernel(AsyncKernelManager):
-        kernel_spec = KernelSpec(**get_kernel_dict(python_arguments=["-Xfrozen_modules=off"]), env=environment)
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            follower.kernel = self
+        kernel_spec = KernelSpec(**get_kernel_dict(python_arguments=["-Xfrozen_modules=off"]))
 
         async def start_kernel(self, **options: Any) -> None:
-            await super().start_kernel(stdout=log, stderr=log, **options)  # what no cell catches
+            follower.kernel = self
+            await super().start_kernel(env=environment, stdout=log, stderr=log, **options)  # what no cell catches
 
     return OwnKernel
 
@@ -160,7 +151,7 @@ def _unfinished_cell(executed: Any) -> str:
         if cell.source.strip() and (cell.metadata.papermill.status != "completed" or cell.execution_count is None):
             left = any(output.get("ename") == "SystemExit" for output in cell.outputs)
             fate = "left the notebook by sys.exit" if left else "was not run"
-            return f"code cell {number} of {len(own)} {fate}{_quote(cell.source)}"
+            return f"code cell {number} of {len(own)} {fate}{_quote(cell.source.splitlines())}"
     return ""
 
 
@@ -190,21 +181,21 @@ def _explain(error: Exception, follower: _Follower, log: TextIO) -> str:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    index, source, trace = follower.index, follower.source, ""
+    index, source, trace = follower.index, follower.source, []
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, PapermillExecutionError):
         index, source, said = error.cell_index, error.source, f"{error.ename}: {error.evalue}".removesuffix(": ")
-        trace = "\n".join(error.traceback)
+        trace = "\n".join(error.traceback).splitlines()
     elif isinstance(error, CellTimeoutError) and time.monotonic() >= follower.ends_by:
-        said = f"not done after {follower.notebook.timeout_minutes:g} minutes, the notebook's timeout_minutes"
+        said = f"not done after {follower.limit:g} minutes, the notebook's timeout_minutes"
     else:
         log.seek(0)
-        trace = "\n".join(line for line in log.read().splitlines() if not line.startswith("[IPKernelApp]"))
+        trace = [line for line in log.read().splitlines() if not line.startswith("[IPKernelApp]")]
         said = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else said
-    trace = "\n".join(trace.splitlines()[-20:])
     number = follower.numbers.get(index)
-    where = f"code cell {number} of {follower.notebook.n_code_cells}" if number else "before the first cell"
-    return _ANSI.sub("", f"{where}: {said}{_quote(source)}{_quote(trace)}")
+    where = f"code cell {number} of {follower.total}" if number else "before the first cell"
+    report = f"{where}: {said}{_quote(source.splitlines())}{_quote(trace[-20:])}"
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", report)  # colours of a terminal
 
 
 def _is_own_code(cell: Any) -> bool:
@@ -215,6 +206,5 @@ def _not_a_template(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats paths with the parameters
 
 
-def _quote(text: str, limit: int = 30) -> str:
-    lines = text.splitlines()
+def _quote(lines: Sequence[str], limit: int = 30) -> str:
     return "".join(f"\n    | {line}" for line in [*lines[:limit], *["…"] * (len(lines) > limit)])

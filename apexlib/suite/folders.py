@@ -36,14 +36,8 @@ def folders(profile: str, root: Path | None = None) -> Folders:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", profile):
         raise ValueError(f"profile {profile!r}: need letters, digits, '_', '-' or '.', since it names a folder")
     root = root or project_root()
-    data = root / "data"
-    return Folders(
-        results=data / "results" / profile,
-        figures=root / "figures" / profile,
-        models=data / "models" / profile,
-        cache=data / "cache",
-        runs=data / "runs" / profile,
-    )
+    own = {name: root / "data" / name / profile for name in ("results", "models", "runs")}
+    return Folders(**own, figures=root / "figures" / profile, cache=root / "data" / "cache")
 
 
 def home() -> Path:

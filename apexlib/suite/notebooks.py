@@ -3,10 +3,11 @@
 import ast
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -81,30 +82,10 @@ class Parameter:
         try:
             return TypeAdapter(_KINDS[kind], config=Strict.model_config).validate_python(value)
         except ValidationError:
-            hint = ""
-            if "float" in self.kind and isinstance(value, str):
-                with suppress(ValueError):
-                    float(value)
-                    hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4"
+            as_text = "float" in self.kind and re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", str(value))
+            hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4" if as_text else ""
             got = f"{reprlib.repr(value):.200} ({type(value).__name__})"
             raise ReproduceError(f"{where}parameter {self.name}: need {self.kind}, got {got}{hint}") from None
-
-
-@dataclass(frozen=True)
-class Notebook:
-    """A notebook as one profile sees it; paths are relative to the project's root, a folder's ends in "/"."""
-
-    name: str
-    path: Path
-    parameters: dict[str, Parameter]
-    needs: tuple[str, ...]
-    writes: dict[str, list[str]]  # path → columns its table must have
-    timeout_minutes: float
-    cells: tuple[str, ...]  # the code after the parameters
-
-    @property
-    def n_code_cells(self) -> int:
-        return 1 + len(self.cells)
 
 
 def _within_project(path: str) -> str:
@@ -123,11 +104,20 @@ ProjectPath = Annotated[str, AfterValidator(_within_project)]
 
 
 class _Declaration(Strict):
-    """The notebook's metadata `apexlib`; `{profile}` in a path stands for the profile's name."""
+    """The notebook's metadata `apexlib`; `{profile}` in a path stands for the profile's name; a folder ends in "/"."""
 
     needs: list[ProjectPath]
-    writes: Annotated[dict[ProjectPath, list[str]], AfterValidator(_only_of_tables)]
+    writes: Annotated[dict[ProjectPath, list[str]], AfterValidator(_only_of_tables)]  # with columns of a table
     timeout_minutes: float = Field(gt=0)
+
+
+class Notebook(_Declaration):
+    """A notebook as one profile sees it."""
+
+    name: str
+    path: Path
+    parameters: dict[str, Parameter]
+    cells: tuple[str, ...]  # the code after the parameters
 
 
 def read_notebook(path: Path, profile: str) -> Notebook:
@@ -139,21 +129,15 @@ def read_notebook(path: Path, profile: str) -> Notebook:
             for cell in content["cells"]
             if cell["cell_type"] == "code"
         ]
-        metadata = content["metadata"].get("apexlib")
+        metadata = json.loads(json.dumps(content["metadata"].get("apexlib")).replace("{profile}", profile))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReproduceError(f"{path.name}: need a notebook of format 4 ({type(error).__name__}: {error})") from None
     if not cells or "parameters" not in cells[0][0]:
         raise ReproduceError(f"{path.name}: need the tag 'parameters' on the first code cell")
     declared = validated(_Declaration, metadata, f"{path.name}, metadata apexlib")
-    return Notebook(
-        name=path.stem,
-        path=path,
-        parameters=_parameters(cells[0][1], f"{path.name}, parameters cell"),
-        needs=tuple(name.replace("{profile}", profile) for name in declared.needs),
-        writes={name.replace("{profile}", profile): columns for name, columns in declared.writes.items()},
-        timeout_minutes=declared.timeout_minutes,
-        cells=tuple(source for _, source in cells[1:]),
-    )
+    parameters = _parameters(cells[0][1], f"{path.name}, parameters cell")
+    code = tuple(source for _, source in cells[1:])
+    return Notebook(**dict(declared), name=path.stem, path=path, parameters=parameters, cells=code)
 
 
 def read_notebooks(folder: Path, names: Collection[str], profile: str) -> dict[str, Notebook]:
@@ -162,21 +146,17 @@ def read_notebooks(folder: Path, names: Collection[str], profile: str) -> dict[s
     Whatever else lies in `folder` is not looked into.
     """
     known = [path.stem for path in folder.glob("[0-9][0-9]_*.ipynb")]
-    for name in names:
-        if name not in known:
-            raise unknown("notebook", name, known, f"profile {profile}")
+    if strange := [name for name in names if name not in known]:
+        raise unknown("notebook", strange[0], known, f"profile {profile}")
     notebooks = {name: read_notebook(folder / f"{name}.ipynb", profile) for name in sorted(names)}
-    seen: list[Notebook] = []
-    for notebook in notebooks.values():
-        for path in notebook.writes:
-            for other in seen:
-                if any(_covers(path, written) or _covers(written, path) for written in other.writes):
-                    raise ReproduceError(f"{notebook.name} writes {path}, which {other.name} writes already")
+    written = [(path, name) for name, notebook in notebooks.items() for path in notebook.writes]
+    for (path, writer), (other, name) in combinations(written, 2):
+        if name != writer and (_covers(path, other) or _covers(other, path)):
+            raise ReproduceError(f"{name} writes {other}, which {writer} writes already")
+    for name, notebook in notebooks.items():
         for path in notebook.needs:
-            writer = writer_of(path, notebooks)
-            if writer is not None and notebooks[writer] not in seen:
-                raise ReproduceError(f"{notebook.name} needs {path}, which {writer} writes: need an earlier one")
-        seen.append(notebook)
+            if (writer := writer_of(path, notebooks)) and writer >= name:
+                raise ReproduceError(f"{name} needs {path}, which {writer} writes: need an earlier one")
     return notebooks
 
 
@@ -195,32 +175,20 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
         nodes = ast.parse(source).body
     except SyntaxError as error:
         raise ReproduceError(f"{where}, line {error.lineno}: {error.msg}; {_FORM}") from None
-    lines = source.splitlines()
-    found: dict[str, Parameter] = {}
+    lines, found = source.splitlines(), dict[str, Parameter]()
     for node in nodes:
         here = f"{where}, line {node.lineno}"
-        parameter = _parameter(node, lines[node.end_lineno - 1])
-        if parameter is None:
-            raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`")
-        if parameter.name in found:
-            raise ReproduceError(f"{here}: {parameter.name} is there already")
-        found[parameter.name] = replace(parameter, default=parameter.convert(parameter.default, f"{here}, "))
-    first = next(iter(found.values()), None)
-    if first is None or (first.name, first.kind) != ("profile", "str"):
+        try:
+            name, kind, default = node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value)
+            if kind.removesuffix(" | None") not in _KINDS:
+                raise TypeError
+        except (AttributeError, TypeError, ValueError):  # it is no annotated literal
+            raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`") from None
+        if name in found:
+            raise ReproduceError(f"{here}: {name} is there already")
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()  # columns of `ast` count bytes
+        parameter = Parameter(name, kind, default, comment.strip(" #"))
+        found[name] = replace(parameter, default=parameter.convert(default, f"{here}, "))
+    if [(each.name, each.kind) for each in found.values()][:1] != [("profile", "str")]:
         raise ReproduceError(f'{where}: need `profile: str = "cpu"` as the first parameter')
     return found
-
-
-def _parameter(node: ast.stmt, last_line: str) -> Parameter | None:
-    """Read one annotated literal; None if the statement is anything else."""
-    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
-        return None
-    kind = ast.unparse(node.annotation)
-    if kind.removesuffix(" | None") not in _KINDS:
-        return None
-    try:
-        default = ast.literal_eval(node.value)
-    except ValueError:
-        return None
-    comment = last_line.encode()[node.end_col_offset :].decode()  # columns of `ast` count bytes
-    return Parameter(node.target.id, kind, default, comment.strip(" #"))

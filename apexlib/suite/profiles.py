@@ -7,11 +7,12 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from apexlib.suite.folders import folders
 from apexlib.suite.notebooks import Notebook, ReproduceError, Strict, unknown, validated
 
 
 class _ProfileFile(Strict):
+    """Which notebooks belong to a run, and which of their parameters differ from what is written in them."""
+
     description: str
     extends: str | None = None  # the profile whose values these go on from
     notebooks: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
@@ -20,8 +21,6 @@ class _ProfileFile(Strict):
 
 
 class Profile(_ProfileFile):
-    """Which notebooks belong to a run and which parameters differ from those written in the notebooks."""
-
     name: str  # of its file
 
 
@@ -34,10 +33,7 @@ def load_yaml(source: Path | str, where: str) -> Any:
 
 
 def read_profile(profile: str, folder: Path, *, extended_by: tuple[str, ...] = ()) -> Profile:
-    """Read the profile of that name in `folder`, or the YAML file of that path, with what it extends.
-
-    `extended_by` names the files that led here: none may extend itself.
-    """
+    """Read the profile of that name in `folder`, or the YAML file of that path; `extended_by` names who asks for it."""
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     path = known.get(profile)
     if profile.endswith((".yaml", ".yml")):
@@ -50,10 +46,6 @@ def read_profile(profile: str, folder: Path, *, extended_by: tuple[str, ...] = (
         raise unknown("profile", profile, known, f"{extended_by[-1]}, extends" if extended_by else "")
     if path.name in extended_by:
         raise ReproduceError(f"{path.name} extends itself: {' → '.join((*extended_by, path.name))}")
-    try:
-        folders(path.stem, folder)
-    except ValueError as error:
-        raise ReproduceError(f"{path.name}: {error}") from None
     found = validated(_ProfileFile, load_yaml(path, path.name), path.name)
     notebooks = {name: values or {} for name, values in found.notebooks.items()}
     if found.extends is not None:

@@ -1,18 +1,18 @@
 """Run the notebooks of a profile in order, each only if what it depends on changed."""
 
-import json
 import math
 import platform
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from apexlib.files import clear_partial, content_hash, exclusive, file_hash, write_json
+from apexlib.files import clear_partial, content_hash, exclusive, file_hash, read_object, write_json
 from apexlib.provenance import provenance
 from apexlib.suite.dependencies import LIBRARY, code_of_source
 from apexlib.suite.execution import duration, execute, say, stamps
@@ -55,18 +55,20 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
     """
     deadline, job = time.time() + budget, _Job(profile, **chosen)
     steps: list[Step] = []
-    with job.alone():
-        manifest = job.folders.results / "manifest.json"
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(job.folders.runs / ".lock"))
+        except BlockingIOError:
+            raise ReproduceError(f"profile {job.profile.name}: another run of it has not ended yet") from None
+        for folder in (job.folders.results, job.folders.figures, job.folders.models, job.folders.runs):
+            clear_partial(folder)
+        job.state = _State(job.root, job.state.path)  # as the run before left it
+        held.callback(job.keep, steps)
         if edited := job.edited():
             say(f"note: {', '.join(edited)}: not as committed")
-        try:
-            for name in job.selected:
-                steps.append(job.take_turn(name, steps, force=force, deadline=deadline))
-                say("  ".join(filter(None, (name, steps[-1].status, steps[-1].reason))))
-        finally:
-            nothing_ran = [step.status for step in steps] == ["up to date"] * len(job.selected)
-            if not (nothing_ran and manifest.is_file()):
-                write_json(job.manifest(), manifest)
+        for name in job.selected:
+            steps.append(job.take_turn(name, steps, force=force, deadline=deadline))
+            say("  ".join(filter(None, (name, steps[-1].status, steps[-1].reason))))
     if any(step.status in _STOPPED for step in steps):
         raise RunError(steps)
     return steps
@@ -78,13 +80,13 @@ def plan_profile(profile: str = "cpu", *, force: bool = False, **chosen: Any) ->
     steps: list[Step] = []
     for name in job.selected:
         moving = [step.notebook for step in steps if step.status != "skip"]
-        upstream = [path for path in job.notebooks[name].needs if job.writer(path) in moving]
-        if reason := "forced" if force else job.stale(job.notebooks[name]):
-            steps.append(Step(name, "run", reason))
-        elif upstream:
-            steps.append(Step(name, "maybe", f"if {job.writer(upstream[0])} changes {upstream[0]}"))
-        else:
-            steps.append(Step(name, "skip", "up to date"))
+        upstream = [(path, writer) for path in job.notebooks[name].needs if (writer := job.writer(path)) in moving]
+        answers = {
+            "run": "forced" if force else job.stale(job.notebooks[name]),
+            "maybe": "".join(f"if {writer} changes {path}" for path, writer in upstream[:1]),
+            "skip": "up to date",
+        }
+        steps.append(next(Step(name, status, reason) for status, reason in answers.items() if reason))
     return steps
 
 
@@ -103,8 +105,8 @@ class _State:
         self.root, self.path = root, path
         self.notebooks: dict[str, dict[str, Any]] = {}
         self.files: dict[str, list[Any]] = {}
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-            stored = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(FileNotFoundError, ValueError, KeyError):
+            stored = read_object(path)
             notebooks, files = stored["notebooks"], stored["files"]
             if stored["sha256"] == content_hash(_STATE_FORMAT, notebooks, files):  # else damaged: it counts as nothing
                 self.notebooks, self.files = notebooks, files
@@ -130,14 +132,7 @@ class _Job:
     """One run as it was asked for: everything is read and checked before anything starts."""
 
     def __init__(
-        self,
-        profile: str,
-        root: Path | None = None,
-        *,
-        only: Sequence[str] = (),
-        start: str | None = None,
-        claims: Sequence[int] = (),
-        settings: Mapping[str, Any] | None = None,
+        self, profile: str, root: Path | None = None, *, only=(), start=None, claims=(), settings: Any = None
     ) -> None:
         self.root = find_root(root)
         self.profile = read_profile(profile, self.root / "notebooks" / "profiles")
@@ -145,10 +140,10 @@ class _Job:
             raise ReproduceError(f"profile {self.profile.name} is not run here: {' '.join(self.profile.why.split())}")
         self.folders = folders(self.profile.name, self.root)
         self.notebooks = read_notebooks(self.root / "notebooks", self.profile.notebooks, self.profile.name)
+        self.writer = partial(writer_of, notebooks=self.notebooks)  # the name of the one that writes a path
         names = self.selected = list(self.notebooks)
         if only:
-            wanted = {name for prefix in only for name in _matching(prefix, names)}
-            self.selected = [name for name in names if name in wanted]
+            self.selected = sorted({name for prefix in only for name in _matching(prefix, names)})
         elif start is not None:
             self.selected = names[names.index(_matching(start, names)[0]) :]
         elif claims:
@@ -183,36 +178,17 @@ class _Job:
             writer = self.writer(path)
             if writer in self.selected or stamps(self.root, path):
                 continue
-            missing = f"{notebook.name} needs {path}, which is missing"
-            if writer is not None:
-                raise ReproduceError(f"{missing}: {writer} writes it, run that too (--from {writer[:2]})")
             beside: dict[str, Notebook] = {}
             for file in notebook.path.parent.glob("*.ipynb"):
                 with suppress(ReproduceError):  # it may be anybody's
                     beside[file.stem] = read_notebook(file, self.profile.name)
-            if writer := writer_of(path, beside):
-                raise ReproduceError(f"{missing}: {writer} writes it, but is not in profile {self.profile.name}")
-            raise ReproduceError(f"{missing} and which no notebook writes")
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Let one runner at a time work on a profile; what the one before has left is read once it is gone."""
-        with ExitStack() as held:
-            try:
-                held.enter_context(exclusive(self.folders.runs / ".lock"))
-            except BlockingIOError:
-                raise ReproduceError(f"profile {self.profile.name}: another run of it has not ended yet") from None
-            for folder in (self.folders.results, self.folders.figures, self.folders.models, self.folders.runs):
-                clear_partial(folder)
-            self.state = _State(self.root, self.state.path)
-            try:
-                yield
-            finally:
-                self.state.save()
-
-    def writer(self, path: str) -> str | None:
-        """Name the profile's notebook that writes `path`."""
-        return writer_of(path, self.notebooks)
+            if writer is not None:
+                told = f": {writer} writes it, run that too (--from {writer[:2]})"
+            elif writer := writer_of(path, beside):
+                told = f": {writer} writes it, but is not in profile {self.profile.name}"
+            else:
+                told = " and which no notebook writes"
+            raise ReproduceError(f"{notebook.name} needs {path}, which is missing{told}")
 
     def edited(self) -> list[str]:
         """Name the notebooks that differ from those committed; none where git cannot tell."""
@@ -228,7 +204,7 @@ class _Job:
         """Collect everything the notebook's results depend on, under names that a user knows."""
         trees = [tree for cell in notebook.cells if (tree := normalised(cell)) != normalised("")]
         values = resolve(notebook, self.profile, self.settings)
-        package = self.root / "apexlib"  # what the kernel will import
+        package = self.root / "apexlib"  # that its kernel will import
         return {
             **{f"code cell {number}": content_hash(tree) for number, tree in enumerate(trees, 2)},
             **{f"parameter {name}": value for name, value in values.items()},
@@ -299,14 +275,17 @@ class _Job:
         memory = f", {execution.peak_memory_mb} MB" if execution.peak_memory_mb else ""
         return Step(name, "done", f"{duration(execution.seconds)}{memory}")
 
-    def manifest(self) -> dict[str, Any]:
-        """Tell what was run with what, for every notebook of the profile whose results are complete."""
+    def keep(self, steps: Sequence[Step]) -> None:
+        """Write down what is remembered and, unless nothing ran, what each notebook's whole results were made with."""
+        self.state.save()
+        manifest = self.folders.results / "manifest.json"
+        if manifest.is_file() and [step.status for step in steps] == ["up to date"] * len(self.selected):
+            return
         past = {name: self.state.notebooks.get(name) for name in self.profile.notebooks}
-        facts = provenance(
-            profile=self.profile.name, notebooks={name: entry["record"] for name, entry in past.items() if entry}
-        )
+        done = {name: entry["record"] for name, entry in past.items() if entry}
+        facts = provenance(profile=self.profile.name, notebooks=done)
         del facts["device"]  # that of this process, which computes nothing; each notebook's is in its entry
-        return facts
+        write_json(facts, manifest)
 
 
 def _matching(prefix: str, names: Collection[str]) -> list[str]:
@@ -322,7 +301,7 @@ def _table_facts(artifacts: Mapping[str, str | None], root: Path) -> dict[str, A
     for path, sha256 in artifacts.items():
         facts_file = (root / path).with_suffix(".json")
         if path.endswith(".csv") and facts_file.is_file():
-            facts = json.loads(facts_file.read_text(encoding="utf-8"))
+            facts = read_object(facts_file)
             if facts.get("sha256") == sha256:
                 tables[path] = facts
     devices = sorted({facts["device"] for facts in tables.values() if "device" in facts})

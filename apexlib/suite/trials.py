@@ -1,6 +1,5 @@
 """Many runs of one experiment, side by side, each kept once it is finished: an interrupted set goes on where it was."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from apexlib.files import content_hash, file_hash, write_json
+from apexlib.files import content_hash, file_hash, read_object, write_json
 from apexlib.progress import hide_progress
 from apexlib.provenance import provenance
 from apexlib.suite.dependencies import code_of
@@ -67,27 +66,28 @@ def run_trials(
     is raised. `run` may ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its
     folder what it has written, and can go on; any other, one that failed too, starts in an empty folder.
     """
-    if repeated := {trial.name for trial in trials if sum(other.name == trial.name for other in trials) > 1}:
+    names = [trial.name for trial in trials]
+    if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"trials {sorted(repeated)}: need a name of its own for each")
-    folder, keys = Path(folder), {trial.name: _key(run, trial) for trial in trials}
-    calls = {trial.name: (run, trial, folder / trial.name, keys[trial.name]) for trial in trials}
-    due = {name: call for name, call in calls.items() if _written(folder / name / RESULT, keys[name]) is None}
-    failures: dict[str, str] = {}
+    calls = [(run, trial, Path(folder) / trial.name, _key(run, trial)) for trial in trials]
+    due = [call for call in calls if _written(RESULT, *call[2:]) is None]
     workers = workers or default_workers()
     bar = {"total": len(calls), "initial": len(calls) - len(due), "disable": hide_progress(), "leave": False}
-    with _deadline(seconds), tqdm(desc="trials", **bar) as shown:
-        one_by_one = ((name, _finish(*call)) for name, call in due.items() if not _late())
-        for name, error in one_by_one if workers == 1 else _side_by_side(due, workers):
-            shown.update()
-            if error:
-                failures[name] = error
+    with _deadline(seconds):
+        one_by_one = (_finish(*call) for call in due if not _late())
+        done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers), desc="trials", **bar)
+        failures = [error for error in done if error]
     if failures:
-        name, error = next(iter(failures.items()))
-        raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {name}: {error}")
-    results = {name: _written(folder / name / RESULT, key) for name, key in keys.items()}
-    if left := [name for name, result in results.items() if result is None]:
+        raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
+    results = [_written(RESULT, *call[2:]) for call in calls]
+    if left := [name for name, result in zip(names, results, strict=True) if result is None]:
         raise OutOfTimeError(left, len(trials))
-    return list(results.values())
+    return results
+
+
+def stored(run: Run, trial: Trial, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a trial that is up to date, None for any other."""
+    return _written(RESULT, Path(folder) / trial.name, _key(run, trial))
 
 
 def time_left() -> float | None:
@@ -99,9 +99,9 @@ def time_left() -> float | None:
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[None]:
     """Inside the block, here and in processes started there, the deadline is in `seconds` if it is not sooner."""
-    before, left = os.environ.get(DEADLINE), time_left()
-    if seconds is not None and (left is None or seconds < left):
-        os.environ[DEADLINE] = str(time.time() + seconds)
+    before = os.environ.get(DEADLINE)
+    if seconds is not None:
+        os.environ[DEADLINE] = str(min(time.time() + seconds, float(before or "inf")))
     try:
         yield
     finally:
@@ -122,31 +122,29 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _written(path: Path, key: str) -> Any:
+def _written(name: str, folder: Path, key: str) -> Any:
     """Read the result that a file of a trial holds; None if it was not written under `key`."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, KeyError):
+        content = read_object(folder / name)
         if content["key"] == key:
             return content["result"]
     return None
 
 
-def _side_by_side(calls: Mapping[str, tuple], workers: int) -> Iterator[tuple[str, str]]:
+def _side_by_side(calls: Sequence[tuple], workers: int) -> Iterator[str]:
     waiting, running = list(calls), dict[Future, str]()
     workers = min(workers, max(1, len(calls)))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
-        try:
-            while running or (waiting and not _late()):
-                while waiting and len(running) < workers and not _late():
-                    name = waiting.pop(0)
-                    running[pool.submit(_finish, *calls[name])] = name
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    error = future.exception()
-                    outcome = f"its process died ({error}); out of memory?" if error else future.result()
-                    yield running.pop(future), outcome
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while running or (waiting and not _late()):
+            while waiting and len(running) < workers and not _late():
+                call = waiting.pop(0)
+                running[pool.submit(_finish, *call)] = call[1].name
+            wait(running, return_when=FIRST_COMPLETED)
+            for future in filter(Future.done, list(running)):
+                name, error = running.pop(future), future.exception()
+                waiting = [] if error else waiting  # the pool takes no more
+                yield f"{name}: its process died ({error}); out of memory?" if error else future.result()
 
 
 def _worker() -> None:
@@ -166,7 +164,7 @@ def _end_with_parent() -> None:
 
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
     """Run one trial, in a clean folder unless it has begun before, and keep its result; return what went wrong."""
-    if _written(folder / BEGUN, key) is None:
+    if _written(BEGUN, folder, key) is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json({"key": key, "result": "not yet"}, folder / BEGUN)
@@ -175,7 +173,7 @@ def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
         result = run(folder=folder, **trial.settings)
     except Exception as error:  # whatever stopped this trial, the others may still run
         (folder / BEGUN).unlink(missing_ok=True)  # it may be what lies there
-        return f"{type(error).__name__}: {error}"
+        return f"{trial.name}: {type(error).__name__}: {error}"
     except KeyboardInterrupt as stop:
         if getattr(stop, "code", None) != _TIME_IS_OVER:
             raise
@@ -188,8 +186,8 @@ def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
 
 def _key(run: Run, trial: Trial) -> str:
     """Hash of all that decides a result: settings, bytes that are read, code, software."""
-    read = [file for path in trial.reads for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    hashes = [_hash(file, file.stat().st_size, file.stat().st_mtime_ns) for file in read if file.is_file()]
+    files = [file for path in trial.reads for file in sorted(path.rglob("*")) or [path] if file.is_file()]
+    hashes = [_hash(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return content_hash(dict(trial.settings), hashes, _software(run))
 
 
