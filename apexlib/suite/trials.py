@@ -146,10 +146,9 @@ def _side_by_side(calls: Sequence[tuple], workers: int) -> Iterator[str]:
 
 def _worker() -> None:
     """Prepare a process: one thread, no bars, and an end with the parent, which a killed one cannot order."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of weights: a line for every file
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
