@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import pytest
@@ -362,19 +362,25 @@ def keys(folder, call="runs.run", change=None):
     return code_of_source(["import os", f"from lib.{module} import {function}", f"{function}()"], root)
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """What a call depends on in the package as it stands."""
+    return cache(lambda call="runs.run": keys(tmp_path_factory.mktemp("before"), call))
+
+
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
-def test_what_decides_no_number_leaves_the_key(change, tmp_path):
-    assert keys(tmp_path / "one") == keys(tmp_path / "two", change=change)
+def test_what_decides_no_number_leaves_the_key(change, before, tmp_path):
+    assert before() == keys(tmp_path, change=change)
 
 
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
-def test_what_decides_a_number_changes_the_key(change, tmp_path):
-    assert keys(tmp_path / "one") != keys(tmp_path / "two", change=change)
+def test_what_decides_a_number_changes_the_key(change, before, tmp_path):
+    assert before() != keys(tmp_path, change=change)
 
 
 @pytest.mark.parametrize(("call", "file", "old", "new"), ELSEWHERE.values(), ids=ELSEWHERE)
-def test_what_other_calls_depend_on(call, file, old, new, tmp_path):
-    assert keys(tmp_path / "one", call) != keys(tmp_path / "two", call, (file, old, new))
+def test_what_other_calls_depend_on(call, file, old, new, before, tmp_path):
+    assert before(call) != keys(tmp_path, call, (file, old, new))
 
 
 def test_a_notebook_depends_on_what_it_uses_of_what_it_imports(tmp_path):

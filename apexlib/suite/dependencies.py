@@ -33,9 +33,9 @@ def code_of(function: Callable[..., Any]) -> dict[str, str]:
     file = getattr(sys.modules.get(module), "__file__", None)
     if not name or file is None:
         raise ValueError(f"{function!r}: need a function of a module that has a source file")
-    path, depth = Path(file), module.count(".")
-    path = path.parent if path.name == "__init__.py" else path.with_suffix("")
-    library = _Library({LIBRARY.name: LIBRARY, module.split(".")[0]: path.parents[depth - 1] if depth else path})
+    path = Path(file).parent if Path(file).name == "__init__.py" else Path(file).with_suffix("")
+    top, *inner = module.split(".")
+    library = _Library({LIBRARY.name: LIBRARY, top: [path, *path.parents][len(inner)]})
     return library.reach([(module, name if name in library.module(module).statements else _ALL)])
 
 
@@ -123,11 +123,9 @@ class _Library:
             found |= (parts := self.resolve(module, names, read.imports))
             if target := read.imports.get(names[0]) or module.imports.get(names[0]):
                 origins.add(f"{names} {sorted(parts) or target}")
-        found = found.union(*map(self.loaded, read.loads))
-        for bound, (target, *_) in read.imports.items():
-            found |= self.find(target) if bound.startswith("*") else set()
-        for asked in read.asked:
-            found |= self.find(asked) if asked else {(root, _ALL) for root in self.roots}
+        stars = [target for bound, (target, *_) in read.imports.items() if bound.startswith("*")]
+        asked = self.roots if None in read.asked else read.asked
+        found = found.union(*map(self.loaded, read.loads), *map(self.find, [*stars, *asked]))
         if part == _REST:
             found |= {(name, each) for each in module.statements if self.enters(module, each)}
         return f"{read.tree or ''}{sorted(origins) or ''}", found

@@ -43,11 +43,13 @@ def execute(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = {path: stamps(root, path) for path in notebook.writes}
     follower, out_of_time = _Follower(notebook), False
+    # papermill formats paths with the parameters
+    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook.path, copy))
     with follower.bar, copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
         try:
             executed = papermill.execute_notebook(
-                _not_a_template(notebook.path),
-                _not_a_template(copy),
+                source,
+                target,
                 parameters=dict(values),
                 kernel_name="python3",
                 language="python",
@@ -59,7 +61,7 @@ def execute(
                 on_cell_start=follower.cell_starts,
                 on_cell_executed=follower.cell_ends,
             )
-            problem = _unfinished_cell(executed) or _broken_promise(notebook, before, root)
+            problem = _broken_promise(notebook, executed, before, root)
         except Exception as error:  # whatever stopped this notebook, others may still run
             out_of_time = getattr(error, "ename", "") == "OutOfTimeError"
             problem = error.evalue if out_of_time else _explain(error, follower, log)
@@ -144,19 +146,14 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
     return OwnKernel
 
 
-def _unfinished_cell(executed: Any) -> str:
-    """Name the first code cell that did not complete: papermill takes `sys.exit(0)` for a success."""
+def _broken_promise(notebook: Notebook, executed: Any, before: Mapping[str, Stamps], root: Path) -> str:
+    """Name the first cell that did not complete, or artifact that is missing, empty, old or lacks a promised column."""
     own = [cell for cell in executed.cells if _is_own_code(cell)]
     for number, cell in enumerate(own, 1):
         if cell.source.strip() and (cell.metadata.papermill.status != "completed" or cell.execution_count is None):
-            left = any(output.get("ename") == "SystemExit" for output in cell.outputs)
+            left = any(output.get("ename") == "SystemExit" for output in cell.outputs)  # to papermill, a success
             fate = "left the notebook by sys.exit" if left else "was not run"
             return f"code cell {number} of {len(own)} {fate}{_quote(cell.source.splitlines())}"
-    return ""
-
-
-def _broken_promise(notebook: Notebook, before: Mapping[str, Stamps], root: Path) -> str:
-    """Name the first artifact that is missing, empty, left over from before, or lacks a promised column."""
     for path, columns in notebook.writes.items():
         after = stamps(root, path)
         if not after:
@@ -179,19 +176,17 @@ def _broken_promise(notebook: Notebook, before: Mapping[str, Stamps], root: Path
 def _explain(error: Exception, follower: _Follower, log: TextIO) -> str:
     """Say which cell failed and why, with its source and the end of the traceback."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
 
-    index, source, trace = follower.index, follower.source, []
-    said = f"{type(error).__name__}: {error}"
-    if isinstance(error, PapermillExecutionError):
-        index, source, said = error.cell_index, error.source, f"{error.ename}: {error.evalue}".removesuffix(": ")
-        trace = "\n".join(error.traceback).splitlines()
+    index, source = getattr(error, "cell_index", follower.index), getattr(error, "source", follower.source)
+    if hasattr(error, "ename"):  # raised in the notebook
+        said, trace = f"{error.ename}: {error.evalue}".removesuffix(": "), "\n".join(error.traceback).splitlines()
     elif isinstance(error, CellTimeoutError) and time.monotonic() >= follower.ends_by:
-        said = f"not done after {follower.limit:g} minutes, the notebook's timeout_minutes"
+        said, trace = f"not done after {follower.limit:g} minutes, the notebook's timeout_minutes", []
     else:
         log.seek(0)
         trace = [line for line in log.read().splitlines() if not line.startswith("[IPKernelApp]")]
-        said = "the kernel died (out of memory?)" if isinstance(error, DeadKernelError) else said
+        died = isinstance(error, DeadKernelError)
+        said = "the kernel died (out of memory?)" if died else f"{type(error).__name__}: {error}"
     number = follower.numbers.get(index)
     where = f"code cell {number} of {follower.total}" if number else "before the first cell"
     report = f"{where}: {said}{_quote(source.splitlines())}{_quote(trace[-20:])}"
@@ -200,10 +195,6 @@ def _explain(error: Exception, follower: _Follower, log: TextIO) -> str:
 
 def _is_own_code(cell: Any) -> bool:
     return cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
-
-
-def _not_a_template(path: Path) -> str:
-    return str(path).replace("{", "{{").replace("}", "}}")  # papermill formats paths with the parameters
 
 
 def _quote(lines: Sequence[str], limit: int = 30) -> str:

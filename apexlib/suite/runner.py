@@ -169,8 +169,7 @@ class _Job:
         for name in wanted:  # grows on the way
             if name not in self.notebooks:
                 raise unknown("notebook", name, self.notebooks, f"data/claims.yaml with profile {self.profile.name}")
-            writers = map(self.writer, self.notebooks[name].needs)
-            wanted += [writer for writer in writers if writer and writer not in wanted]
+            wanted += {*map(self.writer, self.notebooks[name].needs)} - {None, *wanted}
         return sorted(set(wanted))
 
     def _check_needs(self, notebook: Notebook) -> None:
@@ -297,15 +296,9 @@ def _matching(prefix: str, names: Collection[str]) -> list[str]:
 
 def _table_facts(artifacts: Mapping[str, str | None], root: Path) -> dict[str, Any]:
     """Collect data hashes and devices from the JSON beside each table, where it is about that very table."""
-    tables = {}
-    for path, sha256 in artifacts.items():
-        facts_file = (root / path).with_suffix(".json")
-        if path.endswith(".csv") and facts_file.is_file():
-            facts = read_object(facts_file)
-            if facts.get("sha256") == sha256:
-                tables[path] = facts
+    beside = {path: (root / path).with_suffix(".json") for path in artifacts if path.endswith(".csv")}
+    found = {path: read_object(file) for path, file in beside.items() if file.is_file()}
+    tables = {path: facts for path, facts in found.items() if facts.get("sha256") == artifacts[path]}
     devices = sorted({facts["device"] for facts in tables.values() if "device" in facts})
-    return {
-        "data": {path: facts["data"] for path, facts in tables.items() if "data" in facts},
-        "device": ", ".join(devices) or None,
-    }
+    data = {path: facts["data"] for path, facts in tables.items() if "data" in facts}
+    return {"data": data, "device": ", ".join(devices) or None}

@@ -1,7 +1,7 @@
 """Code as what decides its numbers: a tree without docstrings, comments, formatting and messages, and what it uses."""
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Target = tuple[str, ...]  # what an imported name stands for: a module, or a module and a name in it
@@ -107,15 +107,15 @@ class Part(ast.NodeVisitor):
 
     def visit_Raise(self, node: ast.Raise) -> Any:
         if isinstance(node.exc, ast.Call):
-            _leave_out(_is_text, node.exc)
+            _leave_out_text(node.exc)
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> Any:
         *before, name = chain = chain_of(node.func) or ("",)
         if (name in _LOGS and "log" in "".join(before[-1:]).lower()) or chain == ("warnings", "warn"):
-            _leave_out(lambda _: True, node)
+            node.args, node.keywords = [], []
         elif name in _BARS:
-            _leave_out(_is_text, node)
+            _leave_out_text(node)
         elif node.args and (name in _IMPORTERS or chain == (*_LOADED, "get")):
             self._ask(node.args[0])
             return (name, self._field([*node.args, *node.keywords]))
@@ -142,6 +142,6 @@ def _is_text(node: ast.expr) -> bool:
     return False
 
 
-def _leave_out(is_message: Callable[[ast.expr], bool], call: ast.Call) -> None:
-    call.args = [value for value in call.args if not is_message(value)]
-    call.keywords = [keyword for keyword in call.keywords if not is_message(keyword.value)]
+def _leave_out_text(call: ast.Call) -> None:
+    call.args = [value for value in call.args if not _is_text(value)]
+    call.keywords = [keyword for keyword in call.keywords if not _is_text(keyword.value)]

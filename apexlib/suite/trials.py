@@ -52,19 +52,17 @@ class OutOfTimeError(TimeoutError):
 def run_trials(
     run: Run, trials: Sequence[Trial], folder: Path, *, workers: int | None = None, seconds: float | None = None
 ) -> list[dict[str, Any]]:
-    """Call `run(folder=…, **settings)` for each trial that has not been run yet; return all results, in order.
+    """Call `run(folder=…, **settings)` for each trial that is not up to date; return all results, in order.
 
     `run` is a function of a module; it returns what JSON can hold and may write to its folder, `folder/name`, in which
-    `trial.json` then keeps result, settings and provenance. A trial is up to date while its settings, what it reads and
-    the code that `run` can reach are those it was run with.
+    `trial.json` keeps the result. That is up to date while settings, what is read and the code that `run` can reach
+    are as they were. On CPUs, `workers` processes (default: one a core) take trials one by one, each with one thread,
+    so that results do not depend on their number; with a GPU or one core, trials run in this process. A trial that
+    fails lets the others finish, then raises RuntimeError.
 
-    On CPUs, `workers` processes (default: one a core) take trials one by one, each with a single thread, which small
-    models use best and which makes results independent of the number of workers. With a GPU, or on a single core,
-    trials run in this process, one after another. A trial that fails lets the others finish, then raises RuntimeError.
-
-    After `seconds`, or at the deadline from outside if that is sooner, no further trial is started and OutOfTimeError
-    is raised. `run` may ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its
-    folder what it has written, and can go on; any other, one that failed too, starts in an empty folder.
+    After `seconds`, or at a sooner deadline from outside, no trial is started and OutOfTimeError is raised. `run` may
+    ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its folder what it has
+    written, and can go on; any other, one that failed too, starts in an empty folder.
     """
     names = [trial.name for trial in trials]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -149,10 +147,9 @@ def _side_by_side(calls: Sequence[tuple], workers: int) -> Iterator[str]:
 
 def _worker() -> None:
     """Prepare a process: one thread, no bars, and an end with the parent, which a killed one cannot order."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of weights: a line for every file
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -184,16 +181,14 @@ def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
     return ""
 
 
+_hash = cache(lambda file, size, changed: file_hash(file))
+
+
 def _key(run: Run, trial: Trial) -> str:
     """Hash of all that decides a result: settings, bytes that are read, code, software."""
     files = [file for path in trial.reads for file in sorted(path.rglob("*")) or [path] if file.is_file()]
     hashes = [_hash(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return content_hash(dict(trial.settings), hashes, _software(run))
-
-
-@cache
-def _hash(file: Path, size: int, changed: int) -> str:
-    return file_hash(file)
 
 
 @cache  # of this process, which goes on with the code it has loaded
