@@ -1,10 +1,9 @@
 """Which code of the library a function can reach: its definitions, as hashes of their syntax trees.
 
 Files are parsed, never imported. A definition is a function, a class or an assignment of a module. All names that it
-uses are followed: in its module, through imports, wherever they stand, and as attributes of modules. The other
-statements of a module (`register(…)`, `TABLE[…] = …`) belong to all that imports it, and so does what a decorator or a
-base class of the library may enter in a registry. Where a name is only known when the code runs, the whole module
-counts, or the whole package. An assignment counts where its name is used, whatever its right side does elsewhere.
+uses are followed: in its module, through imports, and as attributes of modules. The other statements of a module
+(`register(…)`, `TABLE[…] = …`) belong to all that imports it, and so does what a decorator or a base class of the
+library may enter in a registry. Where a name is only known when the code runs, the whole module or package counts.
 """
 
 import ast

@@ -124,20 +124,17 @@ def read_notebook(path: Path, profile: str) -> Notebook:
     """Read the parameters and declarations of a notebook, with `{profile}` in its paths replaced."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        cells = [
-            (cell["metadata"].get("tags", []), "".join(cell["source"]))
-            for cell in content["cells"]
-            if cell["cell_type"] == "code"
-        ]
+        code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+        marked = code and "parameters" in code[0]["metadata"].get("tags", [])
+        first, *cells = ["".join(cell["source"]) for cell in code] or [""]
         metadata = json.loads(json.dumps(content["metadata"].get("apexlib")).replace("{profile}", profile))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReproduceError(f"{path.name}: need a notebook of format 4 ({type(error).__name__}: {error})") from None
-    if not cells or "parameters" not in cells[0][0]:
+    if not marked:
         raise ReproduceError(f"{path.name}: need the tag 'parameters' on the first code cell")
     declared = validated(_Declaration, metadata, f"{path.name}, metadata apexlib")
-    parameters = _parameters(cells[0][1], f"{path.name}, parameters cell")
-    code = tuple(source for _, source in cells[1:])
-    return Notebook(**dict(declared), name=path.stem, path=path, parameters=parameters, cells=code)
+    parameters = _parameters(first, f"{path.name}, parameters cell")
+    return Notebook(**dict(declared), name=path.stem, path=path, parameters=parameters, cells=tuple(cells))
 
 
 def read_notebooks(folder: Path, names: Collection[str], profile: str) -> dict[str, Notebook]:

@@ -251,7 +251,7 @@ class _Job:
         say(f"{name}  start: {reason}")
         self.state.notebooks[name] = {}  # stays so unless the notebook finishes
         self.state.save()
-        made_with = provenance()
+        made_with = provenance()  # before it runs
         values = resolve(notebook, self.profile, self.settings)
         copy = self.folders.runs / notebook.path.name
         environment = {"APEXLIB_DEADLINE": str(deadline)} if deadline < math.inf else {}
@@ -280,16 +280,15 @@ class _Job:
         manifest = self.folders.results / "manifest.json"
         if manifest.is_file() and [step.status for step in steps] == ["up to date"] * len(self.selected):
             return
-        past = {name: self.state.notebooks.get(name) for name in self.profile.notebooks}
-        done = {name: entry["record"] for name, entry in past.items() if entry}
+        past = self.state.notebooks
+        done = {name: past[name]["record"] for name in self.profile.notebooks if past.get(name)}
         facts = provenance(profile=self.profile.name, notebooks=done)
         del facts["device"]  # that of this process, which computes nothing; each notebook's is in its entry
         write_json(facts, manifest)
 
 
 def _matching(prefix: str, names: Collection[str]) -> list[str]:
-    found = [name for name in names if prefix and name.startswith(prefix)]
-    if not found:
+    if not (found := [name for name in names if prefix and name.startswith(prefix)]):
         raise unknown("notebook", prefix, names)
     return found
 

@@ -83,11 +83,6 @@ def run_trials(
     return results
 
 
-def stored(run: Run, trial: Trial, folder: Path) -> dict[str, Any] | None:
-    """Return the result of a trial that is up to date, None for any other."""
-    return _written(RESULT, Path(folder) / trial.name, _key(run, trial))
-
-
 def time_left() -> float | None:
     """Seconds until the deadline that the environment variable `APEXLIB_DEADLINE` gives; None without one."""
     deadline = os.environ.get(DEADLINE)
