@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from apexlib.operators import OPERATORS
 from apexlib.plan import ApexConfig
-from apexlib.training.methods import Name
+from apexlib.training.methods import METHODS, Name
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ _SMALL = {name: value for name, value in vars(ApexConfig.preset("2.4%")).items()
 
 VARIANTS: dict[str, Variant] = {
     # "direct": the rows of "apex", without operators; "apex": the paper's 52 %
-    **{name: Variant(name) for name in ("full", "lora", "hft", "gmt", "direct", "apex")},
+    **{name: Variant(name) for name in METHODS if name != "apex"},
+    "apex": Variant("apex"),
     "apex-2.4%": Variant("apex", _SMALL),
     "apex-all": Variant("apex", {"direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),  # every weight
     # ablations of "apex", one thing changed each
     **{name: Variant("apex", {"strategy": name}) for name in ("random", "reversed", "magnitude")},
     "no-operator": Variant("direct"),
-    **{name: Variant("apex", {"operator": name}) for name in ("diagonal", "low_rank", "dense")},
+    **{name: Variant("apex", {"operator": name}) for name in OPERATORS if name != "monarch"},
     **{f"stages-{stages}": Variant("apex", {"stages": stages}) for stages in (1, 2, 3, 4)},
     "halve": Variant("apex", {"stages": 3, "halve_fraction": True}),  # one thing changed from "stages-3"
     **{name: Variant("apex", {"statistic": name}) for name in ("mean", "ema", "ema_rank")},
