@@ -43,8 +43,7 @@ def activation_statistics(
     """
     with in_evaluation(model), ActivationRecorder(model, top=top, statistic=statistic) as recorder:
         for batch in progress(batches, "assessing"):
-            inputs = on_device(model, batch)
-            inputs.pop("labels", None)
+            inputs = on_device(model, batch, labels=False)
             model.base_model(**inputs, use_cache=False)
     return recorder.table()
 

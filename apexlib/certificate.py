@@ -111,8 +111,7 @@ def _logits(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> list
             if isinstance(module, SplitProjection):
                 module.train()
         for batch in batches:
-            inputs = on_device(model, batch)
-            inputs.pop("labels", None)
+            inputs = on_device(model, batch, labels=False)
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
             logits.append(model(**inputs, use_cache=False).logits[mask].double().cpu())
     return logits

@@ -28,9 +28,9 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring a batch to where the model is."""
-    return {name: value.to(model.device) for name, value in batch.items()}
+def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor], *, labels: bool = True) -> dict[str, Tensor]:
+    """Bring a batch to where the model is, with or without its labels."""
+    return {name: value.to(model.device) for name, value in batch.items() if labels or name != "labels"}
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, quiet: bool = False) -> pd.Series:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from apexlib.analysis.spectrum import measures, singular_values
 from apexlib.architectures import Slot, family_of, model_components
-from apexlib.evaluation import in_evaluation
+from apexlib.evaluation import in_evaluation, on_device
 from apexlib.progress import progress
 
 
@@ -59,7 +59,7 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
             hook = layer.register_forward_hook(lambda _, __, output, number=number: add(number, output))
             hooks.enter_context(hook)
         for batch in progress(batches, "hidden states"):
-            inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+            inputs = on_device(model, batch, labels=False)
             mask = inputs.get("attention_mask")
             mask = None if mask is None else mask.flatten().bool()
             tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())

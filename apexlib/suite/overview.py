@@ -1,6 +1,5 @@
 """One page for readers without Python: the ledger of claims and every figure, as HTML and as PDF; no torch."""
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from jinja2 import StrictUndefined, Template
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
-from apexlib.files import atomic_write
+from apexlib.files import atomic_write, read_object
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import measured
 
@@ -45,7 +44,7 @@ def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[P
 def run_facts(results: Path) -> str:
     """Say where and with what the tables of a folder were made, from the provenance beside them."""
     beside = [path.with_suffix(".json") for path in sorted(Path(results).glob("*.csv"))]
-    made = [json.loads(path.read_text(encoding="utf-8")) for path in beside if path.is_file()]
+    made = [read_object(path) for path in beside if path.is_file()]
     devices = {facts["device"] for facts in made}
     versions = {f"Python {facts['python']}" for facts in made}
     versions |= {f"{name} {facts['versions'][name]}" for facts in made for name in ("torch", "transformers")}

@@ -24,7 +24,6 @@ from apexlib.suite.dependencies import code_of
 RESULT = "trial.json"
 BEGUN = "begun.json"  # holds the key of a trial that has not finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
-_TIME_IS_OVER = 3  # code of a training's `Interrupted` that left for want of time
 
 Run = Callable[..., dict[str, Any]]
 
@@ -167,7 +166,9 @@ def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
         (folder / BEGUN).unlink(missing_ok=True)  # it may be what lies there
         return f"{trial.name}: {type(error).__name__}: {error}"
     except KeyboardInterrupt as stop:
-        if getattr(stop, "code", None) != _TIME_IS_OVER:
+        from apexlib.training.interruption import TIME_IS_OVER  # loads torch, as whoever left by it has
+
+        if getattr(stop, "code", None) != TIME_IS_OVER:
             raise
         return ""  # without a result it counts as left
     facts = provenance(seconds=round(time.monotonic() - began, 1), settings=dict(trial.settings))
