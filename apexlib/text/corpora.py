@@ -1,33 +1,24 @@
 """Where text comes from: documents and conversations, embedded (no download), from local files, or from the Hub."""
 
-import ast
 import functools
-import hashlib
-import importlib.util
 import json
 import logging
 import re
-import sys
-import sysconfig
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apexlib.files import atomic_write, content_hash
+from apexlib.text.cache import corpus_hash as corpus_hash
+from apexlib.text.cache import text_hash
+from apexlib.text.embedded import EMBEDDED, embedded
 from apexlib.text.rows import Row, file_rows, text_field
 from apexlib.text.skills import SPLITS, check_split, skills, split_of
 
 Source = str | Path | Sequence[str | Path]
 Located = str | list[Path]  # the name of embedded data or of a data set on the Hub, or files
 
-EMBEDDED = ("stdlib", "stdlib-code", "stdlib-prose")
-
 _log = logging.getLogger(__name__)
-_SKIPPED_MODULES = {"encodings", "pydoc_data", "turtledemo"}  # character tables; the topics, read below; demos
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test"}
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _HELD_OUT = re.compile(r"(?:^|[-_.])(?:test|valid)(?:[-_.]|$)")  # in the name of one of several files
 
 
@@ -43,8 +34,10 @@ def load_corpus(
     """Read the documents of one split, each once.
 
     `source` is one of
-    - "stdlib-code", "stdlib-prose" or "stdlib" (both): the source of the running interpreter's standard library; its
-      docstrings, one document a module in the split of its code, with pydoc's topics. The order is fixed and mixed.
+    - the name of an embedded text (`EMBEDDED`): "stdlib-code", "stdlib-prose" or "stdlib" (both), the source of the
+      running interpreter's standard library; its docstrings, one document a module in the split of its code, with
+      pydoc's topics. "python", "python-code", "python-prose": the same of installed packages, with their READMEs;
+      "math" of those that "python" holds out as a whole. The order is fixed and mixed.
     - a file: .txt (documents separated by a line `<|endoftext|>`), .jsonl or .parquet (text in `column`); .txt and
       .jsonl also as .gz. Documents keep their order; a hash of the text decides the split, split="all" takes them all.
     - several files, as a list or a pattern ("data/general-*.txt.gz", sorted). Those whose name has a part "test" or
@@ -61,7 +54,7 @@ def load_corpus(
     source = _locate(source, EMBEDDED, revision, subset)
     if source in EMBEDDED:
         check_split(split)
-        return [text for text, part in _stdlib(source, cache) if part == split]
+        return [text for text, part in embedded(source, cache) if part == split]
     homes: dict[str, str] = {}  # the split of each document, in order
     read = blank = 0
     for where, row, split_for in _rows(source, functools.partial(file_rows, documents=True), split, revision, subset):
@@ -108,99 +101,8 @@ def load_chat(
     kept = [(example, part) for example, question, part in rows if part == "test" or question not in held_out]
     examples = [example for example, part in kept if split in (part, "all")]
     if isinstance(source, list) and len(source) > 1:
-        examples.sort(key=lambda example: _digest(json.dumps(example, default=str)))
+        examples.sort(key=lambda example: text_hash(json.dumps(example, default=str)))
     return _some(examples, split, len(rows), source, asked_in_a_held_out_file=len(rows) - len(kept))[:limit]
-
-
-def corpus_hash(documents: Iterable[str]) -> str:
-    """SHA-256, in hex, over documents and their borders: the fingerprint of a corpus.
-
-    >>> corpus_hash(["ab", "c"]) == corpus_hash(["a", "bc"])
-    False
-    """
-    return hashlib.sha256(b"".join(map(_digest, documents))).hexdigest()
-
-
-def cached(folder: Path | None, name: str, key: str, build: Callable[[], bytes]) -> bytes:
-    """Return `build()`, kept in `folder` under its key; a file that is damaged is built anew, no folder keeps nothing.
-
-    >>> cached(None, "greeting", "0", lambda: b"hello")
-    b'hello'
-    """
-    if folder is None:
-        return build()
-    path = Path(folder) / f"{name}-{key[:32]}.bin"
-    if path.is_file():
-        stored = path.read_bytes()
-        if hashlib.sha256(stored[32:]).digest() == stored[:32]:
-            return stored[32:]
-        _log.warning("%s is damaged; it is built anew", path)
-    content = build()
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-    return content
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
-
-
-# embedded: the standard library
-
-
-def _stdlib(source: str, cache: Path | None) -> list[tuple[str, str]]:
-    """The documents of an embedded corpus with their splits, ordered by hash."""
-    modules = _stdlib_modules(Path(sysconfig.get_path("stdlib")))
-    documents = {} if source == "stdlib-prose" else {text: split_of(text) for text in modules.values()}
-    if source != "stdlib-code":
-        key = content_hash("prose", 1, sys.version_info[:3], corpus_hash(modules.values()))
-        prose = json.loads(cached(cache, "stdlib-prose", key, lambda: json.dumps(_prose(modules)).encode()))
-        documents |= {text: part for text, part in prose if text not in documents}
-    return sorted(documents.items(), key=lambda document: _digest(document[0]))
-
-
-@functools.cache
-def _stdlib_modules(root: Path) -> dict[str, str]:
-    """Source of each module of the standard library below `root`, by its path there; no tests, no tables."""
-    modules, undecodable = {}, 0
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        parts = name.removesuffix(".py").split("/")
-        # the interpreter's own list leaves out what an installation adds, such as its build configuration
-        if parts[0] not in sys.stdlib_module_names - _SKIPPED_MODULES or _SKIPPED_FOLDERS & set(parts[:-1]):
-            continue
-        try:
-            text = importlib.util.decode_source((root / name).read_bytes())  # by its PEP 263 declaration
-        except (SyntaxError, UnicodeDecodeError, LookupError):
-            undecodable += 1
-            continue
-        if text.strip():
-            modules[name] = text
-    if not modules:
-        raise FileNotFoundError(f"{root} holds no Python source: need a standard library in source form, or a file")
-    if undecodable:
-        _log.warning("stdlib: left out %s undecodable", undecodable)
-    return modules
-
-
-def _prose(modules: dict[str, str]) -> list[tuple[str, str]]:
-    """The docstrings of each module, and the reference topics, with their splits."""
-    from pydoc_data.topics import topics
-
-    documents, seen = [], {""}
-    for text in modules.values():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules
-                nodes = ast.walk(ast.parse(text))
-        except (SyntaxError, ValueError):  # templates, and files for another version
-            continue
-        found = (ast.get_docstring(node) or "" for node in nodes if isinstance(node, _DOCUMENTED))
-        valid = (docstring.strip().encode(errors="replace").decode() for docstring in found)  # no lone surrogates
-        new = [docstring for docstring in dict.fromkeys(valid) if docstring not in seen]
-        seen.update(new)
-        if new:  # in the split of its module: else valid prose would stand in train code
-            documents.append(("\n\n".join(new), split_of(text)))
-    return documents + [(topic.strip(), split_of(topic)) for _, topic in sorted(topics.items())]
 
 
 # sources, splits, counts
