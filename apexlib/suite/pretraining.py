@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from apexlib.progress import hide_progress
 from apexlib.training.checkpoints import checkpoint_folder as checkpoint_folder
+from apexlib.training.precision import resolve_precision
 from apexlib.training.stages import train_in_stages
 
 
@@ -24,6 +25,7 @@ def pretrain(
     learning_rate: float = 3e-3,
     warmup_share: float = 0.05,
     seed: int = 0,
+    precision: str = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_steps: int = 200,
     resume: bool = False,
@@ -32,8 +34,8 @@ def pretrain(
     """Train `model` in place for `steps` steps and keep plain checkpoints along the way.
 
     AdamW (β = 0.9, 0.95; weight decay 0.1, none on norms and biases), gradient norm clipped at 1, linear warm-up, then
-    cosine to 0; bf16 autocast on CUDA. The model after step s ∈ `checkpoints` (0: before training) goes to
-    `checkpoint_folder(folder, s)`, loadable with `from_pretrained`. Returns the log: `step`, `loss` (mean since the
+    cosine to 0; `precision` as in `resolve_precision`. The model after step s ∈ `checkpoints` (0: before training) goes
+    to `checkpoint_folder(folder, s)`, loadable with `from_pretrained`. Returns the log: `step`, `loss` (mean since the
     last row, nats per token), `learning_rate`, `gradient_norm`.
 
     The seed decides data order and dropout; the model's initial weights are the caller's. The state is saved every
@@ -44,7 +46,7 @@ def pretrain(
     saving = {"save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1}
     shown = {"logging_steps": max(1, steps // 40), "report_to": "none", "disable_tqdm": hide_progress()}
     given = optimizer | schedule | saving | shown
-    given |= dict.fromkeys(("bf16", "dataloader_pin_memory"), torch.cuda.is_available())
+    given |= {"bf16": resolve_precision(precision) == "bf16", "dataloader_pin_memory": torch.cuda.is_available()}
     arguments = TrainingArguments(str(folder), per_device_train_batch_size=batch_size, seed=seed, **given)
     along = {"checkpoints": set(checkpoints), "processing_class": tokenizer, "resume": resume, "seconds": seconds}
     record = train_in_stages(model, dataset, arguments, method="full", **along)

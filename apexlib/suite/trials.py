@@ -49,14 +49,20 @@ class OutOfTimeError(TimeoutError):
 
 
 def run_trials(
-    run: Run, trials: Sequence[Trial], folder: Path, *, workers: int | None = None, seconds: float | None = None
+    run: Run,
+    trials: Sequence[Trial],
+    folder: Path,
+    *,
+    workers: int | None = None,
+    threads: int = 1,
+    seconds: float | None = None,
 ) -> list[dict[str, Any]]:
     """Call `run(folder=…, **settings)` for each trial that is not up to date; return all results, in order.
 
     `run` is a function of a module; it returns what JSON can hold and may write to its folder, `folder/name`, in which
     `trial.json` keeps the result. That is up to date while settings, what is read and the code that `run` can reach
-    are as they were. On CPUs, `workers` processes (default: one a core) take trials one by one, each with one thread,
-    so that results do not depend on their number; with a GPU or one core, trials run in this process. A trial that
+    are as they were. On CPUs, `workers` processes (default: one a core) take trials one by one, each with so many
+    `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. A trial that
     fails lets the others finish, then raises RuntimeError.
 
     After `seconds`, or at a sooner deadline from outside, no trial is started and OutOfTimeError is raised. `run` may
@@ -72,7 +78,7 @@ def run_trials(
     bar = {"total": len(calls), "initial": len(calls) - len(due), "disable": hide_progress(), "leave": False}
     with _deadline(seconds):
         one_by_one = (_finish(*call) for call in due if not _late())
-        done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers), desc="trials", **bar)
+        done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers, threads), desc="trials", **bar)
         failures = [error for error in done if error]
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
@@ -123,11 +129,11 @@ def _written(name: str, folder: Path, key: str) -> Any:
     return None
 
 
-def _side_by_side(calls: Sequence[tuple], workers: int) -> Iterator[str]:
+def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterator[str]:
     waiting, running = list(calls), dict[Future, str]()
     workers = min(workers, max(1, len(calls)))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(threads,)) as pool:
         while running or (waiting and not _late()):
             while waiting and len(running) < workers and not _late():
                 call = waiting.pop(0)
@@ -139,12 +145,12 @@ def _side_by_side(calls: Sequence[tuple], workers: int) -> Iterator[str]:
                 yield f"{name}: its process died ({error}); out of memory?" if error else future.result()
 
 
-def _worker() -> None:
-    """Prepare a process: one thread, no bars, and an end with the parent, which a killed one cannot order."""
+def _worker(threads: int) -> None:
+    """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
