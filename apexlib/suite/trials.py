@@ -62,8 +62,8 @@ def run_trials(
     `run` is a function of a module; it returns what JSON can hold and may write to its folder, `folder/name`, in which
     `trial.json` keeps the result. That is up to date while settings, what is read and the code that `run` can reach
     are as they were. On CPUs, `workers` processes (default: one a core) take trials one by one, each with so many
-    `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. A trial that
-    fails lets the others finish, then raises RuntimeError.
+    `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. A
+    trial that fails lets the others finish, then raises RuntimeError.
 
     After `seconds`, or at a sooner deadline from outside, no trial is started and OutOfTimeError is raised. `run` may
     ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its folder what it has
