@@ -29,7 +29,7 @@ Messages = list[dict[str, str]]
 class PackedTokens(Dataset):
     """Blocks of equal length from one stream of documents; the labels are the input (the model shifts them itself).
 
-    `blocks` is int32 (block, position); `left_over` counts the tokens behind the last full block.
+    `blocks` are unsigned integers (block, position), of 16 bits where the vocabulary allows it; `left_over` counts the tokens behind the last full block.
     """
 
     def __init__(self, stream: np.ndarray, length: int) -> None:
@@ -77,6 +77,7 @@ def pack(
     (4, torch.Size([8]), 6)
     """
     _check_tokenizer(tokenizer)
+    stored = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
 
     def encode() -> bytes:
         stream: list[np.ndarray] = []
@@ -84,12 +85,12 @@ def pack(
         options["verbose"] = False  # documents may be longer than the model's context
         for start in range(0, len(documents), 256):
             encoded = tokenizer(list(documents[start : start + 256]), **options)
-            stream += [np.array([*ids, tokenizer.eos_token_id], dtype="<i4") for ids in encoded["input_ids"]]
+            stream += [np.array([*ids, tokenizer.eos_token_id], dtype=stored) for ids in encoded["input_ids"]]
         return np.concatenate(stream).tobytes() if stream else b""
 
     words = tokenizer.backend_tokenizer.to_str()
-    key = content_hash("stream", 1, corpus_hash(documents), words, tokenizer.eos_token_id)
-    return PackedTokens(np.frombuffer(cached(cache, "stream", key, encode), dtype="<i4"), length)
+    key = content_hash("stream", 2, corpus_hash(documents), words, tokenizer.eos_token_id)
+    return PackedTokens(np.frombuffer(cached(cache, "stream", key, encode), dtype=stored), length)
 
 
 def encode_chat(
