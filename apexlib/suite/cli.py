@@ -199,7 +199,7 @@ def _difference(
 ) -> None:
     from apexlib import activation_statistics, batches, imbalance_table, load_corpus, pack, save_table
     from apexlib.suite.inputs import load_model, load_tokenizer
-    from apexlib.text.corpora import corpus_hash
+    from apexlib.text.cache import corpus_hash
 
     documents = load_corpus(corpus)
     assessment = batches(pack(documents, load_tokenizer(model, revision=revision), length), batch, limit=blocks)

@@ -21,7 +21,7 @@ from apexlib.suite.inputs import conversations, documents, examples, load_model,
 from apexlib.suite.memory import peak_mb, reset_peak
 from apexlib.suite.trials import time_left
 from apexlib.suite.variants import VARIANTS
-from apexlib.text.corpora import corpus_hash
+from apexlib.text.cache import corpus_hash
 from apexlib.text.skills import SPLITS
 from apexlib.training.stages import TrainingRecord
 

@@ -9,7 +9,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apexlib.text.cache import corpus_hash as corpus_hash
 from apexlib.text.cache import text_hash
 from apexlib.text.embedded import EMBEDDED, embedded
 from apexlib.text.rows import Row, file_rows, text_field

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerFast
 
 from apexlib.files import content_hash
-from apexlib.text.corpora import cached, corpus_hash
+from apexlib.text.cache import cached, corpus_hash
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 _COUNTS = ("dropped_prompt", "dropped_answer", "dropped_special", "eos_added")
@@ -29,7 +29,8 @@ Messages = list[dict[str, str]]
 class PackedTokens(Dataset):
     """Blocks of equal length from one stream of documents; the labels are the input (the model shifts them itself).
 
-    `blocks` are unsigned integers (block, position), of 16 bits where the vocabulary allows it; `left_over` counts the tokens behind the last full block.
+    `blocks` are unsigned integers (block, position), of 16 bits where the vocabulary allows it; `left_over` counts the
+    tokens behind the last full block.
     """
 
     def __init__(self, stream: np.ndarray, length: int) -> None:
