@@ -6,20 +6,21 @@ Exit codes. 0: done. 1: a check or a notebook failed, training had to stop, or t
 """
 
 import argparse
-import math
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import yaml
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(_parser(_methods() if given[:1] == ["plan"] else ()).parse_args(given))
+    options = vars(_parser(given).parse_args(given))
     try:
         return options.pop("run")(**options) or 0
     except FloatingPointError as error:
@@ -34,72 +35,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser(methods: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """Make the parser that `cli.yaml` describes, for the arguments that are given."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m apexlib", description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    many = {"action": "append", "default": []}
+    described = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    if given[:1] == ["plan"]:
+        from apexlib.training.methods import Name  # loads torch
 
-    def command(run: Callable[..., int | None], text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__.strip("_"), help=text, description=f"{text[0].upper()}{text[1:]}.")
-        added.set_defaults(run=run)
-        return added
-
-    sub = command(_reproduce, "run the notebooks of a profile, each only if what it depends on changed")
-    sub.add_argument("--profile", default="cpu", help="a name from notebooks/profiles, or a YAML file of your own")
-    which = sub.add_mutually_exclusive_group()
-    which.add_argument("--only", **many, metavar="01", help="just this notebook (repeatable)")
-    which.add_argument("--from", dest="start", metavar="01", help="this notebook and all after it")
-    which.add_argument("--claim", **many, dest="claims", type=int, metavar="3", help="what it needs (repeatable)")
-    sub.add_argument("--budget", type=_seconds, default=math.inf, metavar="30m", help="time after which nothing starts")
-    sub.add_argument("--force", action="store_true", help="run them even if nothing changed")
-    sub.add_argument("--set", **many, dest="settings", metavar="01.NAME=VALUE", help="a parameter (repeatable)")
-    sub.add_argument("--dry-run", action="store_true", help="tell what would run and why; run nothing")
-    sub.add_argument("--list", action="store_true", dest="listing", help="show profiles, notebooks and parameters")
-
-    sub = command(_difference, "assess heads and channels of a model; write two tables")
-    sub.add_argument("model", help="a causal LM: folder, or name on the Hub")
-    sub.add_argument("--revision", help="commit of a model on the Hub")
-    sub.add_argument("--corpus", default="stdlib", help="stdlib, stdlib-code, stdlib-prose or a file")
-    sub.add_argument("--length", type=int, default=256, help="tokens per block")
-    sub.add_argument("--blocks", type=int, default=256, help="blocks to assess over")
-    sub.add_argument("--batch", type=int, default=8, help="blocks per batch")
-    sub.add_argument("--top", type=float, default=0.1875, help="fraction K of the rank score")
-    sub.add_argument("--out", type=Path, default=Path(), help="folder for activations.csv and imbalance.csv")
-
-    sub = command(_spectrum, "effective rank of every weight matrix, or of every update")
-    sub.add_argument("model", help="a folder with safetensors files, read matrix by matrix, or a name on the Hub")
-    sub.add_argument("--base", help="measure the update from this model, folder or name")
-    sub.add_argument("--revision", help="commit of a model on the Hub")
-    sub.add_argument("--base-revision", help="commit of a base on the Hub")
-    sub.add_argument("--out", type=Path, default=Path(), help="folder for spectrum.csv, or updates.csv")
-
-    sub = command(_train, "train a model as a YAML file says; runs under accelerate launch too")
-    sub.add_argument("settings", type=Path, help="model, data, method, apex, training: see the README")
-    again = sub.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on where an interrupted run of the same file stopped")
-    again.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
-
-    sub = command(_plan, "say what a run will need: parameters, FLOPs, memory, disk, time")
-    sub.add_argument("model", help="a causal LM or its config: folder, or name on the Hub; only the config is read")
-    sub.add_argument("--batch", type=int, default=8, help="sequences per step and device")
-    sub.add_argument("--length", type=int, default=2048, help="tokens per sequence")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    sub.add_argument("--method", nargs="+", metavar="METHOD", choices=methods, default=methods, help=", ".join(methods))
-    sub.add_argument("--apex", type=Path, help="settings, a file that ApexConfig.to_json wrote; the paper's by default")
-    sub.add_argument(
-        "--checkpointing", dest="gradient_checkpointing", action="store_true", help="with gradient checkpointing"
-    )
-    sub.add_argument("--calibrate", action="store_true", help="measure FLOP/s on this machine and forecast the time")
-
-    command(_verify, "check a folder that save_fused wrote: hashes, values, loading").add_argument("folder", type=Path)
+        methods = get_args(Name)
+        known = {"choices": methods, "default": methods, "help": ", ".join(methods)}
+        described["plan"]["arguments"]["--method"] |= known
+    for name, command in described.items():
+        text = command["help"]
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(run=globals()[f"_{name}"])
+        groups = {False: sub}
+        for argument, options in command["arguments"].items():
+            if either := options.pop("either", False):
+                groups[either] = groups.get(either) or sub.add_mutually_exclusive_group()
+            if "type" in options:
+                options["type"] = _TYPES[options["type"]]
+            groups[either].add_argument(argument, **options)
     return parser
-
-
-def _methods() -> tuple[str, ...]:
-    from apexlib.training.methods import Name
-
-    return get_args(Name)
 
 
 def _seconds(text: str) -> float:
@@ -112,6 +71,9 @@ def _seconds(text: str) -> float:
     if not text or found is None:
         raise argparse.ArgumentTypeError(f"{text!r}: need a time such as 30m, 8m30s, 2h or 45s")
     return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
+_TYPES = {"int": int, "float": float, "path": Path, "time": _seconds}
 
 
 def _reproduce(
@@ -272,6 +234,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
     from apexlib.suite.notebooks import Strict, validated
     from apexlib.suite.profiles import load_yaml
+    from apexlib.training.methods import Name
 
     class Settings(Strict):
         model: str
@@ -279,7 +242,7 @@ def _settings(path: Path) -> dict[str, Any]:
         kind: Literal["text", "chat"] = "text"
         data: dict[str, Any] = Field(default_factory=dict)
         length: int = 512
-        method: Literal[_methods()] = "apex"
+        method: Name = "apex"
         apex: dict[str, Any] = Field(default_factory=dict)
         training: dict[str, Any]
 
