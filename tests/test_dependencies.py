@@ -8,8 +8,7 @@ from importlib import import_module
 import pytest
 
 from apexlib.files import content_hash
-from apexlib.suite.dependencies import code_of, code_of_source
-from apexlib.suite.syntax import normalised
+from apexlib.suite.dependencies import code_of, code_of_source, normalised
 
 PACKAGE = {
     "__init__.py": '''

@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 from apexlib.files import clear_partial, content_hash, exclusive, file_hash, read_object, write_json
 from apexlib.provenance import provenance
-from apexlib.suite.dependencies import LIBRARY, code_of_source
+from apexlib.suite.dependencies import LIBRARY, code_of_source, normalised
 from apexlib.suite.execution import duration, execute, say, stamps
 from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
 from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_notebooks, unknown, writer_of
 from apexlib.suite.profiles import read_profile, resolve
-from apexlib.suite.syntax import normalised
 
 _STATE_FORMAT = 2
 _STOPPED = ("failed", "unfinished", "not run")
