@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 _KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
 _KINDS |= {"list[int]": list[int], "list[float]": list[float], "list[str]": list[str]}
 _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}, or one of them `| None`"
+_KINDS |= {f"{name} | None": kind | None for name, kind in _KINDS.items()}
 
 
 class ReproduceError(ValueError):
@@ -76,11 +77,8 @@ class Parameter:
         Traceback (most recent call last):
         apexlib.suite.notebooks.ReproduceError: parameter tied: need bool, got 'false' (str)
         """
-        kind = self.kind.removesuffix(" | None")
-        if value is None and kind != self.kind:
-            return None
         try:
-            return TypeAdapter(_KINDS[kind], config=Strict.model_config).validate_python(value)
+            return TypeAdapter(_KINDS[self.kind], config=Strict.model_config).validate_python(value)
         except ValidationError:
             as_text = "float" in self.kind and re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", str(value))
             hint = "; YAML takes this for text, need a point and a sign as in 1.0e-4" if as_text else ""
@@ -177,7 +175,7 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
         here = f"{where}, line {node.lineno}"
         try:
             name, kind, default = node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value)
-            if kind.removesuffix(" | None") not in _KINDS:
+            if kind not in _KINDS:
                 raise TypeError
         except (AttributeError, TypeError, ValueError):  # it is no annotated literal
             raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`") from None

@@ -78,14 +78,13 @@ def plan_profile(profile: str = "cpu", *, force: bool = False, **chosen: Any) ->
     job = _Job(profile, **chosen)
     steps: list[Step] = []
     for name in job.selected:
-        moving = [step.notebook for step in steps if step.status != "skip"]
-        upstream = [(path, writer) for path in job.notebooks[name].needs if (writer := job.writer(path)) in moving]
-        answers = {
-            "run": "forced" if force else job.stale(job.notebooks[name]),
-            "maybe": "".join(f"if {writer} changes {path}" for path, writer in upstream[:1]),
-            "skip": "up to date",
-        }
-        steps.append(next(Step(name, status, reason) for status, reason in answers.items() if reason))
+        notebook, moving = job.notebooks[name], [step.notebook for step in steps if step.status != "skip"]
+        if reason := "forced" if force else job.stale(notebook):
+            steps.append(Step(name, "run", reason))
+        elif upstream := [path for path in notebook.needs if job.writer(path) in moving]:
+            steps.append(Step(name, "maybe", f"if {job.writer(upstream[0])} changes {upstream[0]}"))
+        else:
+            steps.append(Step(name, "skip", "up to date"))
     return steps
 
 

@@ -131,7 +131,6 @@ def _written(name: str, folder: Path, key: str) -> Any:
 
 def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterator[str]:
     waiting, running = list(calls), dict[Future, str]()
-    workers = min(workers, max(1, len(calls)))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(threads,)) as pool:
         while running or (waiting and not _late()):
@@ -151,12 +150,12 @@ def _worker(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
