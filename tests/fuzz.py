@@ -24,8 +24,7 @@ from apexlib import ApexConfig, ExpansionPlan, LayerPlan, save_fused, verify_fol
 from apexlib.files import write_json
 from apexlib.suite.cli import _settings
 from apexlib.suite.ledger import read_claims
-from apexlib.suite.notebooks import read_notebook
-from apexlib.suite.profiles import read_profile
+from apexlib.suite.notebooks import read_notebook, read_profile
 from apexlib.suite.runner import _State
 from apexlib.text.corpora import load_chat, load_corpus
 from apexlib.training.checkpoints import RunFolder, complete_folder, fault, read_state, write_state

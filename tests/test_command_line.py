@@ -215,7 +215,6 @@ def test_without_the_notebooks_extra_train_says_what_is_missing(tmp_path, capsys
     (tmp_path / "t.yaml").write_text("model: m")
     monkeypatch.setitem(sys.modules, "pydantic", None)
     monkeypatch.delitem(sys.modules, "apexlib.suite.notebooks", raising=False)
-    monkeypatch.delitem(sys.modules, "apexlib.suite.profiles", raising=False)
     assert main(["train", str(tmp_path / "t.yaml")]) == 2
     assert re.fullmatch(r"error: .*pydantic.*; need pip install 'apexlib\[notebooks\]'\n", capsys.readouterr().err)
 

@@ -22,8 +22,7 @@ from readme import rendered
 import apexlib
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import read_claims
-from apexlib.suite.notebooks import read_notebook
-from apexlib.suite.profiles import read_profile, resolve
+from apexlib.suite.notebooks import read_notebook, read_profile, resolve
 from apexlib.suite.runner import plan_profile
 from apexlib.suite.variants import VARIANTS
 

@@ -24,8 +24,7 @@ import yaml
 from apexlib.files import file_hash
 from apexlib.suite import cli, execution
 from apexlib.suite import runner as reproduce
-from apexlib.suite.notebooks import ReproduceError, read_notebook
-from apexlib.suite.profiles import read_profile
+from apexlib.suite.notebooks import ReproduceError, read_notebook, read_profile
 from apexlib.suite.runner import RunError, plan_profile, run_profile
 
 PROFILE = 'profile: str = "cpu"  # whose folders'

@@ -80,7 +80,7 @@ def _reproduce(
     *, profile: str, settings: list[str], claims: list[int], budget: float, dry_run: bool, listing: bool, **chosen: Any
 ) -> int:
     from apexlib.suite import runner
-    from apexlib.suite.profiles import load_yaml
+    from apexlib.suite.notebooks import load_yaml
 
     root, values = runner.find_root(), {}
     if listing:
@@ -119,15 +119,14 @@ def _terminate(*_: Any) -> None:
 
 
 def _listing(profile: str, root: Path) -> Iterator[str]:
-    from apexlib.suite.notebooks import read_notebooks
-    from apexlib.suite.profiles import read_profile, resolve
+    from apexlib.suite.notebooks import read_profile, resolve
 
     folder = root / "notebooks"
     for path in sorted((folder / "profiles").glob("*.yaml")):
         each = read_profile(path.stem, folder / "profiles")
         yield f"profile {each.name:<9} {each.description}{'' if each.runnable else ' (not run here)'}"
     chosen = read_profile(profile, folder / "profiles")
-    for name, notebook in read_notebooks(folder, chosen.notebooks, chosen.name).items():
+    for name, notebook in chosen.read_notebooks(folder).items():
         values = resolve(notebook, chosen, {})
         yield f"\n{name}  writes {', '.join(notebook.writes) or 'nothing'}"
         for parameter in notebook.parameters.values():
@@ -139,7 +138,7 @@ def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
     """Print claims as the results of a profile decide them; 1: a table is not what it should be."""
     from apexlib.suite.folders import folders
     from apexlib.suite.ledger import claims_table, measured, read_claims
-    from apexlib.suite.profiles import read_profile
+    from apexlib.suite.notebooks import read_profile
 
     results = folders(read_profile(profile, root / "notebooks" / "profiles").name, root).results
     try:
@@ -232,8 +231,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """Read a training file: what it may say, with defaults, and nothing else."""
     from pydantic import Field
 
-    from apexlib.suite.notebooks import Strict, validated
-    from apexlib.suite.profiles import load_yaml
+    from apexlib.suite.notebooks import Strict, load_yaml, validated
     from apexlib.training.methods import Name
 
     class Settings(Strict):

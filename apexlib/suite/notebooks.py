@@ -1,4 +1,8 @@
-"""What a notebook declares: its parameters, what it needs and what it writes, read and checked before anything runs."""
+"""What a notebook declares and what a profile sets, read and checked before anything runs.
+
+A notebook declares its parameters, what it needs and what it writes; a profile says which notebooks belong to a run,
+and the values of their parameters.
+"""
 
 import ast
 import difflib
@@ -11,6 +15,7 @@ from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 _KINDS: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -135,26 +140,6 @@ def read_notebook(path: Path, profile: str) -> Notebook:
     return Notebook(**dict(declared), name=path.stem, path=path, parameters=parameters, cells=tuple(cells))
 
 
-def read_notebooks(folder: Path, names: Collection[str], profile: str) -> dict[str, Notebook]:
-    """Read the notebooks `NN_name` of those `names`, in their order; each path must have one, earlier, writer.
-
-    Whatever else lies in `folder` is not looked into.
-    """
-    known = [path.stem for path in folder.glob("[0-9][0-9]_*.ipynb")]
-    if strange := [name for name in names if name not in known]:
-        raise unknown("notebook", strange[0], known, f"profile {profile}")
-    notebooks = {name: read_notebook(folder / f"{name}.ipynb", profile) for name in sorted(names)}
-    written = [(path, name) for name, notebook in notebooks.items() for path in notebook.writes]
-    for (path, writer), (other, name) in combinations(written, 2):
-        if name != writer and (_covers(path, other) or _covers(other, path)):
-            raise ReproduceError(f"{name} writes {other}, which {writer} writes already")
-    for name, notebook in notebooks.items():
-        for path in notebook.needs:
-            if (writer := writer_of(path, notebooks)) and writer >= name:
-                raise ReproduceError(f"{name} needs {path}, which {writer} writes: need an earlier one")
-    return notebooks
-
-
 def writer_of(path: str, notebooks: Mapping[str, Notebook]) -> str | None:
     """Name the notebook that writes `path`, as such or within a folder."""
     writers = (name for name, each in notebooks.items() if any(_covers(written, path) for written in each.writes))
@@ -187,3 +172,84 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
     if [(each.name, each.kind) for each in found.values()][:1] != [("profile", "str")]:
         raise ReproduceError(f'{where}: need `profile: str = "cpu"` as the first parameter')
     return found
+
+
+class _ProfileFile(Strict):
+    """Which notebooks belong to a run, and which of their parameters differ from what is written in them."""
+
+    description: str
+    extends: str | None = None  # the profile whose values these go on from
+    notebooks: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    runnable: bool = True
+    why: str = ""  # said when it is not runnable
+
+
+class Profile(_ProfileFile):
+    name: str  # of its file
+
+    def read_notebooks(self, folder: Path) -> dict[str, Notebook]:
+        """Read the notebooks of this profile, `NN_name` each, in order; each path must have one, earlier, writer.
+
+        Whatever else lies in `folder` is not looked into.
+        """
+        known = [path.stem for path in folder.glob("[0-9][0-9]_*.ipynb")]
+        if strange := [name for name in self.notebooks if name not in known]:
+            raise unknown("notebook", strange[0], known, f"profile {self.name}")
+        notebooks = {name: read_notebook(folder / f"{name}.ipynb", self.name) for name in sorted(self.notebooks)}
+        written = [(path, name) for name, notebook in notebooks.items() for path in notebook.writes]
+        for (path, writer), (other, name) in combinations(written, 2):
+            if name != writer and (_covers(path, other) or _covers(other, path)):
+                raise ReproduceError(f"{name} writes {other}, which {writer} writes already")
+        for name, notebook in notebooks.items():
+            for path in notebook.needs:
+                if (writer := writer_of(path, notebooks)) and writer >= name:
+                    raise ReproduceError(f"{name} needs {path}, which {writer} writes: need an earlier one")
+        return notebooks
+
+
+def load_yaml(source: Path | str, where: str) -> Any:
+    """Read a YAML file, or text, without executing anything in it; an error is one line."""
+    try:
+        return yaml.safe_load(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ReproduceError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def read_profile(profile: str, folder: Path, *, extended_by: tuple[str, ...] = ()) -> Profile:
+    """Read the profile of that name in `folder`, or the YAML file of that path; `extended_by` names who asks for it."""
+    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    path = known.get(profile)
+    if profile.endswith((".yaml", ".yml")):
+        path = Path(profile)
+        if not path.is_file():
+            raise ReproduceError(f"profile file {profile}: not found")
+        if path.stem in known and not path.samefile(known[path.stem]):
+            raise ReproduceError(f"{profile}: the project has a profile {path.stem}, need another file name")
+    if path is None:
+        raise unknown("profile", profile, known, f"{extended_by[-1]}, extends" if extended_by else "")
+    if path.name in extended_by:
+        raise ReproduceError(f"{path.name} extends itself: {' → '.join((*extended_by, path.name))}")
+    found = validated(_ProfileFile, load_yaml(path, path.name), path.name)
+    notebooks = {name: values or {} for name, values in found.notebooks.items()}
+    if found.extends is not None:
+        base = read_profile(found.extends, folder, extended_by=(*extended_by, path.name)).notebooks
+        notebooks = {name: base.get(name, {}) | notebooks.get(name, {}) for name in {**base, **notebooks}}
+    if found.runnable and not notebooks:
+        raise ReproduceError(f"{path.name}: need both description and notebooks")
+    if not found.runnable and not found.why:
+        raise ReproduceError(f"{path.name}: need `why`, since it is not runnable")
+    return Profile(**dict(found) | {"name": path.stem, "notebooks": notebooks})
+
+
+def resolve(notebook: Notebook, profile: Profile, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return every parameter's value: the notebook's own, then the profile's, then that of `settings`."""
+    values = {name: parameter.default for name, parameter in notebook.parameters.items()}
+    for origin, changes in ((f"profile {profile.name}", profile.notebooks), ("--set", settings)):
+        where = f"{origin}, {notebook.name}"
+        for name, value in changes.get(notebook.name, {}).items():
+            if name == "profile":
+                raise ReproduceError(f"{where}: parameter profile is set by the runner")
+            if name not in notebook.parameters:
+                raise unknown("parameter", name, notebook.parameters, where)
+            values[name] = notebook.parameters[name].convert(value, f"{where}, ")
+    return values | {"profile": profile.name}

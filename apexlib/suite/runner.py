@@ -18,8 +18,7 @@ from apexlib.suite.dependencies import LIBRARY, code_of_source, normalised
 from apexlib.suite.execution import duration, execute, say, stamps
 from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
-from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_notebooks, unknown, writer_of
-from apexlib.suite.profiles import read_profile, resolve
+from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_profile, resolve, unknown, writer_of
 
 _STATE_FORMAT = 2
 _STOPPED = ("failed", "unfinished", "not run")
@@ -137,7 +136,7 @@ class _Job:
         if not self.profile.runnable:
             raise ReproduceError(f"profile {self.profile.name} is not run here: {' '.join(self.profile.why.split())}")
         self.folders = folders(self.profile.name, self.root)
-        self.notebooks = read_notebooks(self.root / "notebooks", self.profile.notebooks, self.profile.name)
+        self.notebooks = self.profile.read_notebooks(self.root / "notebooks")
         self.writer = partial(writer_of, notebooks=self.notebooks)  # the name of the one that writes a path
         names = self.selected = list(self.notebooks)
         if only:
