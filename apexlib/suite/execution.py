@@ -1,6 +1,5 @@
 """Run one notebook through papermill in a kernel of this interpreter; check that it finished and kept its promises."""
 
-import csv
 import logging
 import math
 import os
@@ -13,6 +12,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, TextIO
 
+import pandas as pd
 from tqdm import tqdm
 
 from apexlib.suite.memory import resident_mb
@@ -163,12 +163,10 @@ def _broken_promise(notebook: Notebook, executed: Any, before: Mapping[str, Stam
         if not any(size for size, _ in after.values()):
             return f"promised {path}, but it is empty"
         if path.endswith(".csv"):
-            with (root / path).open(newline="", encoding="utf-8-sig") as file:
-                rows = csv.reader(file)
-                header, first = next(rows, []), next(rows, None)
-            if missing := [column for column in columns if column not in header]:
-                return f"promised {path} with {', '.join(missing)}; its columns are {', '.join(header)}"
-            if first is None:
+            table = pd.read_csv(root / path, nrows=1, encoding="utf-8-sig")
+            if missing := [column for column in columns if column not in table]:
+                return f"promised {path} with {', '.join(missing)}; its columns are {', '.join(table)}"
+            if table.empty:
                 return f"promised {path}, but it has no rows"
     return ""
 
