@@ -32,11 +32,10 @@ if _typing.TYPE_CHECKING:
     from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
     from apexlib.provenance import save_table
     from apexlib.selection import select
-    from apexlib.suite.figures import draw_figure
+    from apexlib.suite.figures import draw_figure, save_figure
     from apexlib.suite.ledger import claims_table
     from apexlib.suite.overview import write_overview
     from apexlib.suite.pretraining import pretrain
-    from apexlib.suite.style import save_figure
     from apexlib.text.corpora import load_chat, load_corpus
     from apexlib.text.datasets import batches, collate, encode_chat, pack
     from apexlib.text.tokenizer import train_tokenizer

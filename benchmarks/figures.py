@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from apexlib.suite.style import DOTTED, LEVEL, MARKERS, PALETTE, around, finish, groups, new_figure, save_figure
+from apexlib.suite.figures import DOTTED, LEVEL, MARKERS, PALETTE, around, finish, groups, new_figure, save_figure
 
 
 def draw(tables: dict[str, pd.DataFrame], folder: Path) -> None:
