@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from apexlib.activations import unit_table
@@ -164,8 +165,8 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
-        self._known: set[int] = set()
+        self.peak = self.flops = 0
+        self._live = WeakIdKeyDictionary(ref_type=weakref.ref)  # bytes of each storage
         for tensor in resident:
             self._see(tensor)
 
@@ -179,17 +180,9 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) in self._known:
-            return
-        self._known.add(id(storage))
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        if (storage := tensor.untyped_storage()) not in self._live:
+            self._live[storage] = storage.nbytes()
+            self.peak = max(self.peak, sum(self._live.values()))
 
 
 def _flash_attention(

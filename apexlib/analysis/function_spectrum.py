@@ -66,16 +66,15 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
             model.base_model(**inputs, use_cache=False)
     if not tokens:
         raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
-    rows = [{"layer": layer, "tokens": tokens} | _of_gram(gram, layer) for layer, gram in enumerate(grams)]
+    rows = []
+    for layer, gram in enumerate(grams):
+        if not gram.isfinite().all():
+            raise ValueError(f"hidden states at layer {layer} hold NaN or infinite values")
+        sigma = np.sqrt(np.linalg.eigvalsh(gram.numpy())[::-1].clip(min=0))
+        rows.append({"layer": layer, "tokens": tokens} | measures(sigma))
     return pd.DataFrame(rows)
 
 
 def _slices(model: PreTrainedModel, slot: Slot) -> Float[Tensor, "unit copy dim d_model"]:
     weight = model.get_submodule(slot.module).weight.detach().double().cpu()
     return (weight if slot.axis == 0 else weight.T)[slot.index]
-
-
-def _of_gram(gram: Float[Tensor, "d d"], layer: int) -> dict[str, float]:
-    if not gram.isfinite().all():
-        raise ValueError(f"hidden states at layer {layer} hold NaN or infinite values")
-    return measures(np.sqrt(np.linalg.eigvalsh(gram.numpy())[::-1].clip(min=0)))
