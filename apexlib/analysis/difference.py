@@ -124,7 +124,19 @@ def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel
     parts, others = model_components(before), model_components(after)
     if list(map(_layout, parts)) != list(map(_layout, others)):
         raise ValueError("base and tuned have different layers or units: need two versions of one model")
-    return pd.concat([_moved(before, after, part) for part in parts], ignore_index=True)
+    tables = []
+    for part in parts:
+        sums = torch.zeros(4, part.units, dtype=torch.float64)
+        for slot in part.slots.values():
+            old, new = (model.get_submodule(slot.module).weight.detach().double().cpu() for model in (before, after))
+            if old.shape != new.shape:
+                raise ValueError(f"{slot.module}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned")
+            products = ((new - old).square(), old.square(), new.square(), old * new)
+            sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
+        (change, old_norm, new_norm), product = sums[:3].sqrt(), sums[3]
+        cosine = product / (old_norm * new_norm)
+        tables.append(unit_table(part, change=change, relative=change / old_norm, cosine=cosine))
+    return pd.concat(tables, ignore_index=True)
 
 
 def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
@@ -202,19 +214,6 @@ def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
 
 def _layout(part: Component) -> tuple[object, ...]:
     return part.layer, part.component, part.units, [(slot.module, slot.index.shape) for slot in part.slots.values()]
-
-
-@torch.no_grad()
-def _moved(before: PreTrainedModel, after: PreTrainedModel, part: Component) -> pd.DataFrame:
-    sums = torch.zeros(4, part.units, dtype=torch.float64)
-    for slot in part.slots.values():
-        old, new = (model.get_submodule(slot.module).weight.double().cpu() for model in (before, after))
-        if old.shape != new.shape:
-            raise ValueError(f"{slot.module}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned")
-        products = ((new - old).square(), old.square(), new.square(), old * new)
-        sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
-    change, old_norm, new_norm, product = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3]
-    return unit_table(part, change=change, relative=change / old_norm, cosine=product / (old_norm * new_norm))
 
 
 def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
