@@ -147,10 +147,7 @@ def corpus_hash(documents: Iterable[str]) -> str:
     >>> corpus_hash(["ab", "c"]) == corpus_hash(["a", "bc"])
     False
     """
-    total = hashlib.sha256()
-    for document in documents:
-        total.update(text_hash(document))
-    return total.hexdigest()
+    return hashlib.sha256(b"".join(map(text_hash, documents))).hexdigest()
 
 
 def text_hash(text: str) -> bytes:
