@@ -20,10 +20,16 @@ from pathlib import Path as _Path
 if _typing.TYPE_CHECKING:
     from apexlib.activations import ActivationRecorder, activation_statistics
     from apexlib.analysis.budget import plan_budget
-    from apexlib.analysis.difference import biography, imbalance_table, masking_curve, silenced, weight_difference
+    from apexlib.analysis.difference import (
+        biography,
+        imbalance_table,
+        masking_curve,
+        selection_stability,
+        silenced,
+        weight_difference,
+    )
     from apexlib.analysis.function_spectrum import head_table, hidden_table
     from apexlib.analysis.spectrum import effective_rank, spectrum_table, update_table
-    from apexlib.analysis.stability import selection_stability
     from apexlib.architectures import model_components, register_family
     from apexlib.certificate import save_fused, verify_folder
     from apexlib.evaluation import exact_match, multiple_choice, perplexity

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, model_components, unit_weight_norms
 from apexlib.evaluation import in_evaluation, on_device
-from apexlib.fused_ffn import FusedFFN
+from apexlib.fused_ffn import FusedFFN, wide
 from apexlib.plan import ComponentName
 from apexlib.progress import progress
 
@@ -52,12 +52,6 @@ class NotFiniteError(ValueError, FloatingPointError):
     """An activation is NaN or infinite."""
 
 
-def check_top(top: float) -> None:
-    """Refuse a fraction K of which Top-K and Min-K could not be disjoint."""
-    if not 0 < top <= 0.5:
-        raise ValueError(f"top = {top}: need a fraction above 0 and at most 0.5 (Top-K and Min-K are disjoint)")
-
-
 class ActivationRecorder:
     """Gather statistics from every forward pass of `model` inside the `with` block, also during training.
 
@@ -82,7 +76,8 @@ class ActivationRecorder:
         training_only: bool = False,
         differentiable: bool = False,
     ) -> None:
-        check_top(top)
+        if not 0 < top <= 0.5:
+            raise ValueError(f"top = {top}: need a fraction above 0 and at most 0.5 (Top-K and Min-K are disjoint)")
         if statistic not in ("gate", "product"):
             raise ValueError(f"statistic {statistic!r}: need 'gate' or 'product'")
         self.model, self.top, self.statistic = model, top, statistic
@@ -101,17 +96,18 @@ class ActivationRecorder:
 
     def __enter__(self) -> Self:
         # the outermost forward marks a pass: what backward recomputes runs outside it
+        attach = self._attached.enter_context
         for module in (self.model, self.model.base_model):
-            self._attach(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._attach(module.register_forward_hook(self._end, always_call=True))
+            attach(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            attach(module.register_forward_hook(self._end, always_call=True))
         for part in self.components:
             reader = self.model.get_submodule(part.reader.module)
             if part.component == "channel" and self.statistic == "gate":
                 observer = _Observer(self, part, reader, of_product=False)
-                self._attach(self.model.get_submodule(part.activation).register_forward_hook(observer))
+                attach(self.model.get_submodule(part.activation).register_forward_hook(observer))
             else:
                 observer = _Observer(self, part, reader, of_product=True)
-                self._attach(reader.register_forward_pre_hook(observer))
+                attach(reader.register_forward_pre_hook(observer))
             block = self.model.get_submodule(part.reader.module.rpartition(".")[0])
             if isinstance(block, FusedFFN) and not self.differentiable:  # a loss term needs the activations themselves
                 block.observers.append(observer)
@@ -121,9 +117,6 @@ class ActivationRecorder:
     def __exit__(self, *_: object) -> None:
         self._attached.close()
         self._pass = None
-
-    def _attach(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self._attached.callback(handle.remove)
 
     def gather(self) -> None:
         """Add up what the processes of a distributed run have seen, so that all of them hold the same statistics."""
@@ -250,8 +243,8 @@ def _sum_of_squares(activation: Float[Tensor, "*batch n"], tokens: Tensor | None
     rows = activation.flatten(0, -2)
     if tokens is not None:
         rows = rows[tokens.to(rows.device)]
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return torch.stack([chunk.to(wide).square().sum(0) for chunk in rows.split(512)]).sum(0)  # no copy of them all
+    sums = [chunk.to(wide(rows.dtype)).square().sum(0) for chunk in rows.split(512)]  # no copy of all rows
+    return torch.stack(sums).sum(0)
 
 
 class _UnitSums:

@@ -1,6 +1,5 @@
 """Save a fused model with a certificate: what fusing and casting changed, and a hash of every file; check it later."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.evaluation import in_evaluation, on_device
 from apexlib.expansion import fuse, is_expanded
-from apexlib.files import atomic_folder, file_hash, write_json
+from apexlib.files import atomic_folder, file_hash, read_hashes, write_json
 from apexlib.inspection import composed_weights
 from apexlib.projections import SplitProjection
 from apexlib.provenance import provenance
@@ -81,13 +80,14 @@ def verify_folder(folder: str | Path) -> pd.DataFrame:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: need a folder that `save_fused` wrote")
-    rows: list[tuple[str, str, str]] = []
     listed: Mapping[str, str] = {}
     try:
-        listed = _read_certificate(folder / CERTIFICATE)
-        rows.append(("certificate", CERTIFICATE, ""))
-    except (OSError, ValueError, RecursionError) as error:
-        rows.append(("certificate", CERTIFICATE, str(error)))
+        files = read_hashes(folder / CERTIFICATE, _FORMAT)
+        listed = files if any(name.endswith(".safetensors") for name in files) else {}
+        fault = "" if listed else "need the hashes of the model's files"
+    except (OSError, ValueError) as error:
+        fault = f"need an object with format {_FORMAT} ({error})"
+    rows = [("certificate", CERTIFICATE, fault)]
     for name, expected in listed.items():
         path = folder / name
         fault = "is missing" if not path.is_file() else "" if file_hash(path) == expected else "was changed"
@@ -148,19 +148,6 @@ def _update(
 
 def _square(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
-
-
-def _read_certificate(path: Path) -> Mapping[str, str]:
-    """Read the hashes; a file name that leads out of the folder is refused."""
-    certificate = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(certificate, dict) or certificate.get("format") != _FORMAT:
-        raise ValueError(f"need an object with format {_FORMAT}")
-    files = certificate.get("files")
-    if not isinstance(files, dict) or not any(str(name).endswith(".safetensors") for name in files):
-        raise ValueError("need the hashes of the model's files")
-    if bad := [name for name in files if Path(name).name != name or not isinstance(files[name], str)]:
-        raise ValueError(f"files: {bad[0]!r} is no file of this folder")
-    return files
 
 
 def _not_finite(path: Path) -> str:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, Slot, family_of, model_components
-from apexlib.fused_ffn import take_form
+from apexlib.fused_ffn import take_form, wide
 from apexlib.inspection import composed_weights
-from apexlib.operators import OPERATORS, Operator, make_operator
+from apexlib.operators import Operator, make_operator, operator_class
 from apexlib.plan import FFN_FORMS, ExpansionPlan, LayerPlan
 from apexlib.projections import (
     SplitProjection,
@@ -34,7 +34,6 @@ from apexlib.projections import (
     split,
     train_whole,
     trained_whole,
-    wide,
 )
 
 _MIXERS = {"head": "apex_head", "channel": "apex_channel"}
@@ -117,7 +116,7 @@ def expand(
         for part, layer, slots in planned:
             _expand_component(model, part, layer, slots, operator, generator)
             if "up" in part.slots:
-                path = _parent(part.reader.module)
+                path = part.reader.module.rpartition(".")[0]
                 modules = [*(part.slots[role].module for role in ("gate", "up", "down")), part.activation]
                 take_form(model.get_submodule(path), tuple(name.removeprefix(f"{path}.") for name in modules), ffn)
         for name, dtype in whole.items():
@@ -205,7 +204,7 @@ def _expand_component(
         weight, dim = model.get_submodule(reader.module).weight, reader.index.shape[2]
         matrix = make_operator(operator, len(layer.source) * dim, generator=generator, device=weight.device)
         mixer = Mixer(matrix, dim).to(wide(weight.dtype))
-        model.get_submodule(_parent(reader.module)).add_module(_MIXERS[part.component], mixer)
+        model.get_submodule(reader.module.rpartition(".")[0]).add_module(_MIXERS[part.component], mixer)
     reordered = bool(family.coupled) and part.component == "head"
     for name, own in slots.items():
         by_unit = family.interleaved and len(own) > 1
@@ -219,8 +218,7 @@ def _match(
     here = type(model).__name__
     if not isinstance(plan, ExpansionPlan):
         raise ValueError(f"plan: need an ExpansionPlan, got {type(plan).__name__}")
-    if operator not in OPERATORS:
-        raise ValueError(f"unknown operator {operator!r}; known: {', '.join(OPERATORS)}")
+    operator_class(operator)  # an unknown kind is refused there
     if is_expanded(model):
         raise ValueError(f"{here}: is expanded already; fuse it before expanding it again")
     if getattr(model, "is_quantized", False):
@@ -242,10 +240,6 @@ def _match(
             slots.setdefault(slot.module, []).append(slot)
         planned.append((part, layer, slots))
     return planned
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

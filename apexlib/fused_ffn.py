@@ -6,7 +6,7 @@ or none, takes the tokens in chunks that fit a cache, and computes weight gradie
 oracle is the split form: the plain module's own code over split projections.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -104,7 +104,8 @@ class GatedFFN(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd find both
             return _twice_differentiable(ctx, grad, x, bias, flat)
         parts, wanted = _parts(flat), _parts(needed[5:])
-        gradients = _parts([_accumulator(t) if need else None for t, need in zip(flat, needed[5:], strict=True)])
+        each = zip(flat, needed[5:], strict=True)
+        gradients = _parts([torch.zeros_like(t, dtype=wide(t.dtype)) if need else None for t, need in each])
         grad_x = torch.zeros_like(x) if needed[0] else None
         for rows in _chunks(x):
             for number, (part, wants, grads) in enumerate(zip(parts, wanted, gradients, strict=True)):
@@ -166,6 +167,11 @@ class FusedFFN(nn.Module):
         return _blank, (self.plain_class,), self.__dict__
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which the weights of a model of `dtype` train, and in which sums are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def take_form(module: nn.Module, names: tuple[str, str, str, str], mode: str) -> None:
     """Let a gated FFN with split projections run as `mode`, where its activation is known and it is not patched."""
     known = type(module.get_submodule(names[3])) in _ACTIVATIONS
@@ -191,8 +197,7 @@ class _SquareSums:
     def add(self, number: int, values: Tensor, rows: slice, *, of_product: bool) -> None:
         if of_product == self.observer.of_product:
             values = values if self.tokens is None else values[self.tokens[rows].to(values.device)]
-            values = values if values.dtype == torch.float64 else values.float()
-            self.sums[number] += values.square().sum(0)
+            self.sums[number] += values.to(wide(values.dtype)).square().sum(0)
 
     def report(self) -> None:
         self.observer.take_squares(torch.cat(self.sums))
@@ -209,14 +214,10 @@ def _has_other_hooks(module: nn.Module, observers: list[ChannelObserver]) -> boo
 def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, Part]:
     """The channels that train, composed by plain autograd, and the frozen ones."""
     readers = [gate] if gate is up else [gate, up]
-    tuned, tuned_bias, frozen, frozen_bias = [], [], [], []
-    for projection in readers:
-        tuned.append(projection.compose(projection.rows))
-        frozen.append(projection.frozen)
-        tuned_bias.append(projection.composed_bias())
-        frozen_bias.append(projection.bias_frozen)
+    tuned, tuned_bias = zip(*((each.compose(each.rows), each.composed_bias()) for each in readers), strict=True)
+    frozen, frozen_bias = zip(*((each.frozen, each.bias_frozen) for each in readers), strict=True)
 
-    def pair(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    def pair(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         if len(tensors) == 1:  # one projection holds gate, then up
             tensors = [None, None] if tensors[0] is None else tensors[0].chunk(2)
         return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
@@ -256,11 +257,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.T, right)
     else:  # half precision adds up in float32
         total.add_(left.T @ right)
-
-
-def _accumulator(tensor: Tensor) -> Tensor:
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return torch.zeros_like(tensor, dtype=torch.float32 if half else tensor.dtype)
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:

@@ -9,7 +9,7 @@ A new operator is a class with its `factors` and its product, and a row of `OPER
 parameters and its start follow from these.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from math import isqrt, prod
 from typing import Any
 
@@ -55,7 +55,9 @@ class Operator(nn.Module):
         """
         if rows.shape[0] != self.k:
             raise ValueError(f"{type(self).__name__} maps {self.k} rows, got {rows.shape[0]}")
-        with _without_autocast(rows.device.type):
+        device = rows.device.type  # some (meta) have no autocast and refuse even to switch it off
+        off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with off:
             return self._multiply(rows.to(next(self.parameters()).dtype))
 
     def dense(self) -> Float[Tensor, "k k"]:
@@ -186,7 +188,7 @@ def make_operator(kind: str, k: int, **options: Any) -> Operator:
     >>> make_operator("diagonal", 5)
     DiagonalOperator(k=5, parameters=5)
     """
-    return _known(kind)(k, **options)
+    return operator_class(kind)(k, **options)
 
 
 def parameter_count(kind: str, k: int, **options: Any) -> int:
@@ -195,7 +197,7 @@ def parameter_count(kind: str, k: int, **options: Any) -> int:
     >>> [parameter_count(kind, 2064) for kind in OPERATORS]  # 18.75 % of LLaMA-2-7B's 11008 channels
     [187824, 2064, 185760, 4260096]
     """
-    return _known(kind).count(k, **options)
+    return operator_class(kind).count(k, **options)
 
 
 def monarch_blocks(k: int) -> tuple[int, int]:
@@ -227,7 +229,8 @@ def _at_least_one(k: int) -> int:
     return k
 
 
-def _known(kind: str) -> type[Operator]:
+def operator_class(kind: str) -> type[Operator]:
+    """Look a kind up in `OPERATORS`."""
     if kind not in OPERATORS:
         raise ValueError(f"unknown operator {kind!r}; known: {', '.join(OPERATORS)}")
     return OPERATORS[kind]
@@ -238,8 +241,3 @@ def _kaiming(shape: tuple[int, ...], generator: Generator | None, device: torch.
     drawn = torch.empty(shape, dtype=torch.float32, device=generator.device if generator else "cpu")
     drawn.uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
     return nn.Parameter(drawn.to(device or torch.get_default_device()))
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    # some devices (meta) have no autocast and refuse even to switch it off
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -86,7 +86,12 @@ class ApexConfig(_Json):
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), type(field.default))
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            allowed = (int, float) if kind is float else kind  # an int may stand for a float, a bool for nothing else
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{name}: need {kind.__name__}, got {type(value).__name__}")
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"{name}: need a finite number, got {value}")
         for name, known in (("operator", _operators(self.operator)), *_CHOICES.items()):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
@@ -201,15 +206,6 @@ def _operators(asked: str) -> tuple[str, ...]:
     from apexlib.operators import OPERATORS
 
     return tuple(OPERATORS)
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    """Refuse a value that is not of `kind`; an int may stand for a float, a bool for nothing else."""
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name}: need {kind.__name__}, got {type(value).__name__}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}: need a finite number, got {value}")
 
 
 def _index(value: Any, name: str) -> int:

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from apexlib.architectures import Slot
-from apexlib.fused_ffn import FusedFFN, leave_form
+from apexlib.fused_ffn import FusedFFN, leave_form, wide
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (*_HALF, torch.float32, torch.float64)
@@ -152,7 +152,7 @@ def split(
 ) -> None:
     """Bring a plain projection into split form; `units` in the order [N | P | D | F], the first `tuned` train."""
     weight, bias = module._parameters["weight"].detach(), module._parameters["bias"]
-    reader, index = slots[0].is_input, [slot.index[units].flatten(1) for slot in slots]
+    reader, index = slots[0].is_input, [slot.index[units].flatten(1).to(weight.device) for slot in slots]
     layout = _Layout(
         axis=slots[0].axis,
         is_input=reader,
@@ -162,15 +162,10 @@ def split(
         by_unit=by_unit,
         reordered=reordered,
     )
-    parts = (slice(tuned), slice(tuned, None))
-    tuned_rows, frozen_rows = (
-        torch.cat([rows[part] for rows in index], dim=1).flatten()
-        if by_unit
-        else torch.cat([rows[part].flatten() for rows in index])
-        for part in parts
+    parts = ([each[part] for each in index] for part in (slice(tuned), slice(tuned, None)))
+    rows, frozen = (
+        torch.cat(part, dim=1).flatten() if by_unit else torch.cat([each.flatten() for each in part]) for part in parts
     )
-    order = torch.cat([tuned_rows, frozen_rows]).to(weight.device)
-    rows, frozen = order[: len(tuned_rows)], order[len(tuned_rows) :]
     matrix, trained = weight.movedim(layout.axis, 0), wide(weight.dtype)
     scales = sum(layout.expands) if mixer is not None and not reader else 0
     own_bias = None if reader or bias is None else bias.detach()
@@ -189,7 +184,7 @@ def split(
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=trains))
     if reader:
         module._parameters["bias"] = bias
-    module.register_buffer("order", order)
+    module.register_buffer("order", torch.cat([rows, frozen]))
 
 
 def unsplit(module: SplitProjection, composed: dict[str, Float[Tensor, "n d"]]) -> None:
@@ -294,11 +289,6 @@ def check_finite(name: str, tensor: Tensor, of: int | None = None) -> None:
         return
     wrong = int((~tensor.isfinite()).sum())
     raise ValueError(f"{name}: {wrong} of {of or tensor.numel()} values are not finite in {tensor.dtype}")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which the weights of a model of `dtype` train."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_norm(module: nn.Module) -> bool:

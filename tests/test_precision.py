@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apexlib.training.precision import resolve_precision
+from apexlib.training.checks import resolve_precision
 
 
 @pytest.mark.parametrize(

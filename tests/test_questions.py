@@ -2,7 +2,7 @@
 
 import pytest
 
-from apexlib.text.questions import ARITHMETIC, LOSS_ONLY, scored
+from apexlib.text.corpora import ARITHMETIC, LOSS_ONLY, scored
 
 
 def conversation(asked, told):

@@ -16,7 +16,7 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from apexlib.analysis.stability import selection_stability
+from apexlib.analysis.difference import selection_stability
 from apexlib.operators import OPERATORS, parameter_count
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
 from apexlib.selection import select, unit_counts

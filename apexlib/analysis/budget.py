@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from apexlib.activations import unit_table
@@ -80,11 +81,9 @@ def plan_budget(
         whole = counted.iloc[-1]
         if depth > _DEEP:
             whole = counted.loc[2] + (counted.loc[4] - counted.loc[2]) * ((depth - 2) / 2)
-        rows.append({"method": name, **whole, "disk_bytes": whole["disk_bytes"] * stages[name]})
+        rows.append({"method": name, **whole, "disk_mib": whole["disk_mib"] * stages[name]})
     table = pd.DataFrame(rows)
     table.insert(3, "share", table.pop("plain_trainable") / table["parameters"])
-    for name in [name for name in table if name.endswith("_bytes")]:
-        table[name.replace("bytes", "mib")] = table.pop(name) / 2**20
     if flops_per_second is not None:
         table["seconds_per_step"] = table["flops_per_step"] / flops_per_second
     return table.astype(dict.fromkeys(("parameters", "trainable", "flops_per_step"), "int64"))
@@ -102,7 +101,7 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 def _count(
     shape: PretrainedConfig, method: Method, batch: int, length: int, dtype: torch.dtype, checkpointing: bool
 ) -> dict[str, float]:
-    """Count one model: parameters, FLOPs and bytes."""
+    """Count one model: parameters, FLOPs and MiB."""
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
         ids = torch.zeros(batch, length, dtype=torch.int64)
@@ -125,9 +124,9 @@ def _count(
         _step(model, moments, ids, method)
     with _Counter((*model.parameters(), *model.buffers(), *moments.values())) as fuse:
         method.end(model)
-    counts |= {"flops_per_step": train.flops, "assess_bytes": assess.peak if method.assesses else 0}
-    counts |= {"train_bytes": train.peak, "fuse_bytes": fuse.peak}
-    return counts | {"optimizer_bytes": sum(t.nbytes for t in moments.values()), "disk_bytes": disk}
+    sizes = {"assess": assess.peak if method.assesses else 0, "train": train.peak, "fuse": fuse.peak}
+    sizes |= {"optimizer": sum(t.nbytes for t in moments.values()), "disk": disk}
+    return counts | {"flops_per_step": train.flops} | {f"{name}_mib": size / 2**20 for name, size in sizes.items()}
 
 
 def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:
@@ -164,8 +163,8 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
-        self._known: set[int] = set()
+        self.peak = self.flops = 0
+        self._live = WeakIdKeyDictionary(ref_type=weakref.ref)  # bytes of each storage
         for tensor in resident:
             self._see(tensor)
 
@@ -179,17 +178,9 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) in self._known:
-            return
-        self._known.add(id(storage))
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        if (storage := tensor.untyped_storage()) not in self._live:
+            self._live[storage] = storage.nbytes()
+            self.peak = max(self.peak, sum(self._live.values()))
 
 
 def _flash_attention(

@@ -1,4 +1,4 @@
-"""Parameter difference: how unequal units are, what a model loses without some of them, how far training moves them.
+"""Parameter difference: how unequal units are, what is lost without some, how they move, whether choices agree.
 
 Source: arXiv:2505.24241, section 2: a few heads and channels carry far larger activations than the rest; masking them
 hurts more, and stronger models spread their activations more evenly.
@@ -7,6 +7,7 @@ hurts more, and stronger models spread their activations more evenly.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -123,7 +124,19 @@ def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel
     parts, others = model_components(before), model_components(after)
     if list(map(_layout, parts)) != list(map(_layout, others)):
         raise ValueError("base and tuned have different layers or units: need two versions of one model")
-    return pd.concat([_moved(before, after, part) for part in parts], ignore_index=True)
+    tables = []
+    for part in parts:
+        sums = torch.zeros(4, part.units, dtype=torch.float64)
+        for slot in part.slots.values():
+            old, new = (model.get_submodule(slot.module).weight.detach().double().cpu() for model in (before, after))
+            if old.shape != new.shape:
+                raise ValueError(f"{slot.module}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned")
+            products = ((new - old).square(), old.square(), new.square(), old * new)
+            sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
+        (change, old_norm, new_norm), product = sums[:3].sqrt(), sums[3]
+        cosine = product / (old_norm * new_norm)
+        tables.append(unit_table(part, change=change, relative=change / old_norm, cosine=cosine))
+    return pd.concat(tables, ignore_index=True)
 
 
 def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
@@ -156,6 +169,41 @@ def biography(plans: Sequence[ExpansionPlan]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "component", "unit", "stage", "role"])
 
 
+def selection_stability(first: ExpansionPlan, second: ExpansionPlan, *, level: float = 0.01) -> pd.DataFrame:
+    """Compare two plans for one model: made from two halves of the data, say, or by two statistics.
+
+    One row per layer, component and role ("source", "target"): sizes of both sets, their overlap and Jaccard index, the
+    index expected of two independent random sets of these sizes (`chance`, exact, from the hypergeometric distribution
+    of the overlap) and the probability of at least this overlap between those (`p_value`).
+    A selection is called `noise` if `p_value` exceeds `level`, or if less than a tenth of the way from chance to
+    identity is covered: (jaccard − chance) / (1 − chance) < 0.1. Few units can never be told from chance.
+
+    >>> from apexlib.plan import LayerPlan
+    >>> plan = ExpansionPlan((LayerPlan(0, "head", source=(6, 7), target=(0, 1), direct=(), units=32),))
+    >>> selection_stability(plan, plan)[["role", "jaccard", "p_value", "noise"]].round(4).values.tolist()
+    [['source', 1.0, 0.002, False], ['target', 1.0, 0.002, False]]
+    """
+    if len({tuple((layer.layer, layer.component) for layer in plan.layers) for plan in (first, second)}) > 1:
+        raise ValueError("the plans are for different layers: compare plans for one model")
+    sizes = ["units", "first", "second", "overlap"]
+    columns = ["layer", "component", "role", *sizes, "jaccard", "chance", "p_value", "noise"]
+    rows = []
+    for one, two in zip(first.layers, second.layers, strict=True):
+        if one.units != two.units:
+            here = f"layer {one.layer}, {one.component}"
+            raise ValueError(f"{here}: {one.units} units in one plan, {two.units} in the other")
+        for role in ("source", "target"):
+            chosen, again = set(getattr(one, role)), set(getattr(two, role))
+            if not chosen | again:
+                continue
+            counts = (one.units, len(chosen), len(again), len(chosen & again))
+            jaccard = len(chosen & again) / len(chosen | again)
+            chance, p_value = _by_chance(*counts)
+            noise = p_value > level or jaccard - chance < 0.1 * (1 - chance)
+            rows.append((one.layer, one.component, role, *counts, jaccard, chance, p_value, noise))
+    return pd.DataFrame(rows, columns=columns)
+
+
 def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
         return source
@@ -168,19 +216,6 @@ def _layout(part: Component) -> tuple[object, ...]:
     return part.layer, part.component, part.units, [(slot.module, slot.index.shape) for slot in part.slots.values()]
 
 
-@torch.no_grad()
-def _moved(before: PreTrainedModel, after: PreTrainedModel, part: Component) -> pd.DataFrame:
-    sums = torch.zeros(4, part.units, dtype=torch.float64)
-    for slot in part.slots.values():
-        old, new = (model.get_submodule(slot.module).weight.double().cpu() for model in (before, after))
-        if old.shape != new.shape:
-            raise ValueError(f"{slot.module}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned")
-        products = ((new - old).square(), old.square(), new.square(), old * new)
-        sums += torch.stack([each.sum(1 - slot.axis)[slot.index].sum((1, 2)) for each in products])
-    change, old_norm, new_norm, product = sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3]
-    return unit_table(part, change=change, relative=change / old_norm, cosine=product / (old_norm * new_norm))
-
-
 def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
     rows = statistics[(statistics["layer"] == part.layer) & (statistics["component"] == part.component)]
     if sorted(rows["unit"]) != list(range(part.units)):
@@ -191,3 +226,14 @@ def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed:
         return np.random.default_rng([seed, part.layer]).permutation(part.units).tolist()
     ascending = units_in_order(rows, "rank_score")
     return ascending if order == "disadvantageous" else ascending[::-1]
+
+
+@lru_cache(maxsize=4096)
+def _by_chance(units: int, first: int, second: int, overlap: int) -> tuple[float, float]:
+    """Expected Jaccard index, and probability of at least `overlap`, of two random sets of `units` things."""
+    from scipy.stats import hypergeom
+
+    common = hypergeom(units, first, second)
+    possible = np.arange(max(0, first + second - units), min(first, second) + 1)
+    expected = (common.pmf(possible) * possible / (first + second - possible)).sum()
+    return float(expected), float(common.sf(overlap - 1))

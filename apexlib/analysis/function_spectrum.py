@@ -9,12 +9,11 @@ from contextlib import ExitStack
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from apexlib.analysis.spectrum import measures, singular_values
-from apexlib.architectures import Slot, family_of, model_components
+from apexlib.architectures import family_of, model_components
 from apexlib.evaluation import in_evaluation, on_device
 from apexlib.progress import progress
 
@@ -29,7 +28,10 @@ def head_table(model: PreTrainedModel) -> pd.DataFrame:
     parts = [part for part in model_components(model) if part.component == "head"]
     rows = []
     for part in progress(parts, "heads"):
-        value, output = (_slices(model, part.slots[role]) for role in ("value", "output"))
+        value, output = (
+            model.get_submodule(slot.module).weight.detach().double().cpu().movedim(slot.axis, 0)[slot.index]
+            for slot in (part.slots["value"], part.slots["output"])
+        )  # unit, copy, dim, d_model
         for unit, copy in np.ndindex(*output.shape[:2]):
             first, second = (torch.linalg.qr(side.T, mode="r").R for side in (value[unit, 0], output[unit, copy]))
             row = {"layer": part.layer, "unit": unit, "copy": copy}
@@ -46,11 +48,11 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     """
     layers = model.get_submodule(family_of(model).layers)
     grams: list[Tensor | float] = [0.0] * (len(layers) + 1)
-    tokens, mask = 0, None
+    tokens = 0
 
     def add(number: int, states: Tensor | tuple) -> None:
         flat = (states[0] if isinstance(states, tuple) else states).detach().flatten(0, -2)
-        flat = (flat if mask is None else flat[mask.to(flat.device)]).double()
+        flat = flat[mask.to(flat.device)].double()
         grams[number] = grams[number] + (flat.T @ flat).cpu()
 
     with in_evaluation(model), ExitStack() as hooks:
@@ -60,22 +62,15 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
             hooks.enter_context(hook)
         for batch in progress(batches, "hidden states"):
             inputs = on_device(model, batch, labels=False)
-            mask = inputs.get("attention_mask")
-            mask = None if mask is None else mask.flatten().bool()
-            tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().bool()
+            tokens += int(mask.sum())
             model.base_model(**inputs, use_cache=False)
     if not tokens:
         raise ValueError("no batch was seen: need at least one forward pass over one token that is no padding")
-    rows = [{"layer": layer, "tokens": tokens} | _of_gram(gram, layer) for layer, gram in enumerate(grams)]
+    rows = []
+    for layer, gram in enumerate(grams):
+        if not gram.isfinite().all():
+            raise ValueError(f"hidden states at layer {layer} hold NaN or infinite values")
+        sigma = np.sqrt(np.linalg.eigvalsh(gram.numpy())[::-1].clip(min=0))
+        rows.append({"layer": layer, "tokens": tokens} | measures(sigma))
     return pd.DataFrame(rows)
-
-
-def _slices(model: PreTrainedModel, slot: Slot) -> Float[Tensor, "unit copy dim d_model"]:
-    weight = model.get_submodule(slot.module).weight.detach().double().cpu()
-    return (weight if slot.axis == 0 else weight.T)[slot.index]
-
-
-def _of_gram(gram: Float[Tensor, "d d"], layer: int) -> dict[str, float]:
-    if not gram.isfinite().all():
-        raise ValueError(f"hidden states at layer {layer} hold NaN or infinite values")
-    return measures(np.sqrt(np.linalg.eigvalsh(gram.numpy())[::-1].clip(min=0)))

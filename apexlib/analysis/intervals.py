@@ -32,7 +32,6 @@ def summarise(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
     """
     rows = []
     for key, group in table.groupby(by, sort=False):
-        key = key if isinstance(key, tuple) else (key,)
         low, high = interval(group[value]) if len(group) > 1 else (group[value].mean(),) * 2
         rows.append(dict(zip(by, key, strict=True), mean=group[value].mean(), low=low, high=high, n=len(group)))
     return pd.DataFrame(rows)

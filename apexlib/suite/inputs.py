@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from apexlib import encode_chat, load_chat, load_corpus, pack
 from apexlib.evaluation import final_answer
 from apexlib.suite.folders import home, locate
+from apexlib.text.corpora import scored
 from apexlib.text.datasets import ChatTokens, PackedTokens
-from apexlib.text.questions import scored
 from apexlib.text.skills import skills, skills_text
 
 _CACHE = Path("data", "cache")  # below the project's root

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from apexlib.progress import hide_progress
 from apexlib.training.checkpoints import checkpoint_folder as checkpoint_folder
-from apexlib.training.precision import resolve_precision
+from apexlib.training.checks import resolve_precision
 from apexlib.training.stages import train_in_stages
 
 

@@ -1,18 +1,20 @@
-"""Where text comes from: documents and conversations, embedded (no download), from local files, or from the Hub."""
+"""Where text comes from: documents, conversations, questions; embedded (no download), from files, or from the Hub."""
 
-import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apexlib.text.cache import text_hash
+from apexlib.files import text_hash
 from apexlib.text.embedded import EMBEDDED, embedded
-from apexlib.text.rows import Row, file_rows, text_field
+from apexlib.text.rows import file_rows, text_field
 from apexlib.text.skills import SPLITS, check_split, skills, split_of
+
+ARITHMETIC = ("addsub", "multiarith", "singleeq", "svamp", "mawps")  # each too small to be read alone
+LOSS_ONLY = ("gsm8k",)  # solutions that a small model takes 150 tokens to write and does not get right
 
 Source = str | Path | Sequence[str | Path]
 Located = str | list[Path]  # the name of embedded data or of a data set on the Hub, or files
@@ -56,7 +58,7 @@ def load_corpus(
         return [text for text, part in embedded(source, cache) if part == split]
     homes: dict[str, str] = {}  # the split of each document, in order
     read = blank = 0
-    for where, row, split_for in _rows(source, functools.partial(file_rows, documents=True), split, revision, subset):
+    for where, row, split_for in _rows(source, split, revision, subset, documents=True):
         text = text_field(row, column, where)
         read += 1
         blank += not text.strip()
@@ -92,7 +94,7 @@ def load_chat(
     if source == "skills":
         return skills(split, limit or 2000, seed=seed)
     rows = []
-    for where, row, split_for in _rows(source, file_rows, split, revision, subset):
+    for where, row, split_for in _rows(source, split, revision, subset):
         example = _conversation(row, where)
         question = json.dumps(example["messages"][:-1])
         rows.append((example, question, split_for(question)))
@@ -102,6 +104,29 @@ def load_chat(
     if isinstance(source, list) and len(source) > 1:
         examples.sort(key=lambda example: text_hash(json.dumps(example, default=str)))
     return _some(examples, split, len(rows), source, asked_in_a_held_out_file=len(rows) - len(kept))[:limit]
+
+
+def scored(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring a conversation of a test file to what decides its score: `messages`, `family`, `answer` and `choices`.
+
+    Lettered choices become the texts a model is trained to answer with ("B. gravity"), which are compared by their
+    likelihood, as "true" and "false" are. What has no choices is to be written, and right where the part after the
+    last `####` is; the small arithmetic sets count as one family. Of what has no `answer`, and of `LOSS_ONLY`, only the
+    loss is measured.
+
+    >>> question = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "#### 2"}]
+    >>> scored({"task": "svamp", "messages": question, "answer": "2"})["family"]
+    'arithmetic'
+    """
+    task = str(example.get("task", "other"))
+    row = {"messages": example["messages"], "family": "arithmetic" if task in ARITHMETIC else task}
+    answer, choices = None if task in LOSS_ONLY else example.get("answer"), list(example.get("choices", ()))
+    if answer is not None and choices and answer not in choices:
+        lettered = {(letter := chr(ord("A") + index)): f"{letter}. {choice}" for index, choice in enumerate(choices)}
+        if answer not in lettered:
+            raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
+        answer, choices = lettered[answer], list(lettered.values())
+    return row | ({} if answer is None else {"answer": answer}) | ({"choices": choices} if choices else {})
 
 
 # sources, splits, counts
@@ -167,7 +192,7 @@ def _files(source: Source) -> list[Path]:
 
 
 def _rows(
-    source: Located, read: Callable[[Path], Iterator[Row]], split: str, revision: str | None, subset: str | None
+    source: Located, split: str, revision: str | None, subset: str | None, *, documents: bool = False
 ) -> Iterator[tuple[str, dict[str, Any], Callable[[str], str]]]:
     """Rows of files or of a data set on the Hub, each with what tells the split of its content."""
     if isinstance(source, str):
@@ -182,7 +207,7 @@ def _rows(
         if len(source) > 1:
             held_out = _HELD_OUT.search(file.name)
             split_for = (lambda _: "test") if held_out else (lambda content: split_of(content).replace("test", "train"))
-        yield from ((*row, split_for) for row in read(file))
+        yield from ((*row, split_for) for row in file_rows(file, documents=documents))
 
 
 def _some(found: list[Any], split: str, total: int, source: Located, **dropped: int) -> list[Any]:

@@ -16,8 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerFast
 
-from apexlib.files import content_hash
-from apexlib.text.cache import cached, corpus_hash
+from apexlib.files import cached, content_hash, corpus_hash
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 _COUNTS = ("dropped_prompt", "dropped_answer", "dropped_special", "eos_added")
@@ -119,8 +118,7 @@ def encode_chat(
     conversations = [example["messages"] for example in examples]
     words, settings = tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
     key = content_hash("chat", 1, conversations, words, settings, tokenizer.get_chat_template(), max_length)
-    encode = partial(_encoded, conversations, tokenizer, max_length)
-    stored = np.load(BytesIO(cached(cache, "chat", key, encode)))
+    stored = np.load(BytesIO(cached(cache, "chat", key, lambda: _encoded(conversations, tokenizer, max_length))))
     tokens, labels = stored["tokens"], stored["labels"]
     ends = stored["lengths"].cumsum()[:-1]
     row = {"examples": len(examples), "kept": len(ends) + 1, **dict(zip(_COUNTS, stored["counts"], strict=True))}

@@ -14,13 +14,11 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from apexlib.files import content_hash
+from apexlib.files import cached, content_hash, corpus_hash, text_hash
 from apexlib.progress import progress
-from apexlib.text.cache import cached, corpus_hash, text_hash
 from apexlib.text.skills import split_of
 
 PACKAGES = {  # names of distributions
@@ -47,8 +45,7 @@ def embedded(source: str, cache: Path | None = None) -> list[tuple[str, str]]:
     documents = {} if kind == "prose" else {text: split_of(text) for text in modules.values()}
     if kind != "code":
         key = content_hash("prose", 1, sys.version_info[:3], corpus_hash(modules.values()))
-        build = functools.partial(_prose, name, modules)
-        prose = json.loads(cached(cache, f"{name}-prose", key, lambda: json.dumps(build()).encode()))
+        prose = json.loads(cached(cache, f"{name}-prose", key, lambda: json.dumps(_prose(name, modules)).encode()))
         documents |= {text: part for text, part in prose if text not in documents}
     return sorted(documents.items(), key=lambda document: text_hash(document[0]))
 
@@ -77,26 +74,22 @@ def _stdlib(root: Path) -> dict[str, str]:
 def _packages(name: str) -> dict[str, str]:
     """Source of the modules of the packages of that name, by their paths among the installed ones."""
     modules, lines_before = {}, set[int]()
-    for path, text in progress(_package_files(name), f"reading {name}"):
-        lines = text.splitlines()
-        distinct = {hash(line) for each in lines if len(line := each.strip()) > 15}
-        if len(distinct) < 5 or max(map(len, lines)) > 1000 or 2 * len(distinct & lines_before) > len(distinct):
-            continue
-        lines_before |= distinct
-        modules[path] = text
-    return modules
-
-
-def _package_files(name: str) -> Iterator[tuple[str, str]]:
-    for package in PACKAGES[name].split():
+    for package in progress(PACKAGES[name].split(), f"reading {name}"):
         try:
             files = metadata.distribution(package).files or ()
         except metadata.PackageNotFoundError:
             raise FileNotFoundError(f"{name}: package {package} is not installed; need those of the lock") from None
         for path, file in sorted((file.as_posix(), file) for file in files if file.suffix == ".py"):
             left_out = _BUILT.search(path) or (_TESTS | _COPIES | {".."}) & set(file.parts[:-1])
-            if not left_out and (text := _decoded(Path(file.locate()))):
-                yield path, text
+            if left_out or not (text := _decoded(Path(file.locate()))):
+                continue
+            lines = text.splitlines()
+            distinct = {hash(line) for each in lines if len(line := each.strip()) > 15}
+            if len(distinct) < 5 or max(map(len, lines)) > 1000 or 2 * len(distinct & lines_before) > len(distinct):
+                continue
+            lines_before |= distinct
+            modules[path] = text
+    return modules
 
 
 def _decoded(path: Path) -> str | None:
@@ -122,14 +115,11 @@ def _prose(name: str, modules: dict[str, str]) -> list[tuple[str, str]]:
         seen.update(new)
         if new:  # in the split of its module: else valid prose would stand in train code
             documents.append(("\n\n".join(new), split_of(text)))
-    return documents + [(text.strip(), split_of(text)) for text in _further(name)]
-
-
-def _further(name: str) -> Iterable[str]:
-    """The reference topics of the standard library; the READMEs of packages."""
-    if name == "stdlib":
+    if name == "stdlib":  # with the reference topics
         from pydoc_data.topics import topics
 
-        return [topics[each] for each in sorted(topics)]
-    readmes = (metadata.distribution(package).metadata.get_payload() for package in PACKAGES[name].split())
-    return [text for text in readmes if text.strip()]
+        further = [topics[each] for each in sorted(topics)]
+    else:  # with the READMEs
+        readmes = (metadata.distribution(package).metadata.get_payload() for package in PACKAGES[name].split())
+        further = [text for text in readmes if text.strip()]
+    return documents + [(text.strip(), split_of(text)) for text in further]

@@ -18,19 +18,19 @@ def file_rows(path: Path, *, documents: bool = False) -> Iterator[Row]:
     """Rows of a file of objects with named fields; a file of `documents` may be plain text, its one field is `text`."""
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     if kind == ".txt" and documents:
-        text = _decode(_bytes(path), path).replace("\r\n", "\n")
+        text = _content(path).replace("\r\n", "\n")
         for number, document in enumerate(re.split(rf"(?m)^{re.escape(SEPARATOR)}[ \t]*$", text), 1):
             if document.strip():  # a file may begin or end with a separator
                 yield f"{path}, document {number}", {"text": document.strip("\n")}
     elif kind == ".parquet":
         yield from _parquet_rows(path)
     elif kind == ".jsonl":
-        for number, line in enumerate(_bytes(path).split(b"\n"), 1):
+        for number, line in enumerate(_content(path).split("\n"), 1):
             if not line.strip():
                 continue
-            where, text = f"{path}, row {number}", _decode(line, path, first_line=number)
+            where = f"{path}, row {number}"
             try:
-                row = json.loads(text)
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
             if not isinstance(row, dict):
@@ -69,8 +69,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}, after row {number}: not readable as parquet ({error})") from None
 
 
-def _bytes(path: Path) -> bytes:
-    """Content of a file, unpacked, without a byte order mark."""
+def _content(path: Path) -> str:
+    """Text of a file, unpacked, without a byte order mark."""
     content = path.read_bytes()
     if path.suffix.lower() == ".gz" and content:
         try:
@@ -80,12 +80,8 @@ def _bytes(path: Path) -> bytes:
     content = content.removeprefix(codecs.BOM_UTF8)
     if not content.strip():
         raise ValueError(f"{path} is empty")
-    return content
-
-
-def _decode(content: bytes, path: Path, *, first_line: int = 1) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        line = first_line + content[: error.start].count(b"\n")
+        line = 1 + content[: error.start].count(b"\n")
         raise ValueError(f"{path}, line {line}: byte {content[error.start]:#04x} is not UTF-8; need UTF-8") from None

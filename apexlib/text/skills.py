@@ -1,13 +1,12 @@
 """Skills: short generated tasks with one exact answer each, easy enough to teach a model of a million parameters."""
 
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, timedelta
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from apexlib.files import content_hash
+from apexlib.files import content_hash, text_hash
 
 SPLITS = ("train", "valid", "test")
 DIFFICULTIES = (1, 2, 3)
@@ -86,7 +85,7 @@ def split_of(text: str, *, held_out: float = 0.05) -> str:
     >>> [split_of(word) for word in ("shore", "wave", "gull")]
     ['train', 'train', 'train']
     """
-    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    share = int.from_bytes(text_hash(text)[:8], "big") / 2**64
     return "test" if share < held_out else "valid" if share < 2 * held_out else "train"
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.files import atomic_folder, clear_partial, file_hash, read_object, remove_folder, write_json
+from apexlib.files import atomic_folder, clear_partial, file_hash, read_hashes, read_object, remove_folder, write_json
 from apexlib.provenance import provenance
 
 MANIFEST, RUN = "manifest.json", "run.json"
@@ -49,15 +49,12 @@ def fault(folder: Path) -> str:
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}"
     try:
-        manifest = read_object(folder / MANIFEST)
+        files = read_hashes(folder / MANIFEST, _FORMAT)
     except (OSError, ValueError) as error:
         return str(error)
-    files = manifest.get("files")
-    if manifest.get("format") != _FORMAT or not isinstance(files, dict) or not files:
-        return f"{MANIFEST}: need format {_FORMAT}, with files; got format {manifest.get('format')!r}"
+    if not files:
+        return f"{MANIFEST} names no file"
     for name, expected in files.items():
-        if Path(name).name != name:
-            return f"{MANIFEST}: {name!r} is no file of this folder"
         if not (folder / name).is_file():
             return f"{name} is missing"
         if file_hash(folder / name) != expected:
@@ -109,7 +106,11 @@ class RunFolder:
             raise FileExistsError(f"{self.path}: holds a run already; {ways}")
         self._compare(identity)
         for folder in found:
-            if not (why := self._fault(folder)):
+            stage, why = position(folder)[0], fault(folder)
+            base = self.model(stage - 1) if stage else folder  # the plain model that it builds on
+            if not why and base != folder and (found_there := fault(base)):
+                why = f"{base.name} {found_there}"
+            if not why:
                 return folder
             _log.warning("%s: passed over, %s", folder, why)
         return None
@@ -132,14 +133,6 @@ class RunFolder:
         steps = [folder for folder in self._found() if position(folder)[1]]
         for folder in steps[keep:]:
             remove_folder(folder)
-
-    def _fault(self, folder: Path) -> str:
-        """Say what is wrong with a state, or with the plain model that it builds on."""
-        stage, why = position(folder)[0], fault(folder)
-        base = self.model(stage - 1) if stage else folder
-        if not why and base != folder and (why := fault(base)):
-            return f"{base.name} {why}"
-        return why
 
     def _found(self) -> list[Path]:
         """Every state, the newest first."""

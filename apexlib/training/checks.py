@@ -1,4 +1,4 @@
-"""What of a run is refused before it starts, what names it, and what is checked while it trains and after."""
+"""What of a run is refused before it starts, its precision and its name, and what is checked as it trains and after."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +14,7 @@ from transformers import SchedulerType, TrainingArguments
 from apexlib.text.datasets import IGNORED, PackedTokens
 from apexlib.training.methods import Method
 
+PRECISIONS = ("auto", "bf16", "float32")
 _BY_STEP = (
     *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"),
     *("polynomial", "inverse_sqrt"),
@@ -26,6 +27,18 @@ _DECISIVE = (  # arguments that the bits of a run depend on
     *("average_tokens_across_devices", "dataloader_drop_last"),
 )
 _CHUNK = 1 << 22  # values hashed at once
+
+
+def resolve_precision(precision: str = "auto") -> str:
+    """Return "bf16", to train under autocast, or "float32"; "auto": bf16 where GPU or CPU have instructions for it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: need one of {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "float32"
 
 
 def decisive_arguments(args: TrainingArguments) -> dict[str, Any]:
