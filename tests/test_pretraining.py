@@ -55,6 +55,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_model,
     assert logs["a"]["loss"].tolist() != logs["c"]["loss"].tolist()
 
 
+def test_bf16_rounds_products_and_no_weights(tiny_model, tmp_path):
+    (model, rounded), (_, exact) = (train(tiny_model, tmp_path / name, precision=name) for name in ("bf16", "float32"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert rounded["loss"].tolist() != exact["loss"].tolist()
+    assert rounded["loss"].iloc[-1] == pytest.approx(exact["loss"].iloc[-1], rel=0.02)
+
+
 def test_learning_rate_warms_up_then_follows_one_cosine(tiny_model, tmp_path):
     _, log = train(tiny_model, tmp_path, steps=20, checkpoints=[20], warmup_share=0.2)
     rates = torch.tensor(log.set_index("step")["learning_rate"].to_numpy())  # rate of the step just done

@@ -46,7 +46,8 @@ def pretrain(
     saving = {"save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1}
     shown = {"logging_steps": max(1, steps // 40), "report_to": "none", "disable_tqdm": hide_progress()}
     given = optimizer | schedule | saving | shown
-    given |= {"bf16": resolve_precision(precision) == "bf16", "dataloader_pin_memory": torch.cuda.is_available()}
+    bf16, on_gpu = resolve_precision(precision) == "bf16", torch.cuda.is_available()
+    given |= {"bf16": bf16, "use_cpu": bf16 and not on_gpu, "dataloader_pin_memory": on_gpu}
     arguments = TrainingArguments(str(folder), per_device_train_batch_size=batch_size, seed=seed, **given)
     along = {"checkpoints": set(checkpoints), "processing_class": tokenizer, "resume": resume, "seconds": seconds}
     record = train_in_stages(model, dataset, arguments, method="full", **along)
