@@ -31,7 +31,7 @@ class Blocks(torch.utils.data.Dataset):
 
 def train(tiny_model, folder, **changes):
     model = tiny_model("llama", tie_word_embeddings=folder.name in ("whole", "parts")).train()
-    settings = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2}
+    settings = {"steps": 12, "checkpoints": [0, 6, 12], "batch_size": 8, "learning_rate": 1e-2, "precision": "float32"}
     return model, pretrain(model, Blocks(), folder, **(settings | changes))
 
 
@@ -166,7 +166,7 @@ def test_the_numbers_are_those_of_a_trainer_that_knows_of_no_stages(tiny_model, 
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "plain"), max_steps=8, per_device_train_batch_size=8, learning_rate=1e-2,
         lr_scheduler_type="cosine", warmup_steps=0, weight_decay=0.1, adam_beta2=0.95, logging_steps=1, seed=0,
-        save_strategy="no", report_to="none", disable_tqdm=True, bf16=torch.cuda.is_available(),
+        save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(model=plain, args=arguments, train_dataset=Blocks())
