@@ -36,20 +36,20 @@ def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor], *, labels: bo
 def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, quiet: bool = False) -> pd.Series:
     """Mean next-token loss over all labelled tokens: `loss` (nats per token), `perplexity` (exp of it), `tokens`.
 
-    Labels are those of the batch (−100: not counted), else its own tokens without padding. Evaluation mode, no
-    gradients; every token weighs the same, however the batches are cut. Raises ValueError if no token is labelled.
+    Labels are those of the batch (−100: not counted), else its own tokens without padding; the first token of a
+    sequence is predicted from nothing and never counted, so padding on either side changes nothing. Evaluation mode,
+    no gradients; every token weighs the same, however the batches are cut. Raises ValueError if no token is labelled.
     """
     total, tokens = 0.0, 0
     with in_evaluation(model):
         for batch in batches if quiet else progress(batches, "evaluating"):
-            inputs = on_device(model, batch)
-            labels = inputs.pop("labels", None)
-            if labels is None:
-                labels = inputs["input_ids"]
-                if "attention_mask" in inputs:
-                    labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
+            inputs = on_device(model, {"labels": batch["input_ids"], **batch})
+            if "attention_mask" in inputs:  # padding to the end, where no model sees it
+                order = (inputs["attention_mask"] == 0).long().argsort(dim=1, stable=True)
+                inputs = {name: value.gather(1, order) for name, value in inputs.items()}
+                inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
+            targets = inputs.pop("labels")[:, 1:].flatten()
             logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
-            targets = labels[:, 1:].flatten()
             logits = logits if logits.dtype == torch.float64 else logits.float()
             total += cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
             tokens += int((targets != -100).sum())
@@ -84,8 +84,11 @@ def exact_match(
     `extract` takes the answer out of what the model wrote. Columns: `example`, `family` and `difficulty` where the
     examples have them, `answer`, `output` (as written), `correct`.
     """
-    if missing := [row for row, example in enumerate(examples) if "answer" not in example]:
-        raise ValueError(f"example {missing[0]}: no answer to compare with")
+    for row, example in enumerate(examples):
+        if "answer" not in example:
+            raise ValueError(f"example {row}: no answer to compare with")
+        if not isinstance(answer := example["answer"], str):
+            raise ValueError(f"example {row}: answer {answer!r} is {type(answer).__name__}; need text")
     prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in examples]
     outputs: dict[int, str] = {}
     pad = pad_token(tokenizer)
@@ -131,6 +134,8 @@ def multiple_choice(
             raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
         prompt = _prompt(tokenizer, example["messages"][:-1])
         pairs += [(prompt, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
+        if empty := [choice for choice, (_, ids) in zip(choices, pairs[-len(choices) :], strict=True) if not ids]:
+            raise ValueError(f"example {row}: choice {empty[0]!r} has no tokens")
     scores: dict[int, float] = {}
     with in_evaluation(model):
         lengths = [len(prompt) + len(answer) for prompt, answer in pairs]

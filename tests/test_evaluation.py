@@ -27,6 +27,40 @@ def test_perplexity_weighs_every_labelled_token_the_same(tiny_model, batch):
     assert perplexity(model, rows)["loss"] == pytest.approx(result["loss"], rel=1e-12)
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "opt", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_padding_and_batches_change_neither_what_is_scored_nor_how(variant, labelled, tiny_model):
+    model = tiny_model(variant, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(2, 40, (length,), generator=generator) for length in (5, 9, 3, 12, 7, 2, 8)]
+    items = [{"input_ids": ids, "labels": ids} for ids in texts]
+    alone = perplexity(model, [{"input_ids": ids[None]} for ids in texts])
+    assert alone["tokens"] == sum(len(ids) - 1 for ids in texts)
+    for side in ("left", "right"):
+        for size in (3, 7):
+            padded = batches(items, size, collator=collate(1, side=side))
+            if not labelled:
+                padded = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in padded]
+            found = perplexity(model, padded)
+            assert found["tokens"] == alone["tokens"]
+            assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_left_padding_teaches_no_first_token():
+    items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 7], [8, 9])]
+    assert collate(0, side="left")(items)["labels"].tolist() == [[-100, 6, 7], [-100, -100, 9]]
+    assert collate(0, side="right")(items)["labels"].tolist() == [[5, 6, 7], [8, 9, -100]]  # the model shifts them
+
+
+def test_answers_that_cannot_be_compared_or_read_are_refused(answering):
+    model, tokenizer, *_ = answering
+    ask = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "5"}]
+    with pytest.raises(ValueError, match=r"example 1: answer 5 is int; need text"):
+        exact_match(model, tokenizer, [{"messages": ask, "answer": "5"}, {"messages": ask, "answer": 5}])
+    with pytest.raises(ValueError, match=r"example 0: choice '' has no tokens"):
+        multiple_choice(model, tokenizer, [{"messages": ask, "answer": "b", "choices": ["", "b"]}])
+
+
 def test_labels_decide_what_counts(tiny_model, batch):
     model = tiny_model("llama")
     labels = torch.full_like(batch["input_ids"], -100)

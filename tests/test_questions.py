@@ -23,6 +23,20 @@ def test_a_letter_becomes_the_text_that_a_model_is_trained_to_answer_with():
         }
 
 
+CHEMISTRY = ["C", "NO2", "O2", "CO"]
+
+
+def test_where_a_choice_is_a_letter_what_the_assistant_says_tells_which_is_meant():
+    lettered = {"task": "arc", "answer": "C", "choices": CHEMISTRY, "messages": conversation("which?", "C. O2")}
+    assert scored(lettered)["answer"] == "C. O2"
+    plain = lettered | {"messages": conversation("which?", "C")}
+    assert scored(plain)["answer"] == "C"
+    assert scored(plain)["choices"] == CHEMISTRY
+    unsaid = lettered | {"messages": conversation("which?", "carbon")}
+    with pytest.raises(ValueError, match=r"arc: answer 'C' is a letter and a choice.*'carbon', need 'C\. O2' or 'C'"):
+        scored(unsaid)
+
+
 def test_choices_that_name_their_answer_stay_as_they_are():
     row = {"task": "boolq", "messages": [], "answer": "true", "choices": ["true", "false"]}
     assert scored(row) == {"messages": [], "family": "boolq", "answer": "true", "choices": ["true", "false"]}

@@ -110,7 +110,8 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
     """Bring a conversation of a test file to what decides its score: `messages`, `family`, `answer` and `choices`.
 
     Lettered choices become the texts a model is trained to answer with ("B. gravity"), which are compared by their
-    likelihood, as "true" and "false" are. What has no choices is to be written, and right where the part after the
+    likelihood, as "true" and "false" are; where a choice is itself a letter, the assistant's turn tells which of the
+    two the answer is. What has no choices is to be written, and right where the part after the
     last `####` is; the small arithmetic sets count as one family. Of what has no `answer`, and of `LOSS_ONLY`, only the
     loss is measured.
 
@@ -121,12 +122,20 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
     task = str(example.get("task", "other"))
     row = {"messages": example["messages"], "family": "arithmetic" if task in ARITHMETIC else task}
     answer, choices = None if task in LOSS_ONLY else example.get("answer"), list(example.get("choices", ()))
-    if answer is not None and choices and answer not in choices:
+    if answer is not None and choices:
         lettered = {(letter := chr(ord("A") + index)): f"{letter}. {choice}" for index, choice in enumerate(choices)}
-        if answer not in lettered:
+        if answer not in lettered and answer not in choices:
             raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
-        answer, choices = lettered[answer], list(lettered.values())
+        if answer in lettered and answer in choices and (said := _last_turn(row)) not in (answer, lettered[answer]):
+            need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
+            raise ValueError(f"{task}: answer {answer!r} is a letter and a choice; {need}")
+        if answer in lettered and (answer not in choices or _last_turn(row) != answer):
+            answer, choices = lettered[answer], list(lettered.values())
     return row | ({} if answer is None else {"answer": answer}) | ({"choices": choices} if choices else {})
+
+
+def _last_turn(row: Mapping[str, Any]) -> str:
+    return row["messages"][-1]["content"].strip() if row["messages"] else ""
 
 
 # sources, splits, counts

@@ -132,8 +132,9 @@ def collate(
 ) -> Callable[[Sequence[Item]], Item]:
     """Make a data collator that pads to the longest item of a batch, or on to a multiple of `multiple_of` tokens.
 
-    The attention mask comes from the lengths, never from the ids, so a pad token that is also EOS is no trouble. A
-    batch without any label is an error: its loss would be NaN.
+    The attention mask comes from the lengths, never from the ids, so a pad token that is also EOS is no trouble. With
+    padding on the left the first token of an item has no label: the model would predict it from padding. A batch
+    without any label is an error: its loss would be NaN.
 
     >>> items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 0], [7, 0])]
     >>> collate(pad_token_id=0)(items)["attention_mask"]
@@ -181,6 +182,8 @@ def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of
     if any(len(ids) != len(goals) for ids, goals in zip(tokens, labels, strict=True)):
         raise ValueError("an item has more or fewer labels than tokens: need one for each")
     missing = -max(map(len, tokens)) % (multiple_of or 1)
+    if side == "left":
+        labels = [torch.cat([torch.full_like(row[:1], IGNORED), row[1:]]) for row in labels]
 
     def join(rows: list[Tensor], fill: int) -> Tensor:
         joined = pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side)

@@ -65,6 +65,9 @@ def check_run(
     if args.deepspeed or args.fsdp:
         raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
     reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if method.config.balance_weight and not method.assesses:
+        what = f"{type(method).__name__} gathers no activations; need 0"
+        raise ValueError(f"balance_weight {method.config.balance_weight:g}: {what}")
     if method.config.balance_weight and args.gradient_checkpointing and reentrant:
         raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
 
@@ -102,6 +105,8 @@ def _read(dataset: Dataset, name: str) -> tuple[str, Iterable[bytes], set[int]]:
         if "input_ids" not in item:
             found = ", ".join(map(str, item))
             raise ValueError(f"{name}: example {row} has no input_ids but {found}: need it tokenised")
+        if not len(item["input_ids"]):
+            raise ValueError(f"{name}: example {row} has no tokens")
         for key in sorted(item):
             value = np.asarray(item[key])
             whole.update(f"{key} {value.dtype}{value.shape}".encode())
@@ -144,17 +149,20 @@ def fingerprints(model: nn.Module) -> dict[str, tuple[bool, int]]:
     return {name: (p.requires_grad, _bits_hash(p.detach())) for name, p in model.named_parameters()}
 
 
-def check_movement(model: nn.Module, before: Mapping[str, tuple[bool, int]], stage: int) -> None:
-    """Compare the model with its fingerprints `before` the stage: what trains has moved, and nothing else."""
+def unexpected_movement(model: nn.Module, before: Mapping[str, tuple[bool, int]], stage: int) -> list[str]:
+    """Compare the model with its fingerprints `before` the stage: say what trains and has not moved, or else has."""
     changed = {name for name, (_, bits) in fingerprints(model).items() if before[name][1] != bits}
     whole = {name: name.partition(".operator.")[0] for name in before}  # a factor of M waits for the other
     mobile = {whole[name] for name in changed}
     still = [name for name, (trains, _) in before.items() if trains and whole[name] not in mobile]
     moved = [name for name, (trains, _) in before.items() if not trains and name in changed]
-    why = "not in the optimizer, no gradient, or a learning rate of 0 throughout"
-    for names, what in ((moved, "are frozen but changed"), (still, f"should train but did not move ({why})")):
-        if names:
-            raise RuntimeError(f"stage {stage}: {len(names)} parameters {what}: {', '.join(names[:3])} …")
+    why = "not in the optimizer, no gradient, a rate of 0 throughout, or steps that its dtype rounds away"
+    said = ((moved, "are frozen but changed"), (still, f"should train but did not move ({why})"))
+    return [
+        f"stage {stage}: {len(names)} parameters {what}: {', '.join(names[:3])}{' …' if names[3:] else ''}"
+        for names, what in said
+        if names
+    ]
 
 
 def _bits_hash(tensor: Tensor) -> int:

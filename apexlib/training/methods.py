@@ -155,6 +155,7 @@ def keep_largest(gradient: Tensor, share: float) -> Tensor:
     flat = gradient.abs().flatten()
     kept = max(1, round(share * flat.numel()))
     if kept < flat.numel():
-        threshold = flat.float().kthvalue(flat.numel() - kept + 1).values
+        flat = flat if flat.dtype == torch.float64 else flat.float()  # which half precision fits in, exactly
+        threshold = flat.kthvalue(flat.numel() - kept + 1).values
         gradient.mul_(gradient.abs() >= threshold)
     return gradient

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from apexlib.activations import ActivationRecorder, activation_statistics, weigh
 from apexlib.files import content_hash, exclusive
 from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.training.checkpoints import Progress, RunFolder, complete_folder, load_plain, position, save_plain
-from apexlib.training.checks import check_data, check_movement, check_run, decisive_arguments, fingerprints
+from apexlib.training.checks import check_data, check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.interruption import Stop
 from apexlib.training.methods import Method, Name, method_of
 from apexlib.training.trainer import Stage, StageTraining
@@ -77,9 +78,11 @@ def train_in_stages(
     from the call, the run leaves in the same way.
 
     `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
-    cannot be done, RuntimeError if a parameter that should train did not move or a frozen one did, FloatingPointError
-    at the first loss, gradient or weight that is not finite.
+    cannot be done, FloatingPointError at the first loss, gradient or weight that is not finite; warns, once a stage is
+    saved, of parameters that should train and did not move, or are frozen and did. In the end `requires_grad` of each
+    parameter is what it was.
     """
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     base = trainer_class or transformers.Trainer  # which needs accelerate; the rest of the library does not
     kind = type("StageTrainer", (StageTraining, base), {})
     trainer = partial(kind, eval_dataset=eval_dataset, data_collator=data_collator, processing_class=processing_class)
@@ -96,6 +99,8 @@ def train_in_stages(
                 run.statistics = run.assess(data_collator or default_collate, stop)
             run.train(stage, trainer, stop, start if start and position(start)[:2] == (stage, 1) else None)
             stop.check(f"after stage {stage}")
+    for name, parameter in run.model.named_parameters():
+        parameter.requires_grad_(required[name])
     return run.record()
 
 
@@ -181,7 +186,7 @@ class _Run:
         with recorder or nullcontext():
             trainer.train(resume_from_checkpoint=saved and str(saved))
         trainer.check_weights()
-        check_movement(trained, before, number)
+        unexpected = unexpected_movement(trained, before, number)
         progress.histories.append(trainer.state.log_history)
         progress.trainable.append({"stage": number, "trainable": trains, "total": weights, "share": trains / weights})
         self.model = method.end(trained)
@@ -190,6 +195,8 @@ class _Run:
             self.statistics = recorder.table()
         if args.should_save:
             self.save_stage(number, trainer.processing_class)
+        for said in unexpected:  # whatever it is, what was trained is kept
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
 
     def assess(self, collate: Callable, stop: Stop) -> pd.DataFrame:
         """Assess the first examples of the run's order, as many as `config.assessment_samples`."""
