@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.evaluation import in_evaluation, on_device
 from apexlib.expansion import fuse, is_expanded
-from apexlib.files import atomic_folder, file_hash, read_hashes, write_json
+from apexlib.files import atomic_folder, file_hash, pretrained, read_hashes, write_json
 from apexlib.inspection import composed_weights
 from apexlib.projections import SplitProjection
 from apexlib.provenance import provenance
@@ -131,7 +131,7 @@ def _update(
     model: PreTrainedModel, base: PreTrainedModel | str | Path, dtype: torch.dtype | None
 ) -> dict[str, float | None]:
     if not isinstance(base, PreTrainedModel):
-        base = type(model).from_pretrained(base, dtype="auto")
+        base = pretrained(type(model), base, dtype="auto")
     updated = rounded = 0.0
     for name, weight, own in composed_weights(model):
         try:
@@ -162,11 +162,11 @@ def _not_finite(path: Path) -> str:
 
 def _load_fault(folder: Path) -> str:
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = pretrained(AutoConfig, folder)
         cls = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
             return f"architecture {config.architectures}: not in transformers"
-        _, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype="auto")
+        _, info = pretrained(cls, folder, output_loading_info=True, dtype="auto")
     except Exception as error:  # whatever a damaged folder makes a loader raise is the finding
         return f"{type(error).__name__}: {error}"
     faults = {name: keys for name, keys in info.items() if keys}

@@ -26,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         _flush(path.parent)
     finally:
@@ -46,13 +46,27 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_umask())
         if folder.exists():
             remove_folder(folder) if replace else folder.rmdir()
         temporary.rename(folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    os.umask(current := os.umask(0o077))  # there is no other way to ask
+    return current
+
+
+def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
+    """Load what `kind` loads (a class of transformers) from a folder or the Hub; code beside it is never run.
+
+    A model is asked for with a `dtype`; its weights are read from safetensors files only, so nothing is unpickled.
+    """
+    safe = {"use_safetensors": True} if "dtype" in options else {}
+    return kind.from_pretrained(source, trust_remote_code=False, **safe, **options)
 
 
 def remove_folder(folder: Path) -> None:

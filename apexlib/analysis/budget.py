@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from apexlib.activations import unit_table
 from apexlib.architectures import family_of, model_components
+from apexlib.files import pretrained
 from apexlib.plan import ApexConfig
 from apexlib.training.methods import METHODS, Method, method_of
 
@@ -70,7 +71,7 @@ def plan_budget(
             raise ValueError(f"{name}: need at least 1, got {value}")
     config, dtype = config or ApexConfig(), getattr(torch, dtype) if isinstance(dtype, str) else dtype
     shape = config_or_name
-    shape = shape if isinstance(shape, PretrainedConfig) else AutoConfig.from_pretrained(shape)
+    shape = shape if isinstance(shape, PretrainedConfig) else pretrained(AutoConfig, shape)
     depth = shape.get_text_config().num_hidden_layers
     rows, depths = [], [depth] if depth <= _DEEP else [2, 4]
     stages = {name: config.stages if method_of(name, config).staged else 1 for name in methods}

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from apexlib.activations import unit_table
 from apexlib.architectures import Component, model_components
 from apexlib.evaluation import perplexity
+from apexlib.files import pretrained
 from apexlib.plan import ComponentName, ExpansionPlan
 from apexlib.progress import progress
 from apexlib.selection import units_in_order
@@ -209,7 +210,7 @@ def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
         return source
     if not Path(source).is_dir():
         raise FileNotFoundError(f"{source}: need a model or a folder with one")
-    return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    return pretrained(AutoModelForCausalLM, source, dtype="auto")
 
 
 def _layout(part: Component) -> tuple[object, ...]:

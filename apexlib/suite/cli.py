@@ -194,7 +194,9 @@ def _weights(model: str, revision: str | None) -> Any:
         return model
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
+    from apexlib.files import pretrained
+
+    return pretrained(AutoModelForCausalLM, model, revision=revision, dtype="auto")
 
 
 def _train(*, settings: Path, **again: bool) -> None:
@@ -202,18 +204,18 @@ def _train(*, settings: Path, **again: bool) -> None:
 
     from apexlib import ApexConfig, collate, encode_chat, load_chat, load_corpus, pack, save_table, train_in_stages
     from apexlib.evaluation import pad_token
-    from apexlib.files import atomic_folder
+    from apexlib.files import atomic_folder, pretrained
     from apexlib.progress import hide_progress
 
     given = _settings(settings)
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
-    tokenizer = AutoTokenizer.from_pretrained(given["model"], revision=given["revision"])
+    tokenizer = pretrained(AutoTokenizer, given["model"], revision=given["revision"])
     if given["kind"] == "chat":
         dataset, report = encode_chat(load_chat(**given["data"]), tokenizer, max_length=given["length"])
         collator = collate(pad_token(tokenizer))
     else:
         dataset, report, collator = pack(load_corpus(**given["data"]), tokenizer, given["length"]), None, None
-    model = AutoModelForCausalLM.from_pretrained(given["model"], revision=given["revision"], dtype="float32")
+    model = pretrained(AutoModelForCausalLM, given["model"], revision=given["revision"], dtype="float32")
     asked = {"method": given["method"], "data_collator": collator, **again}
     record = train_in_stages(model, dataset, arguments, ApexConfig(**given["apex"]), **asked)
     if arguments.should_save:

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from apexlib import encode_chat, load_chat, load_corpus, pack
 from apexlib.evaluation import final_answer
+from apexlib.files import pretrained
 from apexlib.suite.folders import home, locate
 from apexlib.text.corpora import scored
 from apexlib.text.datasets import ChatTokens, PackedTokens
@@ -23,14 +24,14 @@ _CACHE = Path("data", "cache")  # below the project's root
 def load_model(name: str, *, revision: str | None = None, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Load a model by its folder, from the project's root, or its name on the Hub; on a GPU where there is one."""
     disable_progress_bar()  # of weights: small models take milliseconds
-    model = AutoModelForCausalLM.from_pretrained(locate(name), revision=revision, dtype=dtype)
+    model = pretrained(AutoModelForCausalLM, locate(name), revision=revision, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @cache
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model, by the names of `load_model`."""
-    return AutoTokenizer.from_pretrained(locate(name), revision=revision)
+    return pretrained(AutoTokenizer, locate(name), revision=revision)
 
 
 @cache

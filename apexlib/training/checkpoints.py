@@ -21,7 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.files import atomic_folder, clear_partial, file_hash, read_hashes, read_object, remove_folder, write_json
+from apexlib.files import (
+    atomic_folder,
+    clear_partial,
+    file_hash,
+    pretrained,
+    read_hashes,
+    read_object,
+    remove_folder,
+    write_json,
+)
 from apexlib.provenance import provenance
 
 MANIFEST, RUN = "manifest.json", "run.json"
@@ -214,7 +223,7 @@ def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> N
 def load_plain(model: PreTrainedModel, folder: Path) -> None:
     """Load a plain checkpoint into a model in place, bit by bit."""
     widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # widening loses nothing
-    loaded, info = type(model).from_pretrained(folder, dtype=widest, use_safetensors=True, output_loading_info=True)
+    loaded, info = pretrained(type(model), folder, dtype=widest, output_loading_info=True)
     if faults := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
         raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
     model.load_state_dict(loaded.state_dict())
