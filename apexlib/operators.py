@@ -191,15 +191,6 @@ def make_operator(kind: str, k: int, **options: Any) -> Operator:
     return operator_class(kind)(k, **options)
 
 
-def parameter_count(kind: str, k: int, **options: Any) -> int:
-    """Count the parameters of `make_operator(kind, k, **options)` without making it.
-
-    >>> [parameter_count(kind, 2064) for kind in OPERATORS]  # 18.75 % of LLaMA-2-7B's 11008 channels
-    [187824, 2064, 185760, 4260096]
-    """
-    return operator_class(kind).count(k, **options)
-
-
 def monarch_blocks(k: int) -> tuple[int, int]:
     """Choose n and m, n·m ≥ k, for a Monarch matrix with n blocks of m × m and m blocks of n × n.
 

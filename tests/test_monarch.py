@@ -10,8 +10,13 @@ from torch.testing import assert_close
 
 from apexlib.expansion import expand, fuse
 from apexlib.inspection import trainable_table
-from apexlib.operators import OPERATORS, MonarchOperator, Operator, make_operator, monarch_blocks, parameter_count
+from apexlib.operators import OPERATORS, MonarchOperator, Operator, make_operator, monarch_blocks, operator_class
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+
+
+def parameter_count(kind, k, **options):
+    return operator_class(kind).count(k, **options)
+
 
 KINDS = sorted(OPERATORS)
 SIZES = st.one_of(st.integers(1, 60), st.sampled_from([64, 97, 128, 2 * 61, 144, 211]))
