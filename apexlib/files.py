@@ -5,11 +5,11 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 _log = logging.getLogger(__name__)
 _PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
@@ -20,13 +20,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and put it in place of `path`, else remove it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path.with_suffix(""), path.suffix)
+    temporary.touch()
     try:
         yield temporary
         _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         _flush(path.parent)
     finally:
@@ -41,12 +39,12 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=folder.parent))
+    temporary = _beside(folder)
+    temporary.mkdir()
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
-        temporary.chmod(0o777 & ~_umask())
         if folder.exists():
             remove_folder(folder) if replace else folder.rmdir()
         temporary.rename(folder)
@@ -55,9 +53,9 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
-    os.umask(current := os.umask(0o077))  # there is no other way to ask
-    return current
+def _beside(path: Path, suffix: str = "") -> Path:
+    """A name that no other writer takes; files and folders are made under it, so that they keep the umask."""
+    return path.with_name(f"{_PARTIAL}{path.name}-{uuid4().hex[:12]}{suffix}")
 
 
 def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
@@ -71,7 +69,7 @@ def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that, whenever this is interrupted, it is there whole or not at all."""
-    aside = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{folder.name}-", dir=folder.parent))
+    (aside := _beside(folder)).mkdir()
     folder.rename(aside / folder.name)
     shutil.rmtree(aside)
 
