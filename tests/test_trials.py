@@ -9,12 +9,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from apexlib.suite import trials
 from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, time_left
+from apexlib.training.interruption import Stop
 
 
 def stored(run, trial, folder):
@@ -245,11 +247,22 @@ def linger(folder):
     return {}
 
 
-def test_no_process_outlives_a_killed_parent(tmp_path):
+def linger_until_asked(folder):
+    """Stay as a training does, which saves and leaves when it is asked to."""
+    with Stop(SimpleNamespace(world_size=1)) as stop:
+        (folder.parent / f"{os.getpid()}.pid").touch()
+        while not stop.asked():
+            time.sleep(0.05)
+    (folder.parent / f"{os.getpid()}.saved").touch()
+    return {}
+
+
+@pytest.mark.parametrize("run", ["linger", "linger_until_asked"])
+def test_no_process_outlives_a_killed_parent_for_longer_than_it_needs_to_save(run, tmp_path):
     code = (
-        "from pathlib import Path; from test_trials import linger; from apexlib.suite.trials import Trial, run_trials\n"
+        f"from pathlib import Path; from test_trials import {run}; from apexlib.suite.trials import Trial, run_trials\n"
         "if __name__ == '__main__':\n"
-        f"    run_trials(linger, [Trial('a', {{}}), Trial('b', {{}})], Path({str(tmp_path)!r}), workers=2)\n"
+        f"    run_trials({run}, [Trial('a', {{}}), Trial('b', {{}})], Path({str(tmp_path)!r}), workers=2)\n"
     )
     (tmp_path / "set.py").write_text(code)
     here = Path(__file__).parent
@@ -262,6 +275,7 @@ def test_no_process_outlives_a_killed_parent(tmp_path):
         parent.wait()
     workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
     wait_until(lambda: not any(alive(worker) for worker in workers), seconds=20)
+    assert len(list(tmp_path.glob("*.saved"))) == (2 if run == "linger_until_asked" else 0)
 
 
 def wait_until(holds, seconds=120):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from apexlib.suite.dependencies import code_of
 RESULT = "trial.json"
 BEGUN = "begun.json"  # holds the key of a trial that has not finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
+
+_GRACE = 60.0  # seconds that a process has to save, once its parent is gone
+_idle = threading.Event()  # that this process runs no trial
 
 Run = Callable[..., dict[str, Any]]
 
@@ -136,7 +140,7 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
         while running or (waiting and not _late()):
             while waiting and len(running) < workers and not _late():
                 call = waiting.pop(0)
-                running[pool.submit(_finish, *call)] = call[1].name
+                running[pool.submit(_take, *call)] = call[1].name
             wait(running, return_when=FIRST_COMPLETED)
             for future in filter(Future.done, list(running)):
                 name, error = running.pop(future), future.exception()
@@ -145,7 +149,10 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
 
 
 def _worker(threads: int) -> None:
-    """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order."""
+    """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order.
+
+    A training saves before it ends, if it can within `_GRACE`.
+    """
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
     import torch
 
@@ -153,9 +160,19 @@ def _worker(threads: int) -> None:
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        _idle.wait(_GRACE)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _take(*call: Any) -> str:
+    _idle.clear()
+    try:
+        return _finish(*call)
+    finally:
+        _idle.set()
 
 
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
