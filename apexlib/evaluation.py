@@ -133,9 +133,10 @@ def multiple_choice(
         if example.get("answer") not in (choices := list(example.get("choices", ()))):
             raise ValueError(f"example {row}: answer {example.get('answer')!r} is not among its choices {choices}")
         prompt = _prompt(tokenizer, example["messages"][:-1])
-        pairs += [(prompt, tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in choices]
-        if empty := [choice for choice, (_, ids) in zip(choices, pairs[-len(choices) :], strict=True) if not ids]:
-            raise ValueError(f"example {row}: choice {empty[0]!r} has no tokens")
+        for choice in choices:
+            if not (ids := tokenizer(choice, add_special_tokens=False)["input_ids"]):
+                raise ValueError(f"example {row}: choice {choice!r} has no tokens")
+            pairs.append((prompt, ids))
     scores: dict[int, float] = {}
     with in_evaluation(model):
         lengths = [len(prompt) + len(answer) for prompt, answer in pairs]

@@ -61,10 +61,11 @@ def _beside(path: Path, suffix: str = "") -> Path:
 def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
     """Load what `kind` loads (a class of transformers) from a folder or the Hub; code beside it is never run.
 
-    A model is asked for with a `dtype`; its weights are read from safetensors files only, so nothing is unpickled.
+    Weights are read from safetensors files only, so nothing is unpickled.
     """
-    safe = {"use_safetensors": True} if "dtype" in options else {}
-    return kind.from_pretrained(source, trust_remote_code=False, **safe, **options)
+    if kind.__name__ not in ("AutoConfig", "AutoTokenizer"):  # which would keep the word as a setting of theirs
+        options["use_safetensors"] = True
+    return kind.from_pretrained(source, trust_remote_code=False, **options)
 
 
 def remove_folder(folder: Path) -> None:

@@ -21,11 +21,6 @@ from apexlib.operators import OPERATORS, operator_class
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
 from apexlib.selection import select, unit_counts
 
-
-def parameter_count(kind, k, **options):
-    return operator_class(kind).count(k, **options)
-
-
 laws = settings(max_examples=25, deadline=None)
 
 
@@ -450,8 +445,8 @@ def test_presets_hit_their_share_of_llama_2_7b(llama_2_7b, name, share, count):
         heads, channels = 2 * head_pairs + direct_heads, 2 * channel_pairs + direct_channels
         trainable += sum(weight.numel() for weight in layer.self_attn.parameters()) * heads // 32
         trainable += sum(weight.numel() for weight in layer.mlp.parameters()) * channels // 11008
-        trainable += parameter_count("monarch", head_pairs * 128) + 2 * head_pairs * 128  # M; v, s
-        trainable += parameter_count("monarch", channel_pairs) + 3 * channel_pairs  # M; v, s, s'
+        trainable += operator_class("monarch").count(head_pairs * 128) + 2 * head_pairs * 128  # M; v, s
+        trainable += operator_class("monarch").count(channel_pairs) + 3 * channel_pairs  # M; v, s, s'
     assert trainable == count  # as the docstring says
     assert trainable / total == pytest.approx(share, rel=0.005)
 

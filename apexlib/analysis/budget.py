@@ -164,8 +164,8 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, resident: Iterable[Tensor]) -> None:
         super().__init__()
-        self.peak = self.flops = 0
-        self._live = WeakIdKeyDictionary(ref_type=weakref.ref)  # bytes of each storage
+        self.live = self.peak = self.flops = 0
+        self._known = WeakIdKeyDictionary(ref_type=weakref.ref)  # the storages that live
         for tensor in resident:
             self._see(tensor)
 
@@ -179,9 +179,14 @@ class _Counter(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if (storage := tensor.untyped_storage()) not in self._live:
-            self._live[storage] = storage.nbytes()
-            self.peak = max(self.peak, sum(self._live.values()))
+        if (storage := tensor.untyped_storage()) not in self._known:
+            self._known[storage] = None
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage.nbytes())
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
 
 
 def _flash_attention(

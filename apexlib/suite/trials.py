@@ -27,7 +27,7 @@ BEGUN = "begun.json"  # holds the key of a trial that has not finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
 
 _GRACE = 60.0  # seconds that a process has to save, once its parent is gone
-_idle = threading.Event()  # that this process runs no trial
+_busy = threading.RLock()  # held while this process runs a trial
 
 Run = Callable[..., dict[str, Any]]
 
@@ -140,7 +140,7 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
         while running or (waiting and not _late()):
             while waiting and len(running) < workers and not _late():
                 call = waiting.pop(0)
-                running[pool.submit(_take, *call)] = call[1].name
+                running[pool.submit(_finish, *call)] = call[1].name
             wait(running, return_when=FIRST_COMPLETED)
             for future in filter(Future.done, list(running)):
                 name, error = running.pop(future), future.exception()
@@ -161,42 +161,35 @@ def _worker(threads: int) -> None:
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)
-        _idle.wait(_GRACE)
+        _busy.acquire(timeout=_GRACE)
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _take(*call: Any) -> str:
-    _idle.clear()
-    try:
-        return _finish(*call)
-    finally:
-        _idle.set()
-
-
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
     """Run one trial, in a clean folder unless it has begun before, and keep its result; return what went wrong."""
-    if _written(BEGUN, folder, key) is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json({"key": key, "result": "not yet"}, folder / BEGUN)
-    began = time.monotonic()
-    try:
-        result = run(folder=folder, **trial.settings)
-    except Exception as error:  # whatever stopped this trial, the others may still run
-        (folder / BEGUN).unlink(missing_ok=True)  # it may be what lies there
-        return f"{trial.name}: {type(error).__name__}: {error}"
-    except KeyboardInterrupt as stop:
-        from apexlib.training.interruption import TIME_IS_OVER  # loads torch, as whoever left by it has
+    with _busy:
+        if _written(BEGUN, folder, key) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json({"key": key, "result": "not yet"}, folder / BEGUN)
+        began = time.monotonic()
+        try:
+            result = run(folder=folder, **trial.settings)
+        except Exception as error:  # whatever stopped this trial, the others may still run
+            (folder / BEGUN).unlink(missing_ok=True)  # it may be what lies there
+            return f"{trial.name}: {type(error).__name__}: {error}"
+        except KeyboardInterrupt as stop:
+            from apexlib.training.interruption import TIME_IS_OVER  # loads torch, as whoever left by it has
 
-        if getattr(stop, "code", None) != TIME_IS_OVER:
-            raise
-        return ""  # without a result it counts as left
-    facts = provenance(seconds=round(time.monotonic() - began, 1), settings=dict(trial.settings))
-    write_json({"key": key, "result": result, **facts}, folder / RESULT)
-    (folder / BEGUN).unlink(missing_ok=True)
-    return ""
+            if getattr(stop, "code", None) != TIME_IS_OVER:
+                raise
+            return ""  # without a result it counts as left
+        facts = provenance(seconds=round(time.monotonic() - began, 1), settings=dict(trial.settings))
+        write_json({"key": key, "result": result, **facts}, folder / RESULT)
+        (folder / BEGUN).unlink(missing_ok=True)
+        return ""
 
 
 _hash = cache(lambda file, size, changed: file_hash(file))

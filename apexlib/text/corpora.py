@@ -111,9 +111,8 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
 
     Lettered choices become the texts a model is trained to answer with ("B. gravity"), which are compared by their
     likelihood, as "true" and "false" are; where a choice is itself a letter, the assistant's turn tells which of the
-    two the answer is. What has no choices is to be written, and right where the part after the
-    last `####` is; the small arithmetic sets count as one family. Of what has no `answer`, and of `LOSS_ONLY`, only the
-    loss is measured.
+    two the answer is. What has no choices is to be written, and right where the part after the last `####` is; the
+    small arithmetic sets count as one family. Of what has no `answer`, and of `LOSS_ONLY`, only the loss is measured.
 
     >>> question = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "#### 2"}]
     >>> scored({"task": "svamp", "messages": question, "answer": "2"})["family"]
@@ -124,18 +123,18 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
     answer, choices = None if task in LOSS_ONLY else example.get("answer"), list(example.get("choices", ()))
     if answer is not None and choices:
         lettered = {(letter := chr(ord("A") + index)): f"{letter}. {choice}" for index, choice in enumerate(choices)}
-        if answer not in lettered and answer not in choices:
+        is_text, is_letter = answer in choices, answer in lettered
+        if is_text and is_letter:
+            said = "".join(message["content"] for message in row["messages"][-1:]).strip()
+            is_text, is_letter = said == answer, said == lettered[answer]
+            if not (is_text or is_letter):
+                need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
+                raise ValueError(f"{task}: answer {answer!r} is a letter and a choice; {need}")
+        elif not (is_text or is_letter):
             raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
-        if answer in lettered and answer in choices and (said := _last_turn(row)) not in (answer, lettered[answer]):
-            need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
-            raise ValueError(f"{task}: answer {answer!r} is a letter and a choice; {need}")
-        if answer in lettered and (answer not in choices or _last_turn(row) != answer):
+        if is_letter:
             answer, choices = lettered[answer], list(lettered.values())
     return row | ({} if answer is None else {"answer": answer}) | ({"choices": choices} if choices else {})
-
-
-def _last_turn(row: Mapping[str, Any]) -> str:
-    return row["messages"][-1]["content"].strip() if row["messages"] else ""
 
 
 # sources, splits, counts

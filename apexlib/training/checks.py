@@ -64,10 +64,10 @@ def check_run(
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
     if args.deepspeed or args.fsdp:
         raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
-    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     if method.config.balance_weight and not method.assesses:
         what = f"{type(method).__name__} gathers no activations; need 0"
         raise ValueError(f"balance_weight {method.config.balance_weight:g}: {what}")
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     if method.config.balance_weight and args.gradient_checkpointing and reentrant:
         raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
 

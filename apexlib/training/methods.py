@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from apexlib import ApexConfig, ExpansionPlan, expand, fuse, parameter_groups, select
 from apexlib.architectures import family_of
+from apexlib.fused_ffn import wide
 
 
 class Method:
@@ -155,7 +156,6 @@ def keep_largest(gradient: Tensor, share: float) -> Tensor:
     flat = gradient.abs().flatten()
     kept = max(1, round(share * flat.numel()))
     if kept < flat.numel():
-        flat = flat if flat.dtype == torch.float64 else flat.float()  # which half precision fits in, exactly
-        threshold = flat.kthvalue(flat.numel() - kept + 1).values
+        threshold = flat.to(wide(flat.dtype)).kthvalue(flat.numel() - kept + 1).values
         gradient.mul_(gradient.abs() >= threshold)
     return gradient
