@@ -52,7 +52,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2800, "the library": 9198}  # at most; the library is to come to 9,000
+LINES = {"a file": 400, "the method": 2800, "the library": 9197}  # at most; the library is to come to 9,000
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

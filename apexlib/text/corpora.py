@@ -125,7 +125,7 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
         lettered = {(letter := chr(ord("A") + index)): f"{letter}. {choice}" for index, choice in enumerate(choices)}
         is_text, is_letter = answer in choices, answer in lettered
         if is_text and is_letter:
-            said = "".join(message["content"] for message in row["messages"][-1:]).strip()
+            said = row["messages"][-1]["content"].strip() if row["messages"] else ""
             is_text, is_letter = said == answer, said == lettered[answer]
             if not (is_text or is_letter):
                 need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
