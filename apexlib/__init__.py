@@ -2,9 +2,10 @@
 
 Look:     activation_statistics, imbalance_table, masking_curve, silenced, perplexity, exact_match, multiple_choice
 Expand:   select, ApexConfig, ExpansionPlan, LayerPlan, expand, trainable_table, parameter_groups, fuse, save_fused,
-          verify_folder, plan_budget, register_family
+          verify_folder, plan_budget, config_for_share, register_family
 Train:    train_in_stages, TrainingRecord, pretrain
-Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table
+Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table,
+          operator_share
 Read:     load_corpus, load_chat, train_tokenizer, pack, encode_chat, collate, batches
 Record:   claims_table, save_table, draw_figure, save_figure, write_overview
 
@@ -19,7 +20,7 @@ from pathlib import Path as _Path
 
 if _typing.TYPE_CHECKING:
     from apexlib.activations import ActivationRecorder, activation_statistics
-    from apexlib.analysis.budget import plan_budget
+    from apexlib.analysis.budget import config_for_share, plan_budget
     from apexlib.analysis.difference import (
         biography,
         imbalance_table,
@@ -29,6 +30,7 @@ if _typing.TYPE_CHECKING:
         weight_difference,
     )
     from apexlib.analysis.function_spectrum import head_table, hidden_table
+    from apexlib.analysis.operators_at_work import operator_share
     from apexlib.analysis.spectrum import effective_rank, spectrum_table, update_table
     from apexlib.architectures import model_components, register_family
     from apexlib.certificate import save_fused, verify_folder

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.architectures import Component, model_components, unit_weight_norms
+from apexlib.architectures import Component, model_components
 from apexlib.evaluation import in_evaluation, on_device
 from apexlib.fused_ffn import FusedFFN, wide
 from apexlib.plan import ComponentName
@@ -285,8 +285,14 @@ class _UnitSums:
 
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
-    """Frobenius norm of every unit's weights: columns `layer`, `component`, `unit`, `weight_norm`."""
-    tables = [unit_table(part, weight_norm=unit_weight_norms(model, part)) for part in model_components(model)]
+    """Frobenius norm of every unit's weights, taken in float64: columns `layer`, `component`, `unit`, `weight_norm`."""
+    tables = []
+    for part in model_components(model):
+        squares = torch.zeros(part.units, dtype=torch.float64)
+        for slot in part.slots.values():
+            weight = model.get_submodule(slot.module).weight.detach().double()
+            squares += weight.square().sum(dim=1 - slot.axis).cpu()[slot.index].sum(dim=(1, 2))
+        tables.append(unit_table(part, weight_norm=squares.sqrt()))
     return pd.concat(tables, ignore_index=True)
 
 

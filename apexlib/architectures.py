@@ -160,16 +160,6 @@ def register_family(model_type: str, family: Family) -> None:
     FAMILIES[model_type] = family
 
 
-def unit_weight_norms(model: PreTrainedModel, component: Component) -> Tensor:
-    """Frobenius norm of each unit's weights over all its slots, shape (units,), float64."""
-    total = torch.zeros(component.units, dtype=torch.float64)
-    for slot in component.slots.values():
-        weight = model.get_submodule(slot.module).weight.detach()
-        squares = weight.double().square().sum(dim=1 - slot.axis).cpu()
-        total += squares[slot.index].sum(dim=(1, 2))
-    return total.sqrt()
-
-
 def _heads(model: PreTrainedModel, family: Family, layer: int) -> Component:
     config = model.config.get_text_config()
     heads = config.num_attention_heads

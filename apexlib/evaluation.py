@@ -59,15 +59,6 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
     return pd.Series({"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens})
 
 
-def final_answer(text: str) -> str:
-    """Take the answer out of a text: what follows the last `####`, where there is one, else the whole.
-
-    >>> final_answer("1 + 1 = 2\\n#### 2 "), final_answer(" two")
-    ('2', 'two')
-    """
-    return text.rpartition("####")[2].strip()
-
-
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -69,13 +69,16 @@ def expand(
     operator: str = "monarch",
     train_embeddings: bool = True,
     train_norms: bool = False,
+    train_queries: bool = True,
+    train_rows: bool = True,
     ffn: Literal["split", "fused", "recompute"] = "fused",
     seed: int = 0,
 ) -> PreTrainedModel:
     """Expand `model` in place by `plan`, so that only source, target and direct units train.
 
     The function does not change: in evaluation mode, not by one bit. Biases train with their rows; `train_embeddings`
-    adds token embeddings and LM head, `train_norms` every norm; the rest is frozen. What trains is float32, in a
+    adds token embeddings and LM head, `train_norms` every norm; the rest is frozen. Without `train_queries` queries and
+    keys stay as they are, without `train_rows` all rows do, and M, v and s train alone. What trains is float32, in a
     half-precision model too, but `fuse` rounds it to the model's dtype: for several stages load the model in float32
     and train under autocast. `seed` draws the random factor of M. Whatever cannot be expanded raises ValueError and
     leaves the model as it is.
@@ -105,6 +108,7 @@ def expand(
         raise ValueError(f"ffn {ffn!r}: need one of {', '.join(FFN_FORMS)}")
     planned = _match(model, plan, operator)
     whole = trained_whole(model, train_embeddings, train_norms)
+    resting = [name for _, _, slots in planned for name, own in slots.items() if _rests(name, own, train_queries)]
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
     # all that an expanded model remembers of itself: which parameters trained before
     model._expansion = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
@@ -119,6 +123,10 @@ def expand(
                 path = part.reader.module.rpartition(".")[0]
                 modules = [*(part.slots[role].module for role in ("gate", "up", "down")), part.activation]
                 take_form(model.get_submodule(path), tuple(name.removeprefix(f"{path}.") for name in modules), ffn)
+        for name in resting if train_rows else [name for _, _, slots in planned for name in slots]:
+            for leaf in ("rows", "bias_rows"):
+                if (rows := getattr(model.get_submodule(name), leaf)) is not None:
+                    rows.requires_grad_(False)
         for name, dtype in whole.items():
             train_whole(model, name, dtype)
     except BaseException:  # out of memory, say: nothing has trained, so that one projection after the other is composed
@@ -240,6 +248,14 @@ def _match(
             slots.setdefault(slot.module, []).append(slot)
         planned.append((part, layer, slots))
     return planned
+
+
+def _rests(name: str, slots: list[Slot], train_queries: bool) -> bool:
+    """Whether a projection's rows stay as they are, because it has queries and keys only."""
+    directly = {slot.role in ("query", "key") for slot in slots}
+    if not train_queries and len(directly) > 1:
+        raise ValueError(f"{name}: holds queries and values in one weight; need train_queries=True")
+    return not train_queries and True in directly
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

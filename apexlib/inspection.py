@@ -44,7 +44,7 @@ def parameter_groups(
     """Group what trains for an optimizer: M, v and s learn at `lr · operator_lr_scale`, all else at `lr`.
 
     v and s rest at one and never decay, nor do biases and norms. Rows decay towards zero, as weights do in any
-    fine-tuning, not towards their pre-trained values. Empty groups are left out.
+    fine-tuning; see `ApexConfig.decay_to_start`. Empty groups are left out.
     """
     added = _added(model)
     groups: dict[str, list[nn.Parameter]] = {"operators": [], "scales": [], "weights": [], "vectors": []}

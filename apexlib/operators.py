@@ -24,9 +24,11 @@ Factors = dict[str, tuple[int, ...] | None]  # shapes by name; None: this M does
 class Operator(nn.Module):
     """A trainable k × k matrix M, known by its product with rows; its parameters are float32, whatever the model.
 
-    The factors of M are drawn Kaiming-uniform, but the last, which is zero. They are drawn on the generator's device
-    and then moved, so that a seed on the CPU gives the same operator on every device.
+    The factors of M are drawn uniformly, with bound fan_in^(−`decline`), but the last, which is zero. They are drawn on
+    the generator's device and then moved, so that a seed on the CPU gives the same operator on every device.
     """
+
+    decline = 0.5  # Kaiming, as `nn.Linear` has it
 
     def __init__(
         self, k: int, *, generator: Generator | None = None, device: torch.device | str | None = None, **options: Any
@@ -35,7 +37,7 @@ class Operator(nn.Module):
         self.k = k
         *drawn, (last, zero) = self.factors(_at_least_one(k), **options).items()
         for name, shape in drawn:
-            self.register_parameter(name, None if shape is None else _kaiming(shape, generator, device))
+            self.register_parameter(name, None if shape is None else _drawn(shape, self.decline, generator, device))
         self.register_parameter(last, nn.Parameter(torch.zeros(zero, dtype=torch.float32, device=device)))
 
     @classmethod
@@ -133,6 +135,12 @@ def _second(factor: Tensor, blocks: Tensor) -> Tensor:
     return einsum(factor, blocks, "row out block, block row d -> out row d")
 
 
+class ReleaseMonarchOperator(MonarchOperator):
+    """The Monarch operator as the authors' release draws it: with bound 1/m for blocks of m columns, √m smaller."""
+
+    decline = 1.0
+
+
 class DiagonalOperator(Operator):
     """M = diag(`diagonal`): target row i reads source row i only."""
 
@@ -176,6 +184,7 @@ class DenseOperator(Operator):
 
 OPERATORS: dict[str, type[Operator]] = {
     "monarch": MonarchOperator,
+    "monarch_release": ReleaseMonarchOperator,
     "diagonal": DiagonalOperator,
     "low_rank": LowRankOperator,
     "dense": DenseOperator,
@@ -227,8 +236,10 @@ def operator_class(kind: str) -> type[Operator]:
     return OPERATORS[kind]
 
 
-def _kaiming(shape: tuple[int, ...], generator: Generator | None, device: torch.device | str | None) -> nn.Parameter:
-    """Draw Kaiming-uniform as `nn.Linear` does, with bound 1/√fan_in; `nn.init` would take the blocks for a kernel."""
+def _drawn(
+    shape: tuple[int, ...], decline: float, generator: Generator | None, device: torch.device | str | None
+) -> nn.Parameter:
     drawn = torch.empty(shape, dtype=torch.float32, device=generator.device if generator else "cpu")
-    drawn.uniform_(-(shape[-1] ** -0.5), shape[-1] ** -0.5, generator=generator)
+    bound = shape[-1] ** -decline  # `nn.init` would take the blocks for a kernel
+    drawn.uniform_(-bound, bound, generator=generator)
     return nn.Parameter(drawn.to(device or torch.get_default_device()))

@@ -33,8 +33,9 @@ def select(
     - "magnitude": by column `weight_norm`;
     - "random": by a permutation drawn for `seed` (default: `config.seed`), stage, layer and component.
 
-    Equal scores are ranked as `units_in_order` says. A component with fewer than two units has no pair and is left out.
-    With `config.halve_fraction`, `previous` holds the plans of all earlier stages.
+    Equal scores are ranked as `units_in_order` says. A component with fewer than two units has no pair and is left out,
+    and so are, with `config.spread_heads`, the heads of the layers that `_layers_with_heads` does not draw. With
+    `config.halve_fraction`, `previous` holds the plans of all earlier stages.
 
     >>> table = pd.DataFrame({"layer": 0, "component": "channel", "unit": range(8), "activation": 1.0})
     >>> table["rank_score"] = [0, 5, -5, 0, 0, 0, 0, 0]
@@ -48,10 +49,10 @@ def select(
         raise ValueError(f"previous: stage {stage} needs the plans of the {stage} before it, got {len(previous)}")
     score = {"magnitude": "weight_norm", "random": "activation"}.get(config.strategy, _SCORES[config.statistic])
     _check_statistics(statistics, score)
-    layers = []
+    drawn, layers = _layers_with_heads(statistics, config, seed, stage), []
     for (layer, component), table in statistics.groupby(["layer", "component"], observed=True):
         units = len(table)
-        if units < 2:
+        if units < 2 or (component == "head" and layer not in drawn):
             continue
         if config.strategy == "random":
             draw = np.random.default_rng([seed, stage, layer, COMPONENTS.index(component)])
@@ -98,6 +99,16 @@ def unit_counts(
     share, align = (config.direct_heads, 1) if component == "head" else (config.direct_channels, config.align)
     pairs = min(max(1, _floor(fraction, units, align)), (units - spent) // 2)
     return pairs, max(spent, _floor(share, units, align) - 2 * pairs)
+
+
+def _layers_with_heads(statistics: pd.DataFrame, config: ApexConfig, seed: int, stage: int) -> set[int]:
+    """Layers whose heads train: all, or with `config.spread_heads`, as the release does, one for each pair there is."""
+    heads = statistics.loc[statistics["component"] == "head", "layer"]
+    layers, units = sorted(heads.unique().tolist()), len(heads)
+    if not config.spread_heads or not layers or _floor(config.fraction, units // len(layers), 1):
+        return set(layers)
+    drawn = np.random.default_rng([seed, stage]).permutation(layers)
+    return set(drawn[: _floor(config.fraction, units, 1)].tolist())
 
 
 def _floor(share: float, units: int, align: int) -> int:

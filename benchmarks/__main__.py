@@ -9,9 +9,9 @@ import torch
 from apexlib.provenance import save_table
 from apexlib.suite.folders import folders
 from benchmarks import effective_rank
-from benchmarks.cases import scaling_studies, step_studies
+from benchmarks.cases import scaling_studies, step_studies, throughput_cases
 from benchmarks.figures import draw
-from benchmarks.studies import forecasts, overheads, scaling, steps, targets
+from benchmarks.studies import forecasts, overheads, scaling, steps, targets, throughput
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     model = next(study.case for study in studies if study.case.kind == "model")
     extra = overheads(model, rounds)
     curves = scaling(scaling_studies(options.device, options.quick))
-    tables = {"steps": measured, "overheads": extra, "scaling": curves}
+    speeds = throughput(throughput_cases(options.device, options.quick), rounds)
+    tables = {"steps": measured, "overheads": extra, "scaling": curves, "throughput": speeds}
     if options.device == "cpu":
         tables["forecast"] = forecasts(studies, measured)
         tables["targets"] = targets(measured, extra, tables["forecast"])

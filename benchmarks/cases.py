@@ -89,3 +89,14 @@ def scaling_studies(device: str, quick: bool) -> dict[tuple[str, float], Study]:
     for share in (0.0625, 0.125, 0.1875, 0.25):
         studies["k", share] = replace(block, config=replace(block.config, fraction=share, direct_channels=0.5))
     return {key: Study(replace(c, name=f"{key[0]} {key[1]}"), CURVES, rounds) for key, c in studies.items()}
+
+
+def throughput_cases(device: str, quick: bool) -> list[Case]:
+    """Whole models as they are pre-trained: the shipped base's shape, and two larger ones."""
+    if quick:
+        return [Case("Llama 2 × 64", "model", 64, 176, 2, 4, 512, 2, 64, device=device)]
+    return [
+        Case("3 M: Llama 6 × 160", "model", 160, 512, 6, 8, 4096, 32, 256, device=device),
+        Case("8 M: Llama 8 × 256", "model", 256, 704, 8, 8, 8192, 16, 256, device=device),
+        Case("25 M: Llama 7 × 512", "model", 512, 1408, 7, 16, 8192, 8, 256, device=device),
+    ]

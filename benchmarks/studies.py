@@ -39,6 +39,20 @@ def steps(studies: list[Study]) -> pd.DataFrame:
     return pd.concat([measure(s).assign(case=s.case.name) for s in progress(studies, "steps")], ignore_index=True)
 
 
+def throughput(cases: list[Case], rounds: int) -> pd.DataFrame:
+    """Tokens a second of full training, with quartiles, a row per model and precision."""
+    rows = []
+    for case in progress(cases, "throughput"):
+        forms = {"float32": case, "bf16": replace(case, autocast=True)}
+        works = {precision: workload(form, "full") for precision, form in forms.items()}
+        times = taking_turns({name: work.step for name, work in works.items()}, rounds, device=case.device)
+        for precision, work in works.items():
+            low, middle, high = (case.tokens / times[precision].quantile(q) for q in (0.75, 0.5, 0.25))
+            row = {"model": case.name, "parameters": work.model.num_parameters(), "precision": precision}
+            rows.append(row | {"tokens_per_second": middle, "low": low, "high": high})
+    return pd.DataFrame(rows).assign(threads=torch.get_num_threads())
+
+
 def scaling(studies: dict[tuple[str, float], Study]) -> pd.DataFrame:
     """How time and memory grow, `axis` by `axis`."""
     tables = [measure(s).assign(axis=axis, value=value) for (axis, value), s in progress(studies.items(), "scaling")]

@@ -15,9 +15,9 @@ from apexlib.projections import SplitProjection
 from apexlib.selection import select
 from benchmarks import effective_rank
 from benchmarks.activation_space import ActivationMixer, ActivationProjection, expand_on_activations
-from benchmarks.cases import scaling_studies, step_studies
+from benchmarks.cases import scaling_studies, step_studies, throughput_cases
 from benchmarks.measure import MIB, peak_memory, peak_of, ratios, taking_turns
-from benchmarks.studies import forecasts, measure, overheads, targets
+from benchmarks.studies import forecasts, measure, overheads, targets, throughput
 from benchmarks.workloads import APEX, METHODS, Case, llama_config, workload
 
 TINY = Case("Llama", "model", 32, 80, 2, 4, 64, 2, 12)
@@ -116,6 +116,15 @@ def test_every_study_makes_a_tidy_table():
     table = targets(pd.concat([block, steps, frozen]), extra, forecast)
     assert len(table) == 14
     assert table["holds"].equals(table["measured"] <= table["bound"])
+
+
+def test_throughput_is_tokens_over_the_time_of_a_step():
+    table = throughput(throughput_cases("cpu", quick=True), 3)
+    assert table["precision"].tolist() == ["float32", "bf16"]
+    assert (table["low"] <= table["tokens_per_second"]).all()
+    assert (table["tokens_per_second"] <= table["high"]).all()
+    assert table["parameters"].nunique() == 1
+    assert [case.d_model for case in throughput_cases("cpu", quick=False)] == [160, 256, 512]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 import apexlib.text.datasets as datasets_module
-from apexlib.files import cached, corpus_hash
+from apexlib.text.cache import cached, corpus_hash
 from apexlib.text.corpora import load_chat, load_corpus, scored
 from apexlib.text.datasets import IGNORED, PackedTokens, batches, collate, encode_chat, pack
 from apexlib.text.skills import SPLITS, skills, skills_text, split_of

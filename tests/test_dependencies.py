@@ -449,7 +449,8 @@ def test_a_run_of_the_library_depends_on_what_computes_it_and_on_nothing_else():
     assert {"apexlib.expansion", "apexlib.selection", "apexlib.activations", "apexlib.text.skills"} <= modules
     assert "apexlib.text.skills._calendar" in found  # entered in a registry by a decorator
     found = set(found) - {"apexlib.suite.trials.DEADLINE", "apexlib.suite.trials.time_left"}  # when to stop, not what
-    for room in ("suite.figures", "suite.overview", "suite.runner", "suite.ledger", "suite.trials", "analysis"):
+    others = ("figures", "overview", "runner", "ledger", "trials")
+    for room in (*(f"suite.{name}" for name in others), "analysis.difference", "analysis.function_spectrum"):
         assert not [name for name in found if name.startswith(f"apexlib.{room}")]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,16 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from apexlib.analysis.budget import trained_share
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
 from apexlib.suite import runs, trials
-from apexlib.suite.bases import base_models, check_bases, measured_models, models_table, reference_losses
+from apexlib.suite.bases import base_models, check_bases, masked_models, measured_models, models_table, reference_losses
 from apexlib.suite.comparison import (
     Comparison,
     above_first,
     beside_untouched,
     choose_rates,
     compare,
+    curves_table,
+    gate_table,
     grid_trials,
     rates_table,
     token_ratios,
@@ -35,7 +39,7 @@ from apexlib.text.datasets import batches, collate, encode_chat, pack
 from apexlib.text.skills import skills, skills_text
 from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training.interruption import Interrupted
-from apexlib.training.methods import method_of
+from apexlib.training.methods import METHODS, method_of
 
 CHAT = {"source": "skills", "train": 40, "valid": 14, "test": 28, "difficulties": [1]}
 CHAT |= {"max_length": 64, "max_new_tokens": 3}
@@ -63,25 +67,111 @@ def settings(base):
     return {"base": str(base), "learning_rate": 1e-2, "seed": 0, **own}
 
 
+SHAPE = LlamaConfig(
+    hidden_size=160,
+    intermediate_size=512,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    vocab_size=4096,
+    tie_word_embeddings=True,
+)
+GIVEN = {"stages": 2, "seed": 3, "samples": 7, "shape": SHAPE}
+
+
+def share_of(name):
+    variant = VARIANTS[name]
+    method = method_of(variant.method, variant.config(**GIVEN), **variant.method_options(SHAPE))
+    return trained_share(SHAPE, method)
+
+
 def test_every_variant_is_a_method_with_a_valid_configuration():
+    assert set(METHODS) <= set(VARIANTS)
     for name, variant in VARIANTS.items():
-        config = variant.config(stages=2, seed=3, samples=7)
+        config = variant.config(**GIVEN)
         assert (config.seed, config.assessment_samples) == (3, 7)
-        assert method_of(variant.method, config, **variant.options)
+        assert method_of(variant.method, config, **variant.method_options(SHAPE))
         if name.startswith("stages-"):
             assert config.stages == int(name[-1])
 
 
 def test_ablations_change_one_thing_each():
-    several = {"apex-2.4%", "apex-all"}
+    several = {name for name, variant in VARIANTS.items() if variant.share} | {"full-all", "restart-all", "apex-all"}
     for name in VARIANTS.keys() - several:
-        start = vars(VARIANTS["stages-3" if name == "halve" else "apex"].config(stages=2, seed=0, samples=1))
-        own = vars(VARIANTS[name].config(stages=2, seed=0, samples=1))
+        start = vars(VARIANTS["stages-3" if name == "halve" else "apex"].config(**GIVEN))
+        own = vars(VARIANTS[name].config(**GIVEN))
         assert sum(own[field] != value for field, value in start.items()) <= 1, name
 
 
+def test_a_variant_has_its_rates_in_units_of_its_own(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "twice", replace(VARIANTS["full"], rate=2.0))
+    half = settings | {"learning_rate": settings["learning_rate"] / 2}
+    one = instruction_run(folder=tmp_path / "one", variant="full", chat=CHAT, **settings)
+    two = instruction_run(folder=tmp_path / "two", variant="twice", chat=CHAT, **half)
+    assert one["update_norm"] > 0
+    assert {name: one[name] for name in ("update_norm", "valid_loss", "answer_loss")}.items() <= two.items()
+
+
+def test_what_is_compared_trains_as_much():
+    layers = 160 * 160 * 4 * 6 + 3 * 160 * 512 * 6
+    total = layers + 4096 * 160 + 13 * 160  # embeddings; norms, which none of these trains
+    for name in ("full", "restart", "gmt"):
+        assert share_of(name) == pytest.approx(layers / total)
+    for name in ("hft", "direct"):
+        assert share_of(name) == pytest.approx(layers / total / 2)
+    assert share_of("direct") < share_of("apex") < 1.02 * share_of("direct")  # operators come on top
+    lora = share_of("lora-2.4%")
+    assert lora == pytest.approx(0.024, rel=0.2)  # in steps of a rank
+    for name in ("apex-2.4%", "direct-2.4%", "operator-2.4%"):
+        assert share_of(name) == pytest.approx(lora, rel=0.05)
+    assert share_of("full-all") == 1
+
+
+RUNS = pd.DataFrame(
+    [
+        ("full", rate, seed, rate == 2e-4, 100 * rate, 2.0 + 1000 * rate)
+        for rate in (1e-4, 2e-4, 4e-4)
+        for seed in range(3)
+    ],
+    columns=["method", "learning_rate", "seed", "chosen", "update_norm", "retention_loss"],
+)
+
+
+def gate(runs=RUNS, chosen=2e-4, base_rate=2e-3, unigram=4.0):
+    rates = runs[["method", "learning_rate"]].drop_duplicates().assign(loss=1.0)
+    rates["chosen"] = rates["learning_rate"] == chosen
+    runs = runs.assign(chosen=runs["learning_rate"] == chosen)
+    table = gate_table(Comparison(runs, {}, rates), base_rate=base_rate, full="full", unigram=unigram)
+    return set(table.loc[~table["holds"], "condition"])
+
+
+def test_the_gate_lets_fine_tuning_through_and_nothing_else():
+    assert gate() == set()
+    for base_rate in (5e-4, 2e-2):
+        assert gate(base_rate=base_rate) == {"rate, in units of the base's"}
+        adapters = RUNS.assign(method="lora")  # of which that is not asked
+        assert "rate, in units of the base's" not in gate(adapters, base_rate=base_rate)
+    assert gate(RUNS[RUNS["seed"] < 2]) == {"seeds that choose"}
+    assert gate(RUNS.assign(update_norm=0.11)) == {"update of full, in units of the weights"}
+    assert gate(unigram=2.6) == {"loss of full on the base's text below unigram, nats"}
+    for rate in (1e-4, 4e-4):
+        assert gate(chosen=rate) == {"place of the rate in the grid"}
+
+
+def test_curves_start_at_the_base_and_forgetting_is_known_at_both_ends():
+    runs = pd.DataFrame({"method": ["a", "b"], "learning_rate": 0.1, "chosen": True, "seed": 0, "path": ["a", "b"]})
+    points = {"a": [(0, 4.0, 1.0), (8, 3.0, None), (16, 2.0, None)], "b": [(0, 4.0, 1.0), (16, 1.0, None)]}
+    results = {
+        path: {"curve": [dict(zip(("tokens", "loss", "retention_loss"), point, strict=True)) for point in curve]}
+        for path, curve in points.items()
+    }
+    table = curves_table(Comparison(runs.assign(retention_loss=[1.5, 1.75]), results, pd.DataFrame()))
+    assert table["method"].tolist() == ["base", "a", "a", "a", "b", "b"]
+    assert table["retention_loss"].fillna(0).tolist() == [1.0, 1.0, 0, 1.5, 1.0, 1.75]
+    assert table.loc[0, ["learning_rate", "tokens", "loss", "chosen"]].tolist() == [0.0, 0, 4.0, False]
+
+
 def test_an_unknown_variant_is_named():
-    with pytest.raises(ValueError, match=r"unknown variant 'apx'; known: full, lora"):
+    with pytest.raises(ValueError, match=r"unknown variant 'apx'; known: apex, full"):
         grid_trials(["apx"], [1e-3], [0], {0: "base"})
 
 
@@ -125,7 +215,7 @@ def test_pairs_over_examples_match_the_literal_formula():
     assert row.difference == pytest.approx(np.mean(differences))
 
 
-@pytest.mark.parametrize("variant", ["full", "apex", "lora", "no-operator"])
+@pytest.mark.parametrize("variant", ["full-all", "apex", "lora", "no-operator"])
 def test_an_instruction_run_measures_the_model_it_leaves(variant, settings, base, tmp_path):
     result = instruction_run(folder=tmp_path, variant=variant, chat=CHAT, **settings)
     last = sorted(tmp_path.glob("stage-*"))[-1]
@@ -138,7 +228,10 @@ def test_an_instruction_run_measures_the_model_it_leaves(variant, settings, base
     assert sum(result["correct"]) == pytest.approx(sum(share * count for share, count in result["families"].values()))
     assert len(result["correct"]) == 28
     assert result["seconds_per_step"] > 0
-    assert (result["trainable"] == 1) == (variant == "full")
+    assert (result["trainable"] == 1) == (variant == "full-all")
+    assert result["update_norm"] > 0
+    assert ("by_operator" in result) == (variant == "apex")
+    assert result.get("by_operator", 0.5) > 0
     start = untouched_run(folder=tmp_path, base=settings["base"], chat=CHAT, retention=settings["retention"])
     assert result["answer_loss"] < start["answer_loss"]
 
@@ -302,10 +395,19 @@ def results(tmp_path):
 def test_a_base_is_the_last_checkpoint_of_its_own_size(results):
     assert base_models(results, "small", [1, 0]) == {1: "small1-10", 0: "small0-10"}
     assert base_models(results, "large", [0]) == {0: "large0-5"}
+    assert base_models(results / "none", "data/models/other", [0, 2]) == dict.fromkeys((0, 2), "data/models/other")
     for model, seeds in (("large", [0, 1]), ("huge", [1])):
         with pytest.raises(ValueError, match=rf"model '{model}': no base model for seeds \[1\]; .*'small': \[0, 1\]"):
             base_models(results, model, seeds)
-    assert models_table(results, "owner/name")[["path", "is_final"]].to_numpy().tolist() == [["owner/name", True]]
+
+
+def test_units_are_masked_in_a_given_model_part_by_part_or_in_the_largest_seed_by_seed(results):
+    trained = models_table(results)
+    given = masked_models(trained, "owner/name", 3)
+    assert given[["model", "seed", "part", "parts"]].to_numpy().tolist() == [["name", n, n, 3] for n in range(3)]
+    assert set(given["path"]) == {"owner/name"}
+    largest = masked_models(trained, None, 3)
+    assert largest[["path", "part", "parts"]].to_numpy().tolist() == [["large0-5", 0, 1]]
 
 
 def test_a_base_that_does_not_beat_the_strongest_reference_is_refused(results):
@@ -369,7 +471,7 @@ def test_a_ratio_is_of_the_tokens_that_full_training_took():
     curves = [("full", 0, 0, 4.0), ("full", 0, 20, 2.0), ("apex", 0, 0, 4.0), ("apex", 0, 20, 0.0)]
     curves += [("full", 1, 0, 4.0), ("full", 1, 20, 2.0), ("apex", 1, 0, 4.0), ("apex", 1, 20, 3.0)]
     table = pd.DataFrame(curves, columns=["method", "seed", "tokens", "loss"])
-    found = token_ratios(table, ["full", "apex"], [0, 1])
+    found = token_ratios(table, ["full", "apex"], [0, 1], goal="full")
     assert found["ratio"].tolist() == [1.0, 1.0, 0.5, math.inf]
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from apexlib.expansion import expand, fuse
 from apexlib.inspection import trainable_table
-from apexlib.operators import OPERATORS, MonarchOperator, Operator, make_operator, monarch_blocks, operator_class
+from apexlib.operators import OPERATORS, Operator, make_operator, monarch_blocks, operator_class
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
 
 
@@ -196,9 +196,9 @@ def test_a_seed_fixes_the_operator(kind):
         assert torch.equal(value, other[name]) == (value.abs().sum() == 0)
 
 
-def test_the_first_factor_is_kaiming_uniform_per_block():
-    first = MonarchOperator(64 * 64, generator=torch.Generator().manual_seed(0)).first
-    bound = 64**-0.5  # as nn.Linear(64, 64)
+@pytest.mark.parametrize(("kind", "bound"), [("monarch", 64**-0.5), ("monarch_release", 1 / 64)])
+def test_the_first_factor_is_uniform_per_block_as_a_linear_layer_or_as_the_release_has_it(kind, bound):
+    first = make_operator(kind, 64 * 64, generator=torch.Generator().manual_seed(0)).first
     assert first.abs().max() <= bound
     assert_close(first.std().item(), bound / 3**0.5, atol=0, rtol=0.01)
 
@@ -248,7 +248,7 @@ class ShiftOperator(Operator):
 
 
 def test_a_new_operator_is_a_class_and_a_row(monkeypatch, tiny_model):
-    with pytest.raises(ValueError, match="operator: unknown 'shift'; known: monarch, diagonal, low_rank, dense"):
+    with pytest.raises(ValueError, match=r"operator: unknown 'shift'; known: monarch, .*dense"):
         ApexConfig(operator="shift")
     monkeypatch.setitem(OPERATORS, "shift", ShiftOperator)
     config, model = ApexConfig(operator="shift"), tiny_model("llama")
@@ -270,7 +270,7 @@ def test_errors_name_what_is_needed():
     with pytest.raises(ValueError, match="at least one row, got k=-1"):
         parameter_count("dense", -1)
     for call in (make_operator, parameter_count):
-        with pytest.raises(ValueError, match="unknown operator 'butterfly'; known: monarch, diagonal, low_rank, dense"):
+        with pytest.raises(ValueError, match=r"unknown operator 'butterfly'; known: monarch, .*dense"):
             call("butterfly", 4)
     with pytest.raises(ValueError, match="rank from 1 to 4, got 5"):
         make_operator("low_rank", 4, rank=5)

@@ -62,7 +62,7 @@ class Page(HTMLParser):
 def figures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
     rows = [(order, x, x, 0, 2, p) for p in "ab" for order in ("advantageous", "random") for x in (0, 0.5)]
-    curve = pd.DataFrame(rows, columns=["order", "fraction", "mean", "low", "high", "panel"])
+    curve = pd.DataFrame(rows, columns=["order", "share", "mean", "low", "high", "panel"])
     draw_figure(curve, "masking_curve", folder)
     draw_figure(pd.DataFrame({"layer": 0, "unit": range(9), "activation": range(9)}), "activation_distribution", folder)
     plt.close("all")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from apexlib import ApexConfig, plan_budget
-from apexlib.analysis.budget import calibrate
-from apexlib.training.methods import METHODS
+from apexlib import ApexConfig, config_for_share, plan_budget
+from apexlib.analysis.budget import calibrate, lora_rank_for_share, trained_share
+from apexlib.training.methods import METHODS, method_of
 from benchmarks.measure import MIB, peak_memory
 from benchmarks.workloads import APEX, Case, llama_config, workload
 
@@ -57,6 +57,19 @@ def test_the_presets_of_llama_2_7b(preset, share):
     assert apex["disk_mib"] == pytest.approx(2 * full["disk_mib"])  # two stages
 
 
+def test_a_share_is_solved_for_on_the_model_and_shown():
+    table = plan_budget(LLAMA_2_7B, batch=1, length=64, methods=["apex", "lora", "full"], share=0.024)
+    table = table.set_index("method")
+    total = table.loc["full", "parameters"]
+    assert table.loc["apex", "trainable"] / total == pytest.approx(0.024, rel=0.01)
+    assert table.loc["lora", "trainable"] / total == pytest.approx(0.024, rel=0.01)  # rank 65; 64 is 0.0237
+    config = config_for_share(LLAMA_2_7B, 0.024)
+    assert (config.train_embeddings, config.train_queries, config.spread_heads) == (False, False, True)
+    few = LlamaConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    with pytest.raises(ValueError, match=r"share 0\.02: the nearest in pairs of units is 0\..*, need one within 5 %"):
+        plan_budget(few, batch=1, length=8, share=0.02)
+
+
 def test_depth_is_extrapolated_without_error():
     shallow, deep = (
         plan_budget(LlamaConfig(**(llama_config(CASE).to_dict() | {"num_hidden_layers": n})), APEX, batch=2, length=48)
@@ -94,10 +107,21 @@ def test_a_folder_is_enough(tmp_path):
 
 
 def test_what_cannot_be_planned_is_refused():
-    with pytest.raises(ValueError, match="method 'adapter': need one of apex, full, lora, hft, gmt, direct"):
+    with pytest.raises(ValueError, match="method 'adapter': need one of apex, full, restart, lora, hft, gmt, direct"):
         plan_budget(TINY_LLAMA, batch=1, length=8, methods=["adapter"])
     with pytest.raises(ValueError, match="batch: need at least 1, got 0"):
         plan_budget(TINY_LLAMA, batch=0, length=8)
     with pytest.raises(ValueError, match="mixtral: which experts run depends on values"):
         plan_budget(MixtralConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=64), batch=1, length=8)
     assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_planning_leaves_the_configuration_as_it_is():
+    """A model shares its configuration with whoever plans for it; with the planner's attention it would see padding."""
+    model = AutoModelForCausalLM.from_config(llama_config(CASE))
+    before = model.config.to_dict(), model.config._attn_implementation
+    plan_budget(model.config, batch=1, length=8, methods=["full"])
+    trained_share(model.config, method_of("full", ApexConfig()))
+    lora_rank_for_share(model.config, 0.1)
+    config_for_share(model.config, 0.1)
+    assert (model.config.to_dict(), model.config._attn_implementation) == before

@@ -23,7 +23,7 @@ def close():
 
 def masking():
     rows = [
-        {"order": order, "fraction": fraction, "mean": slope * fraction, "low": -0.1, "high": 2.0}
+        {"order": order, "share": fraction, "mean": slope * fraction, "low": -0.1, "high": 2.0}
         for order, slope in (("advantageous", 3.0), ("random", 1.0), ("disadvantageous", 0.1))
         for fraction in (0.0, 0.5, 1.0)
     ]

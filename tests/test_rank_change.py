@@ -14,6 +14,7 @@ from apexlib.analysis.rank_change import (
     constructed_changes,
     final_stage,
     log_rank_change,
+    movement,
     random_rows,
     rank_changes,
     rank_correlation,
@@ -113,3 +114,19 @@ def test_correlation_is_over_the_methods_of_a_seed():
     assert table["correlation"].round(9).tolist()[:2] == [1.0, -1.0]
     assert math.isnan(table.loc[2, "correlation"])
     assert table["methods"].tolist() == [3, 3, 2]
+
+
+def test_movement_is_of_all_matrices_in_layers_at_once(tiny_model):
+    base, model = tiny_model("llama"), tiny_model("llama")
+    assert movement(base, model) == {"update_norm": 0, "erank_change": 0}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    names = [name for name, p in base.named_parameters() if "layers" in name and p.dim() == 2]
+    old, new = ([dict(each.named_parameters())[name].detach().double() for name in names] for each in (base, model))
+    moved = sum((b - a).square().sum() for a, b in zip(old, new, strict=True)) / sum(a.square().sum() for a in old)
+    found = movement(base, model)
+    assert found["update_norm"] == pytest.approx(moved.sqrt().item())
+    changes = [effective_rank(b) / effective_rank(a) - 1 for a, b in zip(old, new, strict=True)]
+    assert found["erank_change"] == pytest.approx(np.mean(changes))

@@ -429,10 +429,13 @@ def test_only_from_and_force_choose(project):
 
 CLAIMS = """
 - {number: 1, id: made, source: s, statement: It is made., expected: yes it is, rule: r, unit: x, limits: None here.,
+   margin: 0, because: b,
    measure: {rise: {table: a, of: apex, column: step}}, notebooks: [00_make]}
 - {number: 2, id: used, source: s, statement: It is used., expected: yes it is, rule: r, unit: x, limits: None here.,
+   margin: 0, because: b,
    measure: {rise: {table: used, of: apex, column: step}}, notebooks: [01_use]}
 - {number: 3, id: none, source: s, statement: It is not., expected: yes it is, rule: r, unit: x, limits: None here.,
+   margin: 0, because: b,
    measure: {rise: {table: c, of: apex, column: step}}, notebooks: [09_gone]}
 """
 

@@ -104,13 +104,14 @@ CHANGES = [
     {"config": ApexConfig(**(vars(CONFIG) | {"strategy": "magnitude"}))},
     {"config": ApexConfig(**(vars(CONFIG) | {"statistic": "ema_rank", "halve_fraction": True}))},
     {"config": ApexConfig(**(vars(CONFIG) | {"balance_weight": 0.1, "operator_lr_scale": 3.0}))},
+    {"config": ApexConfig(**(vars(CONFIG) | {"decay_to_start": True})), "weight_decay": 5.0},
     {"bf16": True, "use_cpu": True, "gradient_checkpointing": True},
     {"eval_on_start": True, "eval_strategy": "epoch", "logging_steps": 3},
     {"save_strategy": "no"},
 ]
 
 
-@pytest.mark.parametrize("changes", long(CHANGES, CHANGES[0], CHANGES[3], CHANGES[7]), ids=str)
+@pytest.mark.parametrize("changes", long(CHANGES, CHANGES[0], CHANGES[3], CHANGES[6], CHANGES[8]), ids=str)
 def test_every_kind_of_state_is_restored(changes, tmp_path):
     resumed = crash_and_resume(tmp_path / "a", 5, **changes)
     assert digest(resumed) == digest(run(tmp_path / "b", trainer_class=Fragile, **changes))

@@ -16,6 +16,7 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from apexlib.analysis.budget import equal_statistics
 from apexlib.analysis.difference import selection_stability
 from apexlib.operators import OPERATORS, operator_class
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
@@ -432,23 +433,45 @@ def llama_2_7b():
         return transformers.LlamaForCausalLM(config)
 
 
-@pytest.mark.parametrize(("name", "share", "count"), [("52%", 0.52, 3_490_216_960), ("2.4%", 0.024, 161_866_144)])
+@pytest.mark.parametrize(("name", "share", "count"), [("52%", 0.52, 3_490_216_960), ("2.4%", 0.024, 161_421_600)])
 def test_presets_hit_their_share_of_llama_2_7b(llama_2_7b, name, share, count):
     config = ApexConfig.preset(name)
     total = sum(weight.numel() for weight in llama_2_7b.parameters())
     assert total == 6_738_415_616
     embeddings = llama_2_7b.model.embed_tokens.weight.numel() + llama_2_7b.lm_head.weight.numel()
     trainable = embeddings if config.train_embeddings else 0
+    plan = select(equal_statistics(llama_2_7b), config)
+    with_heads = {part.layer for part in plan.layers if part.component == "head"}
     head_pairs, direct_heads = unit_counts(32, "head", config)
     channel_pairs, direct_channels = unit_counts(11008, "channel", config)
-    for layer in llama_2_7b.model.layers:
+    for number, layer in enumerate(llama_2_7b.model.layers):
         heads, channels = 2 * head_pairs + direct_heads, 2 * channel_pairs + direct_channels
-        trainable += sum(weight.numel() for weight in layer.self_attn.parameters()) * heads // 32
+        attention = 4 * 4096 * 4096 if config.train_queries else 2 * 4096 * 4096
+        if number in with_heads:
+            trainable += attention * heads // 32
+            trainable += operator_class("monarch").count(head_pairs * 128) + 2 * head_pairs * 128  # M; v, s
         trainable += sum(weight.numel() for weight in layer.mlp.parameters()) * channels // 11008
-        trainable += operator_class("monarch").count(head_pairs * 128) + 2 * head_pairs * 128  # M; v, s
         trainable += operator_class("monarch").count(channel_pairs) + 3 * channel_pairs  # M; v, s, s'
+    assert len(with_heads) == (15 if name == "2.4%" else 32)
     assert trainable == count  # as the docstring says
     assert trainable / total == pytest.approx(share, rel=0.005)
+
+
+@given(st.integers(1, 12), st.integers(2, 8), st.floats(0.002, 0.5), st.integers(0, 3))
+@laws
+def test_heads_are_spread_over_as_many_layers_as_their_share_allows(layers, heads, fraction, seed):
+    config = ApexConfig(fraction=fraction, direct_heads=2 * fraction, direct_channels=1.0, spread_heads=True)
+    rows = [(layer, name, unit) for layer in range(layers) for name in ("head", "channel") for unit in range(heads)]
+    table = pd.DataFrame(rows, columns=["layer", "component", "unit"]).assign(activation=1.0, rank_score=0)
+    plan = select(table, config, seed=seed)
+    chosen = [part for part in plan.layers if part.component == "head"]
+    assert plan == select(table, config, seed=seed)
+    if math.floor(fraction * heads + 1e-9):
+        assert len(chosen) == layers
+    else:
+        assert len(chosen) == math.floor(fraction * heads * layers + 1e-9)
+        assert all(len(part.source) == 1 for part in chosen)
+    assert sum(part.component == "channel" for part in plan.layers) == layers
 
 
 def test_an_unknown_preset_names_the_known():

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
+from torch.optim import AdamW
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -21,6 +23,7 @@ from apexlib.training.checkpoints import checkpoint_folder
 from apexlib.training.checks import check_data
 from apexlib.training.methods import METHODS, Method, keep_largest, method_of
 from apexlib.training.stages import data_order, train_in_stages
+from apexlib.training.trainer import draw_to
 from benchmarks.workloads import Case, workload
 
 SMALL = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6, assessment_samples=8)
@@ -82,7 +85,7 @@ def test_every_method_trains_and_leaves_a_plain_model(method, tiny_model, tmp_pa
 
 
 def test_which_methods_start_afresh_at_each_stage():
-    staged = {"apex": True, "direct": True, "hft": True, "full": False, "lora": False, "gmt": False}
+    staged = {"apex": True, "direct": True, "hft": True, "restart": True, "full": False, "lora": False, "gmt": False}
     assert {name: METHODS[name].staged for name in staged} == staged
 
 
@@ -225,6 +228,9 @@ def test_the_balance_term_is_the_mean_coefficient_of_variation_and_lowers_it(tin
         {"stages": 4},
         {"halve_fraction": True},
         {"train_norms": True},
+        {"train_queries": False},
+        {"train_rows": False},
+        {"train_rows": False, "ffn": "split"},
         {"balance_weight": 0.1},
     ],
     ids=str,
@@ -352,7 +358,7 @@ def test_statistics_that_would_rank_nan_are_refused(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "method 'magic': need one of apex, full, lora, hft, gmt, direct"),
+        ({"method": "magic"}, "method 'magic': need one of apex, full, restart, lora, hft, gmt, direct"),
         ({"max_steps": 1}, "1 steps for 2 stages: need at least one step a stage"),
         ({"dataset": Blocks(size=4), "max_steps": -1, "num_train_epochs": 1}, "for 2 stages"),
         ({"dataset": Blocks(size=3)}, "train_dataset: 3 examples, fewer than the 4 of one step"),
@@ -588,11 +594,68 @@ def test_half_fine_tuning_draws_anew_at_each_stage(tiny_model):
     for stage in range(2):
         model = method_of("hft", SMALL).begin(tiny_model("llama"), stage, None)
         frozen.append({name for name, parameter in model.named_parameters() if not parameter.requires_grad})
-        assert len(frozen[-1]) == 2 * 3  # of seven matrices in each of two blocks
+        attention = [sum(f"layers.{layer}.self_attn" in name for name in frozen[-1]) for layer in range(2)]
+        ffn = [sum(f"layers.{layer}.mlp" in name for name in frozen[-1]) for layer in range(2)]
+        assert (attention, ffn) == ([2, 2], [1, 2])  # half of four, and of three over two layers
+        assert len(frozen[-1]) == 7
     assert frozen[0] != frozen[1]
+
+
+@pytest.mark.parametrize("method", ["full", "restart", "hft", "gmt"])
+def test_matrices_only_leaves_embeddings_and_norms_alone(method, tiny_model):
+    model = method_of(method, SMALL, matrices_only=True).begin(tiny_model("llama", attention_bias=True), 0, None)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    everything = {name for name, parameter in model.named_parameters() if "layers" in name and parameter.dim() == 2}
+    assert trained <= everything
+    assert trained == everything or method == "hft"
+
+
+def test_a_restart_is_full_training_with_a_fresh_optimizer(tiny_model, tmp_path):
+    restarted, full = (run(tiny_model, tmp_path / name, name, max_steps=4) for name in ("restart", "full"))
+    assert restarted.log["stage"].tolist() == [0, 0, 1, 1]
+    assert restarted.log["learning_rate"].tolist() == full.log["learning_rate"].tolist()
+    losses = [record.log["loss"].tolist() for record in (restarted, full)]
+    assert losses[0][:3] == losses[1][:3]  # the first step of the second stage starts from the same weights
+    assert losses[0][3] != losses[1][3]
 
 
 def test_weight_norms_have_a_row_for_every_unit(tiny_model):
     table = weight_norms(tiny_model("llama"))
     assert table.groupby("component", sort=False).size().to_dict() == {"head": 4, "channel": 48}
     assert (table["weight_norm"] > 0).all()
+
+
+def test_weights_decay_to_their_start_where_asked():
+    first, rate, decay = torch.randn(3, 4, dtype=torch.float64), 0.01, 0.5
+    gradients = torch.randn(5, 3, 4, dtype=torch.float64)
+    weight, plain = (nn.Parameter(first.clone()) for _ in range(2))
+    start, optimizers = {weight: first.clone()}, [AdamW([weight], lr=rate, weight_decay=decay), AdamW([plain], lr=rate)]
+    optimizers[1].param_groups[0]["weight_decay"] = 0.0
+    for step, gradient in enumerate(gradients):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate * (5 - step) / 5
+        weight.grad, plain.grad = gradient.clone(), gradient.clone()
+        plain.data -= rate * (5 - step) / 5 * decay * (plain.data - first)
+        for optimizer in optimizers:
+            optimizer.step()
+        draw_to(optimizers[0], start)
+    assert_close(weight, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["apex", "direct", "full"])
+def test_a_run_decays_to_its_start_not_to_zero(method, tiny_model, tmp_path):
+    norms, base = {}, tiny_model("llama").model.layers[0].mlp.down_proj.weight
+    for to_start in (False, True):
+        config = ApexConfig(**(vars(SMALL) | {"decay_to_start": to_start, "stages": 1}))
+        strong = {"weight_decay": 90.0, "lr_scheduler_type": "constant"}  # 0.9 of the way at each step of 0.01
+        record = run(tiny_model, tmp_path / str(to_start), method, config, **strong)
+        moved = record.model.model.layers[0].mlp.down_proj.weight - base
+        norms[to_start] = moved.norm() / base.norm()
+    assert norms[True] < 0.5 * norms[False]
+
+
+def test_a_decay_to_the_start_needs_an_optimizer_that_decays_apart(tiny_model, tmp_path):
+    config = ApexConfig(**(vars(SMALL) | {"decay_to_start": True}))
+    with pytest.raises(ValueError, match=r"decay_to_start: need AdamW.*got optim='sgd'"):
+        run(tiny_model, tmp_path / "run", config=config, optim="sgd")
+    assert not (tmp_path / "run").exists()

@@ -6,8 +6,10 @@ the method itself, and takes a real step there, while every allocation and every
 
 import copy
 import weakref
-from collections.abc import Collection, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ def plan_budget(
     length: int,
     dtype: torch.dtype | str = "float32",
     methods: Collection[str] = METHODS,
+    share: float | None = None,
     gradient_checkpointing: bool = False,
     flops_per_second: float | None = None,
 ) -> pd.DataFrame:
@@ -54,6 +57,9 @@ def plan_budget(
     out of what trains; `flops_per_step` (dense products, a multiply-add is two); `assess_mib`, `train_mib`, `fuse_mib`,
     the peak of each phase, weights included; `optimizer_mib` of AdamW's state, part of the last two; `disk_mib` of the
     checkpoints of all stages; `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
+
+    With a `share` of the parameters, methods with a plan train pairs of units that come to it (`config_for_share`), and
+    LoRA has the rank that does.
 
     `dtype` is what the model is loaded in; what APEX trains is float32 in any case. A step is one forward and backward
     and AdamW's fused update, with attention that keeps no attention matrix. Buffers below torch's allocator (libraries,
@@ -72,11 +78,16 @@ def plan_budget(
     config, dtype = config or ApexConfig(), getattr(torch, dtype) if isinstance(dtype, str) else dtype
     shape = config_or_name
     shape = shape if isinstance(shape, PretrainedConfig) else pretrained(AutoConfig, shape)
+    if share is not None:
+        config, options = config_for_share(shape, share, config), {"lora_rank": lora_rank_for_share(shape, share)}
+    else:
+        options = {}
     depth = shape.get_text_config().num_hidden_layers
     rows, depths = [], [depth] if depth <= _DEEP else [2, 4]
     stages = {name: config.stages if method_of(name, config).staged else 1 for name in methods}
     for name in methods:
-        made = [(_of_depth(shape, layers), method_of(name, replace(config, strategy="random"))) for layers in depths]
+        own = replace(config, strategy="random")
+        made = [(_of_depth(shape, layers), method_of(name, own, **options)) for layers in depths]
         counts = [_count(*each, batch, length, dtype, gradient_checkpointing) for each in made]
         counted = pd.DataFrame(counts, index=depths)
         whole = counted.iloc[-1]
@@ -88,6 +99,65 @@ def plan_budget(
     if flops_per_second is not None:
         table["seconds_per_step"] = table["flops_per_step"] / flops_per_second
     return table.astype(dict.fromkeys(("parameters", "trainable", "flops_per_step"), "int64"))
+
+
+def trained_share(shape: PretrainedConfig, method: Method) -> float:
+    """The parameters that a method trains in its first stage, operators and adapters too, over those of the model."""
+    return _shares(shape)(method)
+
+
+def _shares(shape: PretrainedConfig) -> Callable[[Method], float]:
+    """Make `trained_share` for one shape, of which a model is made once."""
+    model = _on_meta(shape)
+    statistics, total = equal_statistics(model), sum(parameter.numel() for parameter in model.parameters())
+
+    def share(method: Method) -> float:
+        trained = method.begin(model, 0, statistics)
+        trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
+        method.end(trained)
+        return trains / total
+
+    return share
+
+
+def config_for_share(shape: PretrainedConfig, share: float, config: ApexConfig | None = None) -> ApexConfig:
+    """Settings like `config` that train that share of a model's parameters, in pairs of channels and heads alone.
+
+    Heads and channels have the same ratio (`ApexConfig.of_size`), found by counting on the model itself. Raises
+    ValueError where the nearest share is more than 5 % away: a model of few units has few shares.
+
+    >>> from transformers import LlamaConfig
+    >>> shape = LlamaConfig(hidden_size=64, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+    ...                     vocab_size=256)
+    >>> config_for_share(shape, 0.024).direct_channels
+    0.02734375
+    """
+    config = replace(config or ApexConfig(), strategy="random")
+    text = shape.get_text_config()
+    numbers = (text.intermediate_size, text.num_hidden_layers * getattr(text, "num_key_value_heads", 1))
+    sizes = sorted({2 * pairs / number for number in numbers for pairs in range(1, number // 2 + 1)})
+    shares = _shares(shape)
+
+    @cache
+    def found(size: float) -> float:
+        return shares(method_of("apex", config.of_size(size)))
+
+    nearest = _nearest(sizes, share, found)
+    if abs(found(nearest) / share - 1) > 0.05:
+        raise ValueError(f"share {share}: the nearest in pairs of units is {found(nearest):.4g}, need one within 5 %")
+    return config.of_size(nearest)
+
+
+def lora_rank_for_share(shape: PretrainedConfig, share: float) -> int:
+    """The rank at which LoRA on all linear layers trains the share nearest to `share` of a model's parameters."""
+    ranks, shares = range(1, shape.get_text_config().hidden_size + 1), _shares(shape)
+    return _nearest(ranks, share, lambda rank: shares(method_of("lora", ApexConfig(), lora_rank=rank)))
+
+
+def _nearest(sizes: Sequence[Any], share: float, found: Callable[[Any], float]) -> Any:
+    """The one of ascending `sizes` whose share, which ascends too, is nearest."""
+    above = bisect_left(sizes, share, key=found)
+    return min(sizes[max(0, above - 1) : above + 1], key=lambda size: abs(found(size) - share))
 
 
 def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
@@ -103,9 +173,7 @@ def _count(
     shape: PretrainedConfig, method: Method, batch: int, length: int, dtype: torch.dtype, checkpointing: bool
 ) -> dict[str, float]:
     """Count one model: parameters, FLOPs and MiB."""
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
-        ids = torch.zeros(batch, length, dtype=torch.int64)
+    plain, ids = _on_meta(shape, dtype), torch.zeros(batch, length, dtype=torch.int64, device="meta")
     if not family_of(plain).down:  # an unknown family is refused there, by name
         raise ValueError(f"{shape.model_type}: which experts run depends on values; only dense models can be planned")
     disk = sum(parameter.nbytes for parameter in plain.parameters())
@@ -128,6 +196,12 @@ def _count(
     sizes = {"assess": assess.peak if method.assesses else 0, "train": train.peak, "fuse": fuse.peak}
     sizes |= {"optimizer": sum(t.nbytes for t in moments.values()), "disk": disk}
     return counts | {"flops_per_step": train.flops} | {f"{name}_mib": size / 2**20 for name, size in sizes.items()}
+
+
+def _on_meta(shape: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    shape = copy.deepcopy(shape)  # which would be left with an attention that sees padding
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
 
 
 def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:

@@ -31,23 +31,24 @@ Order = Literal["advantageous", "disadvantageous", "random"]
 def imbalance_table(statistics: pd.DataFrame) -> pd.DataFrame:
     """Measure how unevenly activations spread over the units of each layer and component.
 
-    Columns: `layer`, `component`, `units`; `cv`, the coefficient of variation std / mean (population std); `gini`, the
-    Gini coefficient (0: all equal, → 1: all in one unit); `above_mean`, the share of units above the mean. A layer
-    without any activation is perfectly even: cv = gini = above_mean = 0.
+    Columns: `layer`, `component`, `units`; `cv`, the coefficient of variation std / mean (population std); `cv_norm`,
+    that of norms instead of squared ones, as the authors' release has it; `gini`, the Gini coefficient (0: all equal,
+    → 1: all in one unit); `above_mean`, the share of units above the mean. A layer without any activation is perfectly
+    even: all are 0.
 
     >>> table = pd.DataFrame({"layer": 0, "component": "head", "unit": range(4), "activation": [1.0, 1.0, 1.0, 5.0]})
-    >>> imbalance_table(table).round(3).to_dict("records")
-    [{'layer': 0, 'component': 'head', 'units': 4, 'cv': 0.866, 'gini': 0.375, 'above_mean': 0.25}]
+    >>> imbalance_table(table).round(3).to_dict("records")  # doctest: +NORMALIZE_WHITESPACE
+    [{'layer': 0, 'component': 'head', 'units': 4, 'cv': 0.866, 'cv_norm': 0.409, 'gini': 0.375, 'above_mean': 0.25}]
     """
     rows = []
     for (layer, component), part in statistics.groupby(["layer", "component"], sort=False):
         values = np.sort(part["activation"].to_numpy(dtype=float))
         n, total = len(values), values.sum()
         ranks = np.arange(1, n + 1)
-        cv = values.std() / values.mean() if total else 0.0
+        cv, cv_norm = (each.std() / each.mean() if total else 0.0 for each in (values, np.sqrt(values)))
         gini = max(0.0, ((2 * ranks - n - 1) * values).sum() / (n * total)) if total else 0.0  # rounds below 0
-        row = {"layer": layer, "component": component, "units": n}
-        rows.append(row | {"cv": cv, "gini": gini, "above_mean": float((values > values.mean()).mean())})
+        row = {"layer": layer, "component": component, "units": n, "cv": cv, "cv_norm": cv_norm, "gini": gini}
+        rows.append(row | {"above_mean": float((values > values.mean()).mean())})
     return pd.DataFrame(rows)
 
 
@@ -68,8 +69,8 @@ def masking_curve(
     contain smaller ones). A silenced unit is set to zero where its output projection reads it, so the rest of the
     model, and all weights, stay as they are. A fraction above 0 silences at least one unit.
 
-    Columns: `component`, `order`, `seed`, `fraction` (asked for), `units` (silenced per layer), `loss` (nats per
-    token), `increase` (over the unmasked model).
+    Columns: `component`, `order`, `seed`, `fraction` (asked for), `units` (silenced per layer), `share` (they are),
+    `loss` (nats per token), `increase` (over the unmasked model).
     """
     fractions = list(fractions)
     if bad := [fraction for fraction in fractions if not 0 <= fraction <= 1]:
@@ -88,7 +89,7 @@ def masking_curve(
         with silenced(model, parts, chosen):
             loss = perplexity(model, batches, quiet=True)["loss"] if count else base
         row = {"component": component, "order": order, "seed": seed, "fraction": fraction, "units": count}
-        rows.append(row | {"loss": loss, "increase": loss - base})
+        rows.append(row | {"share": count / parts[0].units, "loss": loss, "increase": loss - base})
     return pd.DataFrame(rows)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from apexlib.analysis.intervals import spearman, summarise
-from apexlib.analysis.spectrum import effective_rank
+from apexlib.analysis.spectrum import Model, effective_rank, layer_and_role, matrices
 
 _K = 24  # sources, and as many targets
 _OTHERS = _DIM = 64
@@ -48,6 +48,22 @@ def constructed_changes(strengths: Sequence[float], draws: int) -> pd.DataFrame:
     """
     settings = product(_CASES, (0.0, *strengths), range(draws))
     return pd.DataFrame([_expanded(*setting) for setting in settings])
+
+
+def movement(base: Model, model: Model) -> dict[str, float]:
+    """How far training moved the weight matrices inside layers, and how their effective rank changed.
+
+    `update_norm`: ‖W − W_base‖ / ‖W_base‖ over all of them at once (Frobenius); `erank_change`: the relative change of
+    a matrix's effective rank, mean over matrices.
+    """
+    after = matrices(model)
+    moved, whole, changes = 0.0, 0.0, []
+    for name, read in matrices(base).items():
+        if layer_and_role(name)[0] >= 0:
+            old, new = read().double(), after[name]().double()
+            moved, whole = moved + float((new - old).square().sum()), whole + float(old.square().sum())
+            changes.append(effective_rank(new) / effective_rank(old) - 1)
+    return {"update_norm": (moved / whole) ** 0.5, "erank_change": sum(changes) / len(changes)}
 
 
 def rank_changes(updates: pd.DataFrame) -> pd.DataFrame:

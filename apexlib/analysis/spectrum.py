@@ -320,16 +320,21 @@ def _sigma(name: str, matrix: Tensor) -> np.ndarray:
 
 
 def _row(name: str, matrix: Tensor) -> tuple[dict[str, object], np.ndarray]:
-    """A row of a table, and the singular values that it tells of.
-
-    Layer and role are the first number of the dotted name, and its last word but "weight".
-    """
-    words = name.partition("[")[0].removesuffix(".weight").split(".")
-    layer = next((int(word) for word in words[:-1] if word.isdigit()), -1)
-    rows, columns = matrix.shape
-    row = {"weight": name, "layer": layer, "role": words[-1], "rows": rows, "columns": columns}
+    """A row of a table, and the singular values that it tells of."""
+    (layer, role), (rows, columns) = layer_and_role(name), matrix.shape
+    row = {"weight": name, "layer": layer, "role": role, "rows": rows, "columns": columns}
     sigma = _sigma(name, matrix)
     return row | measures(sigma) | {"random": marchenko_pastur_rank(rows, columns)}, sigma
+
+
+def layer_and_role(name: str) -> tuple[int, str]:
+    """Read a weight's name: the first number in it, −1 where there is none, and its last word but "weight".
+
+    >>> layer_and_role("model.layers.3.mlp.experts.up_proj[7]"), layer_and_role("lm_head.weight")
+    ((3, 'up_proj'), (-1, 'lm_head'))
+    """
+    words = name.partition("[")[0].removesuffix(".weight").split(".")
+    return next((int(word) for word in words[:-1] if word.isdigit()), -1), words[-1]
 
 
 def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object], Tensor]]]:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apexlib import perplexity
-from apexlib.suite.inputs import load_model
+from apexlib.suite.inputs import load_model, load_tokenizer, text_blocks
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.references import ngram_loss, unigram_loss
 
@@ -45,6 +45,13 @@ def reference_losses(
     return {name: losses[name] for name in names}
 
 
+def unigram_of(base: str, *, corpus: str, context: int, blocks: int) -> float:
+    """The loss of token frequencies on the held-out blocks of a corpus, in the tokens of the model `base`."""
+    tokenizer = load_tokenizer(base)
+    train, valid = (text_blocks(tokenizer, corpus, split, context) for split in ("train", "valid"))
+    return reference_losses(["unigram"], train, valid.blocks[:blocks], len(tokenizer))["unigram"]
+
+
 def check_bases(models: pd.DataFrame, references: Mapping[str, float]) -> None:
     """Refuse final models whose held-out loss is not below each of `references`: they are no base for anything."""
     name = min(references, key=references.get, default=None)
@@ -58,15 +65,30 @@ def is_final(models: pd.DataFrame) -> pd.Series:
     return models["step"] == models.groupby("model")["step"].transform("max")
 
 
-def models_table(results: Path, model: str | None = None) -> pd.DataFrame:
-    """Read the models of notebook 00, with `is_final`; with `model`, a row for that one alone."""
-    alone = {"model": [model], "seed": 0, "step": 0, "tokens": 0, "parameters": 0, "path": model}
-    table = pd.DataFrame(alone) if model else pd.read_csv(results / "models.csv")
+def models_table(results: Path) -> pd.DataFrame:
+    """Read the models of notebook 00, with `is_final`."""
+    table = pd.read_csv(results / "models.csv")
     return table.assign(is_final=is_final(table))
 
 
+def masked_models(trained: pd.DataFrame, model: str | None, parts: int) -> pd.DataFrame:
+    """The model whose units are masked: a row per part of the text, or per seed of the largest of `trained` (None).
+
+    Columns: `model`, `seed` (the part, where there is one model), `path`, and `part` of so many `parts` of the text.
+    """
+    if model is not None:
+        numbers = list(range(parts))
+        return pd.DataFrame(
+            {"model": Path(model).name, "seed": numbers, "path": model, "part": numbers, "parts": parts}
+        )
+    final = trained[trained["is_final"]].sort_values("parameters")
+    return final[final["model"] == final["model"].iloc[-1]].assign(part=0, parts=1)
+
+
 def base_models(results: Path, model: str, seeds: Sequence[int]) -> dict[int, str]:
-    """Where the final model of that name of notebook 00 lies, for each seed."""
+    """Where the final model of that name of notebook 00 lies, for each seed; a folder or a name on the Hub for all."""
+    if "/" in model:
+        return dict.fromkeys(seeds, model)
     models = models_table(results)
     final = models[models["is_final"] & (models["model"] == model)].set_index("seed")
     if missing := sorted(set(seeds) - set(final.index)):

@@ -159,8 +159,8 @@ def _difference(
     *, model: str, revision: str | None, corpus: str, length: int, blocks: int, batch: int, top: float, out: Path
 ) -> None:
     from apexlib import activation_statistics, batches, imbalance_table, load_corpus, pack, save_table
-    from apexlib.files import corpus_hash
     from apexlib.suite.inputs import load_model, load_tokenizer
+    from apexlib.text.cache import corpus_hash
 
     documents = load_corpus(corpus)
     assessment = batches(pack(documents, load_tokenizer(model, revision=revision), length), batch, limit=blocks)

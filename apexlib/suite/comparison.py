@@ -125,31 +125,77 @@ def rates_table(rates: pd.DataFrame) -> pd.DataFrame:
     return table.assign(chosen=best, at_the_end=best.isin(ends))
 
 
+def gate_table(tuning: Comparison, *, base_rate: float, full: str, unigram: float | None = None) -> pd.DataFrame:
+    """Whether a comparison is one of fine-tuning: what has to hold, of which method (or "all"), and whether it does.
+
+    Each method's choice of a rate lies inside the grid, by the mean of at least three seeds, and, unless it trains few
+    weights or adapters, between 0.02 and 0.3 of `base_rate`, the peak of the base's own training. Training everything
+    (`full`), at its choice, moves the weights by less than a tenth of their norm and leaves the loss on the base's text
+    half a nat or more below `unigram`, that of token frequencies. Columns: `method`, `condition`, `value`, `least`,
+    `most`, `holds`.
+    """
+    grid = tuning.runs.merge(tuning.rates[["method", "learning_rate"]])
+    seeds = grid.groupby(["method", "learning_rate"])["seed"].nunique().groupby("method").max().min()
+    chosen = tuning.runs[tuning.runs["chosen"] & (tuning.runs["method"] == full)]
+    rows = [
+        ("all", "seeds that choose", seeds, 3, math.inf),
+        ("all", f"update of {full}, in units of the weights", chosen["update_norm"].mean(), 0, 0.1),
+    ]
+    if unigram is not None:
+        gap = unigram - chosen["retention_loss"].mean()
+        rows.append(("all", f"loss of {full} on the base's text below unigram, nats", gap, 0.5, math.inf))
+    rungs = sorted(tuning.rates["learning_rate"].unique())
+    for method, rate in tuning.rates[tuning.rates["chosen"]].set_index("method")["learning_rate"].items():
+        rows.append((method, "place of the rate in the grid", rungs.index(rate) + 1, 2, len(rungs) - 1))
+        if (variant := VARIANTS[method]).share is None and variant.method != "lora":
+            rows.append((method, "rate, in units of the base's", variant.rate * rate / base_rate, 0.02, 0.3))
+    table = pd.DataFrame(rows, columns=["method", "condition", "value", "least", "most"])
+    slack = 1e-9  # 0.3 · 0.003 is 0.0009 to rounding
+    return table.assign(holds=table["value"].between(table["least"] - slack, table["most"] + slack))
+
+
 def beside_untouched(tuning: Comparison, bases: Mapping[int, str], folder: Path, **asked: Any) -> Comparison:
     """Add the base models as they are, measured as the tuned ones: method "base" at rate 0, chosen.
 
     `asked` are the `chat` and the `retention` of `instruction_run`.
     """
-    trials = [
-        Trial(f"base-seed{seed}", {"base": path, **asked}, (Path(locate(path)), *data_files(asked)))
-        for seed, path in bases.items()
-    ]
-    results = run_trials(untouched_run, trials, folder)
+    trials = {
+        path: Trial(f"base-seed{seed}", {"base": path, **asked}, (Path(locate(path)), *data_files(asked)))
+        for seed, path in reversed(bases.items())  # a base that several seeds share is measured once
+    }
+    found = dict(zip(trials, run_trials(untouched_run, list(trials.values()), folder), strict=True))
     named = [Trial(path, {"variant": "base", "learning_rate": 0.0, "seed": seed}) for seed, path in bases.items()]
-    base = runs_table(named, results, home()).assign(chosen=True)
+    base = runs_table(named, [found[path] for path in bases.values()], home()).assign(chosen=True)
     runs = pd.concat([base, tuning.runs], ignore_index=True)
-    return Comparison(runs, tuning.results | dict(zip(base["path"], results, strict=True)), tuning.rates)
+    return Comparison(runs, tuning.results | {relative(home() / path): found[path] for path in found}, tuning.rates)
 
 
-def token_ratios(curves: pd.DataFrame, methods: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
-    """Tokens after which a method reaches the last loss of "full", over the tokens of "full"; inf if it never does."""
+def curves_table(training: Comparison) -> pd.DataFrame:
+    """The curves of `continued_run`s, a row per point, and method "base" with one point at 0 tokens for each seed.
+
+    Columns: `method`, `learning_rate`, `chosen`, `seed`, `tokens`, `loss`, `retention_loss` (at both ends), `path`.
+    """
+    curves = []
+    for run in training.runs.itertuples():
+        curve = pd.DataFrame(training.results[run.path]["curve"])
+        curve.loc[curve.index[-1], "retention_loss"] = run.retention_loss
+        named = {name: getattr(run, name) for name in ("method", "learning_rate", "chosen", "seed", "path")}
+        curves.append(curve.assign(**named))
+    table = pd.concat(curves, ignore_index=True)
+    base = table[table["tokens"] == 0].drop_duplicates("seed")
+    table = pd.concat([base.assign(method="base", learning_rate=0.0, chosen=False), table], ignore_index=True)
+    return table[["method", "learning_rate", "chosen", "seed", "tokens", "loss", "retention_loss", "path"]]
+
+
+def token_ratios(curves: pd.DataFrame, methods: Sequence[str], seeds: Sequence[int], *, goal: str) -> pd.DataFrame:
+    """Tokens after which a method reaches the last loss of the method `goal`, over its tokens; inf if it never does."""
     rows = []
     for method in methods:
         for seed in seeds:
             of_seed = curves[curves["seed"] == seed]
-            goal = of_seed[of_seed["method"] == "full"].sort_values("tokens").iloc[-1]
-            reached = tokens_to_reach(of_seed[of_seed["method"] == method], goal["loss"])
-            rows.append({"method": method, "seed": seed, "ratio": reached / goal["tokens"]})
+            end = of_seed[of_seed["method"] == goal].sort_values("tokens").iloc[-1]
+            reached = tokens_to_reach(of_seed[of_seed["method"] == method], end["loss"])
+            rows.append({"method": method, "seed": seed, "ratio": reached / end["tokens"]})
     return pd.DataFrame(rows)
 
 

@@ -29,6 +29,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEVEL = {"color": "0.4", "linewidth": 0.8}  # a line across
 DOTTED = LEVEL | {"linestyle": ":"}  # that is there to compare with
 SLANTED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # names below an axis
+UPRIGHT = {"rotation": 90, "ha": "left", "va": "top"}  # the name of a level, beside it
 DOTS = {"linestyle": "none", "mec": "white", "mew": 0.4}  # markers that may lie on one another
 ROLES = {  # role of a unit in a plan: its name in a legend, colour
     "source": ("advantageous", PALETTE[3]),
@@ -129,12 +130,26 @@ def weight(table: pd.DataFrame, ax: Axes) -> None:
 
 
 def trade_off(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `answer_loss` against `retention_loss`, a line per `method`; those `chosen` filled, the lowest large."""
-    for method, rows, look in groups(table, "method", sort_by="learning_rate"):
-        points, chosen = rows[["retention_loss", "answer_loss"]].to_numpy().T, rows["chosen"].to_numpy()
+    """Draw `answer_loss` against `retention_loss`, a line per `method`; those `chosen` filled, the lowest large.
+
+    A row without `answer_loss` is a level of `retention_loss`, named by its method; one that is far to the right is
+    told at the edge.
+    """
+    is_level = table["answer_loss"].isna()
+    for method, rows, look in groups(table[~is_level], "method", sort_by="learning_rate"):
+        points, chosen = rows[["retention_loss", "answer_loss"]].to_numpy().T, rows["chosen"].to_numpy(bool)
         ax.plot(*points, **look, linewidth=0.9, label=method, mfc="white")
         ax.plot(*points[:, :1], **look, mfc="white", ms=7, linestyle="none")
         ax.plot(*points[:, chosen], **look, ms=7 if chosen[0] else None, linestyle="none")
+    far = ax.get_xlim()[1] + np.ptp(ax.get_xlim())
+    beyond = []
+    for name, loss in table.loc[is_level, ["method", "retention_loss"]].itertuples(index=False):
+        if loss > far:
+            beyond.append(f"{name}: {loss:.2f} →")
+        else:
+            ax.axvline(loss, **DOTTED)
+            ax.annotate(name, (loss, 0.98), (2, 0), ("data", "axes fraction"), "offset points", **UPRIGHT)
+    ax.annotate("\n".join(beyond), (0.99, 0.98), xycoords="axes fraction", ha="right", va="top")
 
 
 def comparison(table: pd.DataFrame, ax: Axes) -> None:

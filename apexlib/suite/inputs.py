@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from apexlib import encode_chat, load_chat, load_corpus, pack
-from apexlib.evaluation import final_answer
 from apexlib.files import pretrained
 from apexlib.suite.folders import home, locate
-from apexlib.text.corpora import scored
+from apexlib.text.corpora import final_answer, scored
 from apexlib.text.datasets import ChatTokens, PackedTokens
 from apexlib.text.skills import skills, skills_text
 

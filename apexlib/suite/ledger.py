@@ -7,7 +7,7 @@ import inspect
 import reprlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,9 @@ from apexlib.analysis.intervals import interval
 from apexlib.suite.measures import MEASURES, per_seed, read_table
 
 LEDGER = Path(__file__).parents[2] / "data" / "claims.yaml"
-COLUMNS = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "verdict"]
-COLUMNS += ["rule", "limits", "notebook", "scale"]
+COLUMNS = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "needs", "goal"]
+COLUMNS += ["margin", "because", "verdict", "p", "together", "rule", "limits", "notebook", "scale"]
+_LEVEL = SIMULTANEOUS = 0.05  # error of a verdict; of all verdicts "together"
 Words = Annotated[str, Field(min_length=1)]
 
 
@@ -33,8 +34,13 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     expected: Words
     measure: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)]  # its name: its arguments
     rule: Words
+    needs: Literal["more", "at least"] = "more"
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # the smallest difference that would matter
+    because: Words
+    goal: float = 0.0  # what the value is compared with
     unit: Words
     notebooks: Annotated[tuple[Words, ...], Field(min_length=1)]  # the last one decides the claim
+    gate: Words | None = None  # a table that says whether the comparison is one of fine-tuning
     limits: Words
 
     @field_validator("measure")
@@ -60,7 +66,7 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
             values = MEASURES[name](results, **self.arguments).dropna()
         except FileNotFoundError:
             return pd.Series(dtype=float)
-        if not np.isfinite(values).all():
+        if (values == np.inf).any():
             raise ValueError(f"claim {self.number} ({self.id}): need finite values, got {values.to_dict()}")
         return values
 
@@ -100,35 +106,96 @@ def claims_table(
     """Decide every claim from the result tables in a folder: what the paper says, what was measured, the verdict.
 
     `only` takes some of them, as `choose` does; `claims` are those of the project's ledger unless given. Columns: those
-    of the ledger and of `decide`; `claim` is the id, `limits` has what the draw of test examples adds, `notebook`
-    decides the claim, `scale` is the folder's name: the profile.
+    of the ledger and of `decide`; `together`, what is left of the verdict if 5 % is the error of all of the table's
+    together (Holm, Scand. J. Statist. 1979); `claim` is the id, `limits` has what the draw of test examples adds,
+    `notebook` decides the claim, `scale` is the folder's name: the profile.
     """
     results, rows = Path(results_dir), []
     claims = read_claims() if claims is None else claims
     for claim in claims if only is None else choose(claims, only):
         values = claim.values(results).to_list()
         own = {"claim": claim.id, "notebook": claim.notebooks[-1], "scale": results.name}
+        if failed := _closed_gate(results, claim):
+            own["limits"], values = f"{claim.limits} No verdict: {failed}.", []
         if values and (noise := example_noise(results, claim)):
             own["limits"] = f"{claim.limits} {noise}"
-        rows.append(claim.model_dump() | decide(values) | own)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        decided = decide(values, margin=claim.margin, needs=claim.needs, goal=claim.goal)
+        rows.append(claim.model_dump() | decided | own)
+    table = pd.DataFrame(rows, columns=[name for name in COLUMNS if name != "together"])
+    table["together"] = table["verdict"].where(_holm(table["p"]) | (table["n"] == 0), "undecided")
+    return table[COLUMNS]
 
 
-def decide(values: Sequence[float]) -> dict[str, Any]:
-    """Apply the rule to one value per seed: `mean`, `low`, `high` of its 95 % interval, `n` and `verdict`.
+def repeated(claims: pd.DataFrame, other: Path) -> pd.DataFrame:
+    """Add to a `claims_table` the `verdict` of another run's, as `elsewhere`: "" where it has none.
 
-    The rule asks whether the value is above 0: "reproduced" if the whole interval is, "not reproduced" if it lies
-    below, else "inconclusive at this scale"; fewer than three seeds are always inconclusive; none: "not measured".
-
-    >>> decide([0.9, 1.0, 1.1])["verdict"], decide([0.1, 1.0, 1.9])["verdict"]
-    ('reproduced', 'inconclusive at this scale')
+    `other` is the folder of a run of the same profile on other kernels, threads or machine.
     """
+    found: dict[str, str] = {}
+    if (Path(other) / "claims.csv").is_file():
+        rows = read_table(Path(other), "claims", ["claim", "verdict"])
+        found = dict(zip(rows["claim"], rows["verdict"], strict=True))
+    return claims.assign(elsewhere=[found.get(name, "") for name in claims["claim"]])
+
+
+def _closed_gate(results: Path, claim: Claim) -> str:
+    """Say what of a claim's gate does not hold for the methods that it compares; "" if all does or there is no gate."""
+    if claim.gate is None or not (results / f"{claim.gate}.csv").is_file():
+        return ""
+    gate = read_table(results, claim.gate, ["method", "condition", "value", "holds"])
+    methods = {"all", *(claim.arguments.get(name) for name in ("of", "over", "method"))}
+    failed = gate[~gate["holds"].astype(bool) & gate["method"].isin(methods)]
+    said = (f"{row.condition} of {row.method} is {row.value:.3g}" for row in failed.itertuples())
+    return "; ".join(said).replace(" of all is", " is")
+
+
+def decide(values: Sequence[float], *, margin: float = 0.0, needs: str = "more", goal: float = 0.0) -> dict[str, Any]:
+    """Apply a claim's rule to one value per seed: `mean`, `low`, `high` of its 95 % interval, `n`, `verdict` and `p`.
+
+    The interval, less the goal, is compared with the margin. A claim that needs "more" is "reproduced" above +margin,
+    "opposite" below −margin, and finds "no difference" in between; one that needs "at least" is "reproduced" above
+    −margin and "opposite" below. Across a border, or with fewer than three seeds: "undecided"; none: "not measured".
+    Values of −∞ (a run that never reached what it is measured by) decide if all are: "opposite".
+
+    `p`, two-sided, is the smallest level at which a verdict would be given.
+
+    >>> decide([0.9, 1.0, 1.1])["verdict"], decide([0.9, 1.0, 1.1], margin=2)["verdict"]
+    ('reproduced', 'no difference')
+    """
+    row = {"mean": np.nan, "low": np.nan, "high": np.nan, "n": len(values), "verdict": "not measured", "p": np.nan}
     if not len(values):
-        return {"mean": np.nan, "low": np.nan, "high": np.nan, "n": 0, "verdict": "not measured"}
-    (low, high), verdict = interval(values), "inconclusive at this scale"
-    if len(values) >= 3 and (low > 0 or high < 0):
-        verdict = "reproduced" if low > 0 else "not reproduced"
-    return {"mean": float(np.mean(values)), "low": low, "high": high, "n": len(values), "verdict": verdict}
+        return row
+    values = np.asarray(values, dtype=float)
+    row |= {"mean": float(values.mean()), "verdict": "undecided", "p": 1.0}
+    if np.isinf(values).any():
+        never = np.isinf(values).all() and len(values) >= 3
+        return row | ({"verdict": "opposite", "p": 2 * 0.5 ** len(values)} if never else {})
+    row["low"], row["high"] = interval(values)
+    if len(values) >= 3:
+        borders = {"reproduced": (margin if needs == "more" else -margin, np.inf), "opposite": (-np.inf, -margin)}
+        borders |= {"no difference": (-margin, margin)} if needs == "more" else {}
+        errors = {verdict: _error(values - goal, *ends) for verdict, ends in borders.items()}
+        best = min(errors, key=errors.get)
+        row |= {"p": errors[best], "verdict": best if errors[best] < _LEVEL else "undecided"}
+    return row
+
+
+def _error(values: np.ndarray, above: float, below: float) -> float:
+    """The p value, two-sided, of the mean lying between two borders: the larger one-sided one, twice."""
+    from scipy.stats import t
+
+    spread, freedom = values.std(ddof=1) / np.sqrt(len(values)), len(values) - 1
+    distance = min(values.mean() - above, below - values.mean())
+    if spread == 0:
+        return float(distance <= 0)
+    return float(min(1.0, 2 * t.sf(distance / spread, freedom)))
+
+
+def _holm(p: pd.Series) -> pd.Series:
+    """Whether each is small enough if all together may err with probability `SIMULTANEOUS`."""
+    ordered = p.sort_values()  # NaN last
+    steps = ordered * (p.count() - np.arange(len(p)))
+    return (steps.cummax() < SIMULTANEOUS).reindex(p.index)
 
 
 def measured(row: Any) -> str:
@@ -142,11 +209,15 @@ def measured(row: Any) -> str:
     """
     if row.n == 0:
         return "–"
+    if row.mean == -np.inf:
+        return "did not reach it" if row.verdict == "opposite" else "did not reach it from every seed"
     ends = [row.mean] if row.n == 1 else [row.mean, row.low, row.high]
     largest = max(map(abs, ends))
     digits = min(9, max(0, 2 - int(np.floor(np.log10(largest))))) if largest else 1
     mean, *around = (f"{end:+.{digits}f}" for end in ends)
     unit = "" if row.unit == "none" else f" {row.unit}"
+    if row.n > 1 and row.low == row.high:
+        return f"{mean}{unit}, the same from every seed"
     return f"{mean} [{', '.join(around)}]{unit}" if around else f"{mean}{unit}, one seed"
 
 

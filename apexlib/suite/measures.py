@@ -1,6 +1,6 @@
 """The measures that a claim may name: functions of a run's result tables that give one value per training seed.
 
-Each is put such that the claim holds where its value is above 0. A new one is entered in `MEASURES`, below.
+Each is put such that a larger value speaks for the claim. A new one is entered in `MEASURES`, below.
 """
 
 from collections.abc import Collection
@@ -12,19 +12,20 @@ import pandas as pd
 from apexlib.analysis.intervals import spearman
 
 
-def masking_gap(results: Path, *, component: str, fraction: float, more: str, less: str, times: float = 1) -> pd.Series:
-    """Increase of loss with `fraction` of units masked in the order `more`, less `times` that in the order `less`."""
+def masking_gap(results: Path, *, component: str, fraction: float, more: str, less: str) -> pd.Series:
+    """Increase of loss with `fraction` of units masked in the order `more`, less that in the order `less`."""
     table = read_table(results, "masking", ["component", "order", "fraction", "seed", "increase"])
     table = table[(table["component"] == component) & np.isclose(table["fraction"], fraction)]
     increase = table.groupby(["order", "seed"])["increase"].mean()  # over random draws
     increase = increase.unstack("order").reindex(columns=[more, less])
-    return increase[more] - times * increase[less]
+    return increase[more] - increase[less]
 
 
-def evens_with_training(results: Path, *, component: str, share: float) -> pd.Series:
-    """Coefficient of variation of the largest model after about `share` of its training, less that at the end."""
+def evens_with_training(results: Path, *, component: str) -> pd.Series:
+    """Spearman's correlation of tokens and evenness (−CV) over all checkpoints of the largest model."""
     models = _imbalance(results, component)
-    return _at(models[-1], share) - _at(models[-1], 1.0) if models else pd.Series(dtype=float)
+    runs = models[-1].groupby("seed") if models else ()
+    return pd.Series({seed: spearman(rows["tokens"], -rows["cv"]) for seed, rows in runs}, dtype=float)
 
 
 def evens_with_size(results: Path, *, component: str) -> pd.Series:
@@ -33,11 +34,11 @@ def evens_with_size(results: Path, *, component: str) -> pd.Series:
     return _at(models[0], 1.0) - _at(models[-1], 1.0) if len(models) > 1 else pd.Series(dtype=float)
 
 
-def lead(results: Path, *, table: str, of: str, over: str, column: str, margin: float = 0.0) -> pd.Series:
-    """How far a run `of` one method is ahead of the run `over` another that starts from the same seed, plus `margin`.
+def lead(results: Path, *, table: str, of: str, over: str, column: str) -> pd.Series:
+    """How far a run `of` one method is ahead of the run `over` another that starts from the same seed.
 
-    Less is better in a column that ends in "loss", more in any other. With a margin, seeds are left out in which both
-    methods answer nothing right, or both everything: a test that is too hard or too easy does not show them as equal.
+    Less is better in a column that ends in "loss", more in any other. Seeds are left out in which both methods answer
+    nothing right, or both everything: a test that is too hard or too easy does not show them as equal.
     """
     ahead, behind = (per_seed(results, table, run, column) for run in (of, over))
     ahead, behind = ahead.align(behind, join="inner")
@@ -45,11 +46,43 @@ def lead(results: Path, *, table: str, of: str, over: str, column: str, margin: 
         ends = [per_seed(results, table, run, "tokens")[ahead.index] for run in (of, over)]
         if (ends[0] != ends[1]).any():
             raise ValueError(f"{table}.csv: runs of {of} and {over} end after different numbers of tokens; need equal")
-    if margin and column == "exact_match":
+    if column == "exact_match":
         kept = (ahead != behind) | ~ahead.isin([0.0, 1.0])
         ahead, behind = ahead[kept], behind[kept]
-    sign = -1 if column.endswith("loss") else 1
-    return sign * (ahead - behind) + margin
+    return _better(column) * (ahead - behind)
+
+
+def matched(results: Path, *, table: str, of: str, over: str, column: str, along: str) -> pd.Series:
+    """How far `of` is ahead of `over` in `column` where both have come equally far `along` another column.
+
+    A method's runs at all its learning rates, and the base model as the rate 0, are points of one curve per seed,
+    linear between them, up to the point that is furthest from the base; two curves are compared at the end of the
+    shorter one.
+    """
+    rows = read_table(results, table, ["method", "seed", "learning_rate", column, along])
+    if "tokens" in rows:  # the ends of curves
+        rows = rows.sort_values("tokens").groupby(["method", "seed", "learning_rate"]).tail(1)
+    values = {}
+    for seed, runs in rows.dropna(subset=[column]).groupby("seed"):
+        curves = [_front(runs, method, column, along) for method in (of, over)]
+        if all(len(curve) > 1 for curve in curves):
+            reached = min(curve.index[-1] for curve in curves)
+            ahead, behind = (np.interp(reached, curve.index, curve) for curve in curves)
+            values[seed] = _better(column) * (ahead - behind)
+    return pd.Series(values, dtype=float)
+
+
+def _front(runs: pd.DataFrame, method: str, column: str, along: str) -> pd.Series:
+    """What `column` is at each distance from the base, by which a method's runs have come further at higher rates."""
+    base = runs[runs["method"] == "base"]
+    points = pd.concat([base, runs[runs["method"] == method]]).sort_values("learning_rate")
+    distance = (points[along] - base[along].iloc[0]).abs() if len(base) else pd.Series(dtype=float)
+    further = distance > distance.cummax().shift(fill_value=-1)
+    return points.loc[distance.index[further], column].set_axis(distance[further])
+
+
+def _better(column: str) -> int:
+    return -1 if column.endswith("loss") else 1
 
 
 def per_seed(results: Path, table: str, of: str, column: str, *, may_be_infinite: bool = False) -> pd.Series:
@@ -70,15 +103,18 @@ def per_seed(results: Path, table: str, of: str, column: str, *, may_be_infinite
     return values
 
 
-def time_saved(results: Path, *, of: str, over: str, limit: float) -> pd.Series:
-    """`limit` less the seconds per step of one method over those of another."""
-    seconds = [per_seed(results, "instruction", name, "seconds_per_step") for name in (of, over)]
-    return limit - seconds[0] / seconds[1]
+def step_time(results: Path, *, of: str, over: str) -> pd.Series:
+    """Share of the time of a step that one method saves over another, for each model of the benchmark (no seeds)."""
+    columns = ["case", "kind", "method", "ratio", "checkpointing", "compiled"]
+    steps = read_table(results.parent / "bench", "steps", columns)
+    usual = steps[(steps["kind"] == "model") & ~steps["checkpointing"] & ~steps["compiled"]]
+    ratio = usual.pivot(index="case", columns="method", values="ratio").reindex(columns=[of, over])
+    return 1 - ratio[of] / ratio[over]
 
 
-def share_within(results: Path, *, method: str, expected: float, tolerance: float) -> pd.Series:
-    """`tolerance` less the distance of the trainable share from what is `expected`."""
-    return tolerance - (per_seed(results, "instruction", method, "trainable") - expected).abs()
+def share_off(results: Path, *, method: str, expected: float) -> pd.Series:
+    """Distance of the trainable share from what is `expected`, negative."""
+    return -(per_seed(results, "instruction", method, "trainable") - expected).abs()
 
 
 def stages_flatten(results: Path) -> pd.Series:
@@ -87,9 +123,9 @@ def stages_flatten(results: Path) -> pd.Series:
     return (one - three) / 2 - (three - four)
 
 
-def tokens_saved(results: Path, *, method: str, share: float) -> pd.Series:
-    """1 / ratio − 1 / `share`, ratio: tokens to conventional training's final loss over its tokens; ∞ if never."""
-    return 1 / per_seed(results, "continued_ratio", method, "ratio", may_be_infinite=True) - 1 / share
+def tokens_saved(results: Path, *, method: str) -> pd.Series:
+    """Share of conventional training's tokens that its final loss does not need; −∞ if the run never gets there."""
+    return 1 - per_seed(results, "continued_ratio", method, "ratio", may_be_infinite=True)
 
 
 def rank_correlation(results: Path) -> pd.Series:
@@ -128,6 +164,6 @@ def _at(rows: pd.DataFrame, share: float) -> pd.Series:
     return rows[rows["tokens"] == near].set_index("seed")["cv"]
 
 
-_OTHERS = (time_saved, share_within, stages_flatten, tokens_saved, rank_correlation)
+_OTHERS = (matched, step_time, share_off, stages_flatten, tokens_saved, rank_correlation)
 MEASURES = {each.__name__: each for each in (masking_gap, evens_with_training, evens_with_size, lead, *_OTHERS)}
 MEASURES["rise"] = per_seed  # of a column that is itself a change, which should be a rise

@@ -11,16 +11,27 @@ from typing import Any
 import pandas as pd
 import torch
 from torch.utils.data import Subset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from apexlib import batches, collate, exact_match, multiple_choice, perplexity, pretrain, train_in_stages
-from apexlib.evaluation import final_answer, pad_token
-from apexlib.files import content_hash, corpus_hash
+from apexlib.analysis.operators_at_work import operator_moves, rows_of_targets
+from apexlib.analysis.rank_change import movement
+from apexlib.evaluation import pad_token
+from apexlib.files import content_hash
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
 from apexlib.suite.memory import peak_mb, reset_peak
 from apexlib.suite.trials import time_left
 from apexlib.suite.variants import VARIANTS
+from apexlib.text.cache import corpus_hash
+from apexlib.text.corpora import final_answer
 from apexlib.text.skills import SPLITS
 from apexlib.training.stages import TrainingRecord
 
@@ -50,12 +61,14 @@ def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Setti
     `chat`: `source`, `train`, `valid` and `test` (numbers of examples), `difficulties` (of skills), `max_length`,
     `max_new_tokens`. `retention`: `corpus`, `context`, `blocks`, text of the kind the base was trained on.
     `training`: `variant`, `learning_rate`, `seed`, `steps`, `batch_size`, `stages`, `assessment_samples`.
-    Returns `instruction_scores` and the cost of training, as JSON holds them; the stages' models stay in `folder`.
+    Returns `instruction_scores`, the `movement` from the base and the cost of training, as JSON holds them; the stages'
+    models stay in `folder`.
     """
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
     data = {"train_dataset": conversations(tokenizer, chat, "train")}
     data["data_collator"] = collate(pad_token(tokenizer), multiple_of=8)
     record, cost = _train(model, data, folder, lr_scheduler_type="cosine", **training)
+    cost |= movement(load_model(base, dtype=torch.float32), record.model)
     return cost | instruction_scores(record.model, tokenizer, chat=chat, retention=retention)
 
 
@@ -77,7 +90,7 @@ def instruction_data(chat: Settings, retention: Settings) -> dict[str, str]:
 def untouched_run(*, folder: Path, base: str, chat: Settings, retention: Settings) -> dict[str, Any]:
     """Measure the base model as `instruction_run` measures a tuned one."""
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
-    return instruction_scores(model, tokenizer, chat=chat, retention=retention)
+    return movement(model, model) | instruction_scores(model, tokenizer, chat=chat, retention=retention)
 
 
 def instruction_scores(
@@ -121,21 +134,24 @@ def continued_run(
 
     `text`: `corpus`, `context`, `blocks` (held-out ones, of the validation and of the test split each). The learning
     rate stays constant after its warm-up, so that every point of the curve is a run of that length. Returns the cost of
-    training, `curve` (a list of `tokens` and `loss`, test split, with the base model at 0 tokens, at `evaluations`
-    evenly spaced points), and, at the end, `valid_loss` and `retention_loss`. `training`: as in `instruction_run`.
+    training, the `movement` from the base, `curve` (a list of `tokens` and `loss`, test split, with the base model and
+    its `retention_loss` at 0 tokens, at `evaluations` evenly spaced points), and, at the end, `valid_loss` and
+    `retention_loss`. `training`: as in `instruction_run`.
     """
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
     train, test = (text_blocks(tokenizer, text["corpus"], split, text["context"]) for split in ("train", "test"))
     data = {"train_dataset": train, "eval_dataset": Subset(test, range(min(text["blocks"], len(test))))}
-    start = float(perplexity(model, batches(data["eval_dataset"], 16), quiet=True)["loss"])
+    start = {"tokens": 0, "loss": float(perplexity(model, batches(data["eval_dataset"], 16), quiet=True)["loss"])}
+    start["retention_loss"] = text_loss(model, tokenizer, **retention)
     steps, tokens = training["steps"], training["batch_size"] * text["context"]
     points = {"eval_strategy": "steps", "eval_steps": max(1, steps // evaluations), "per_device_eval_batch_size": 16}
     record, cost = _train(model, data, folder, lr_scheduler_type="constant_with_warmup", **points, **training)
     seen = record.log.dropna(subset=["eval_loss"])
-    curve = [{"tokens": 0, "loss": start}] + [
+    curve = [start] + [
         {"tokens": int(step) * tokens, "loss": float(loss)}
         for step, loss in zip(seen["step"], seen["eval_loss"], strict=True)
     ]
+    cost |= movement(load_model(base, dtype=torch.float32), record.model)
     losses = (text_loss(record.model, tokenizer, **each) for each in (text, retention))
     return cost | {"curve": curve} | dict(zip(("valid_loss", "retention_loss"), losses, strict=True))
 
@@ -154,16 +170,32 @@ def _train(
     """Train by a variant; return what it leaves and what it cost.
 
     The authors' optimizer: AdamW with β = (0.9, 0.95), no weight decay, 5 % warm-up (theirs 3 %, of longer runs). `own`
-    are `steps`, `batch_size` and further arguments of the Trainer, `seed` among them.
+    are `steps`, `batch_size` and further arguments of the Trainer, `seed` among them. Where there are operators,
+    `by_operator` is ‖M P‖ / ‖ΔW[N]‖, mean over projections and stages.
     """
     steps, on_gpu = own.pop("steps"), torch.cuda.is_available()
     own |= {"max_steps": steps, "warmup_steps": max(1, round(0.05 * steps)), "logging_steps": max(1, steps // 20)}
     own |= {"per_device_train_batch_size": own.pop("batch_size"), "weight_decay": 0.0, "adam_beta2": 0.95}
     own |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    arguments = TrainingArguments(str(folder), bf16=on_gpu, dataloader_pin_memory=on_gpu, **own)
     chosen, before = VARIANTS[variant], reset_peak()
-    config = chosen.config(seed=arguments.seed, stages=stages, samples=assessment_samples)
-    method = {"method": chosen.method, **chosen.options, "resume": True, "seconds": time_left()}
-    record = train_in_stages(model, args=arguments, config=config, **data, **method)
+    own["learning_rate"] *= chosen.rate
+    arguments = TrainingArguments(str(folder), bf16=on_gpu, dataloader_pin_memory=on_gpu, **own)
+    config = chosen.config(seed=arguments.seed, stages=stages, samples=assessment_samples, shape=model.config)
+    method = {"method": chosen.method, **chosen.method_options(model.config), "resume": True, "seconds": time_left()}
+    record = train_in_stages(model, args=arguments, config=config, trainer_class=_ObservedTrainer, **data, **method)
     cost = {"trainable": float(record.trainable["share"].mean()), "seconds_per_step": record.seconds_per_step}
+    if moves := [pd.read_csv(path) for path in sorted(folder.glob("operators-*.csv"))]:
+        cost["by_operator"] = float(pd.concat(moves).eval("by_operator / moved").mean())
     return record, cost | {"peak_memory_mb": peak_mb() - before}
+
+
+class _ObservedTrainer(Trainer):
+    """Leaves, of each stage with operators, how far they and all else have moved the target rows."""
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        start, trained = rows_of_targets(self.model), super().train(*args, **options)
+        if start:
+            folder = Path(self.args.output_dir)
+            table = operator_moves(self.model, start)
+            table.to_csv(folder / f"operators-{len(list(folder.glob('stage-*')))}.csv", index=False)
+        return trained

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import PretrainedConfig
+
+from apexlib.analysis.budget import config_for_share, lora_rank_for_share, trained_share
 from apexlib.operators import OPERATORS
 from apexlib.plan import ApexConfig
-from apexlib.training.methods import METHODS, Name
+from apexlib.training.methods import METHODS, Name, method_of
 
 
 @dataclass(frozen=True)
@@ -16,27 +19,51 @@ class Variant:
     method: Name
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of ApexConfig away from their defaults
     options: Mapping[str, Any] = field(default_factory=dict)  # of `method_of`
+    share: float | None = None  # of the parameters that train: what LoRA of the nearest rank trains
+    rate: float = 1.0  # its learning rates, in units of those of a comparison
 
-    def config(self, *, stages: int, seed: int, samples: int) -> ApexConfig:
-        """Settings of a run; a variant's own number of stages goes before `stages`."""
-        return replace(ApexConfig(stages=stages, seed=seed, assessment_samples=samples), **self.changes)
+    def config(self, *, stages: int, seed: int, samples: int, shape: PretrainedConfig) -> ApexConfig:
+        """Settings of a run; a variant's own number of stages goes before `stages`. A share needs the model's shape."""
+        config = replace(ApexConfig(stages=stages, seed=seed, assessment_samples=samples), **self.changes)
+        if self.share is None or self.method == "lora":
+            return config
+        lora = method_of("lora", config, lora_rank=lora_rank_for_share(shape, self.share))
+        return config_for_share(shape, trained_share(shape, lora), config)
+
+    def method_options(self, shape: PretrainedConfig) -> Mapping[str, Any]:
+        """Options of the method, with the rank that gives LoRA its share."""
+        rank = self.share is not None and self.method == "lora"
+        return {**self.options, "lora_rank": lora_rank_for_share(shape, self.share)} if rank else self.options
 
 
-_SMALL = {name: value for name, value in vars(ApexConfig.preset("2.4%")).items() if value != vars(ApexConfig())[name]}
+# What is compared in fine-tuning trains matrices of layers, no embeddings or norms: half of them, or all in "full".
+# The less of a model trains, the larger the steps that it needs: `_RATES` bring all methods into one grid.
+_ALIKE = {"matrices_only": True, "lora_scale": 8.0}
+_HALF = {"direct_heads": 0.5, "direct_channels": 0.5, "train_embeddings": False}
+_RATES = {"apex": 2.0, "direct": 2.0, "hft": 2.0, "lora": 2.0}
+_SMALL = {"apex": 30.0, "direct": 30.0, "lora": 6.0}
+
+
+def _half(**changes: Any) -> Variant:
+    return Variant("apex", _HALF | changes, rate=_RATES["apex"])
+
 
 VARIANTS: dict[str, Variant] = {
-    # "direct": the rows of "apex", without operators; "apex": the paper's 52 %
-    **{name: Variant(name) for name in METHODS if name != "apex"},
-    "apex": Variant("apex"),
-    "apex-2.4%": Variant("apex", _SMALL),
-    "apex-all": Variant("apex", {"direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),  # every weight
+    # "direct": the rows of "apex", without operators
+    **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0)) for name in METHODS},
+    **{f"{name}-2.4%": Variant(name, options=_ALIKE, share=0.024, rate=rate) for name, rate in _SMALL.items()},
+    "operator-2.4%": Variant("apex", {"train_rows": False}, share=0.024, rate=30.0),  # rows stay
+    # continued pre-training: every weight trains, and APEX has operators on top
+    "full-all": Variant("full"),
+    "restart-all": Variant("restart"),
+    "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
     # ablations of "apex", one thing changed each
-    **{name: Variant("apex", {"strategy": name}) for name in ("random", "reversed", "magnitude")},
-    "no-operator": Variant("direct"),
-    **{name: Variant("apex", {"operator": name}) for name in OPERATORS if name != "monarch"},
-    **{f"stages-{stages}": Variant("apex", {"stages": stages}) for stages in (1, 2, 3, 4)},
-    "halve": Variant("apex", {"stages": 3, "halve_fraction": True}),  # one thing changed from "stages-3"
-    **{name: Variant("apex", {"statistic": name}) for name in ("mean", "ema", "ema_rank")},
-    **{f"operator-lr-{scale:g}": Variant("apex", {"operator_lr_scale": scale}) for scale in (4.0, 10.0)},
-    "balance": Variant("apex", {"balance_weight": 0.01}),
+    **{name: _half(strategy=name) for name in ("random", "reversed", "magnitude")},
+    "no-operator": Variant("direct", _HALF, rate=_RATES["direct"]),
+    **{name: _half(operator=name) for name in OPERATORS if name != "monarch"},
+    **{f"stages-{stages}": _half(stages=stages) for stages in (1, 2, 3, 4)},
+    "halve": _half(stages=3, halve_fraction=True),  # one thing changed from "stages-3"
+    **{name: _half(statistic=name) for name in ("mean", "ema", "ema_rank")},
+    **{f"operator-lr-{scale:g}": _half(operator_lr_scale=scale) for scale in (4.0, 10.0)},
+    "balance": _half(balance_weight=0.01),
 }

@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from apexlib.files import text_hash
+from apexlib.text.cache import text_hash
 from apexlib.text.embedded import EMBEDDED, embedded
 from apexlib.text.rows import file_rows, text_field
 from apexlib.text.skills import SPLITS, check_split, skills, split_of
@@ -125,7 +125,7 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
         lettered = {(letter := chr(ord("A") + index)): f"{letter}. {choice}" for index, choice in enumerate(choices)}
         is_text, is_letter = answer in choices, answer in lettered
         if is_text and is_letter:
-            said = row["messages"][-1]["content"].strip() if row["messages"] else ""
+            said = "".join(message["content"] for message in row["messages"][-1:]).strip()
             is_text, is_letter = said == answer, said == lettered[answer]
             if not (is_text or is_letter):
                 need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
@@ -135,6 +135,15 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
         if is_letter:
             answer, choices = lettered[answer], list(lettered.values())
     return row | ({} if answer is None else {"answer": answer}) | ({"choices": choices} if choices else {})
+
+
+def final_answer(text: str) -> str:
+    """Take the answer out of a text: what follows the last `####`, where there is one, else the whole.
+
+    >>> final_answer("1 + 1 = 2\\n#### 2 "), final_answer(" two")
+    ('2', 'two')
+    """
+    return text.rpartition("####")[2].strip()
 
 
 # sources, splits, counts

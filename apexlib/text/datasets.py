@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerFast
 
-from apexlib.files import cached, content_hash, corpus_hash
+from apexlib.files import content_hash
+from apexlib.text.cache import cached, corpus_hash
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 _COUNTS = ("dropped_prompt", "dropped_answer", "dropped_special", "eos_added")

@@ -17,8 +17,9 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from apexlib.files import cached, content_hash, corpus_hash, text_hash
+from apexlib.files import content_hash
 from apexlib.progress import progress
+from apexlib.text.cache import cached, corpus_hash, text_hash
 from apexlib.text.skills import split_of
 
 PACKAGES = {  # names of distributions

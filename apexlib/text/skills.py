@@ -6,7 +6,8 @@ from datetime import date, timedelta
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from apexlib.files import content_hash, text_hash
+from apexlib.files import content_hash
+from apexlib.text.cache import text_hash
 
 SPLITS = ("train", "valid", "test")
 DIFFICULTIES = (1, 2, 3)

@@ -7,7 +7,8 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from apexlib.files import cached, content_hash, corpus_hash
+from apexlib.files import content_hash
+from apexlib.text.cache import cached, corpus_hash
 from apexlib.text.rows import SEPARATOR
 
 PAD = "<|pad|>"  # another token than EOS: else padding would hide the real ends of documents and answers

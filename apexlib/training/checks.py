@@ -64,6 +64,8 @@ def check_run(
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
     if args.deepspeed or args.fsdp:
         raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
+    if method.config.decay_to_start and not args.optim.startswith("adamw"):
+        raise ValueError(f"decay_to_start: need AdamW, which decays apart from moments; got optim={args.optim.value!r}")
     if method.config.balance_weight and not method.assesses:
         what = f"{type(method).__name__} gathers no activations; need 0"
         raise ValueError(f"balance_weight {method.config.balance_weight:g}: {what}")

@@ -21,21 +21,34 @@ from apexlib.fused_ffn import wide
 class Method:
     """One method in one run; each stage, `begin` makes a plain model ready to train and `end` makes it plain again.
 
-    This class is full fine-tuning; the others say what they do differently. All of it works on the meta device too,
-    where tensors have no values.
+    This class is full fine-tuning; the others say what they do differently. With `matrices_only`, it and its like leave
+    embeddings, norms and biases alone, as methods do that train no more than matrices of layers. All of it works on the
+    meta device too, where tensors have no values.
     """
 
     staged = False  # whether it starts afresh at each stage; otherwise its one stage is the whole run
     assesses = False  # whether it needs activation statistics, which `plan(statistics, stage)` makes a plan of
     plain = True  # whether its model stays plain while it trains, and can be saved at any step
 
-    def __init__(self, config: ApexConfig, *, lora_rank: int = 16, mask_share: float = 0.6) -> None:
-        self.config, self.lora_rank, self.mask_share = config, lora_rank, mask_share
+    def __init__(
+        self,
+        config: ApexConfig,
+        *,
+        lora_rank: int = 16,
+        lora_scale: float = 2.0,
+        mask_share: float = 0.6,
+        matrices_only: bool = False,
+    ) -> None:
+        self.config, self.lora_rank, self.lora_scale = config, lora_rank, lora_scale
+        self.mask_share, self.matrices_only = mask_share, matrices_only
         self.plans: list[ExpansionPlan] = []  # those made so far, one a stage; none for methods without
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         """Return the module to train; only what trains requires gradients."""
-        return model.requires_grad_(True)
+        model.requires_grad_(not self.matrices_only)
+        for parameter in model.get_submodule(family_of(model).layers).parameters() if self.matrices_only else ():
+            parameter.requires_grad_(parameter.dim() == 2)
+        return model
 
     def groups(self, model: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]] | None:
         """Return parameter groups of the optimizer, or None for the Trainer's own."""
@@ -62,7 +75,7 @@ class Apex(Method):
         return self.plans[-1]
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
-        own = ("operator", "train_embeddings", "train_norms", "ffn")
+        own = ("operator", "train_embeddings", "train_norms", "train_queries", "train_rows", "ffn")
         options = {name: getattr(self.config, name) for name in own} | {"seed": self.config.seed + stage}
         return expand(model.requires_grad_(True), self.plan(statistics, stage), **options)
 
@@ -86,32 +99,42 @@ class Direct(Apex):
 
 
 class Lora(Method):
-    """LoRA on all linear layers, merged at the end (Hu et al. 2021); `lora_rank`."""
+    """LoRA on all linear layers, merged at the end (Hu et al. 2021); `lora_rank` r, and α = `lora_scale` · r."""
 
     plain = False
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        rank = {"r": self.lora_rank, "lora_alpha": 2 * self.lora_rank}
+        rank = {"r": self.lora_rank, "lora_alpha": self.lora_scale * self.lora_rank}
         return get_peft_model(model, LoraConfig(**rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def end(self, model: nn.Module) -> PreTrainedModel:
         return model.merge_and_unload(safe_merge=model.device.type != "meta")  # the check reads values
 
 
-class HalfFineTuning(Method):
-    """A random half of the matrices of each block, drawn anew at each stage (Hui et al. 2024)."""
+class Restarted(Method):
+    """Full fine-tuning with a fresh optimizer at each stage, as methods with stages have it."""
 
     staged = True
 
+
+class HalfFineTuning(Restarted):
+    """Half of the matrices of attention and of the FFN, drawn anew at each stage (Hui et al. 2024, arXiv:2404.18466).
+
+    Of an odd number, such as a gated FFN's three, a layer freezes one more and the next one less.
+    """
+
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
-        model.requires_grad_(True)
-        generator = torch.Generator().manual_seed(self.config.seed * 1000 + stage)
-        for block in model.get_submodule(family_of(model).layers):
-            matrices = [parameter for parameter in block.parameters() if parameter.dim() == 2]
-            for index in torch.randperm(len(matrices), generator=generator)[: len(matrices) // 2].tolist():
-                matrices[index].requires_grad_(False)
+        super().begin(model, stage, statistics)
+        family, generator = family_of(model), torch.Generator().manual_seed(self.config.seed * 1000 + stage)
+        attention = (family.query, family.key, family.value, family.output)
+        for layer, block in enumerate(model.get_submodule(family.layers)):
+            for roles in (attention, (family.gate, family.up, family.down)):
+                names = [name for name in dict.fromkeys(roles) if name]  # a fused projection is one matrix
+                drawn = torch.randperm(len(names), generator=generator).tolist()
+                for index in drawn[: (len(names) + layer % 2) // 2]:
+                    block.get_submodule(names[index]).weight.requires_grad_(False)
         return model
 
 
@@ -127,6 +150,7 @@ class GradientMask(Method):
 METHODS: dict[str, Callable[..., Method]] = {
     "apex": Apex,
     "full": Method,
+    "restart": Restarted,
     "lora": Lora,
     "hft": HalfFineTuning,
     "gmt": GradientMask,

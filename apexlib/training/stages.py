@@ -77,10 +77,10 @@ def train_in_stages(
     `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after `seconds`, counted
     from the call, the run leaves in the same way.
 
-    `options` go to `method_of` (`lora_rank`, `mask_share`). Raises ValueError before anything is trained where the run
-    cannot be done, FloatingPointError at the first loss, gradient or weight that is not finite; warns, once a stage is
-    saved, of parameters that should train and did not move, or are frozen and did. In the end `requires_grad` of each
-    parameter is what it was.
+    `options` go to `method_of` (`lora_rank`, `lora_scale`, `mask_share`, `matrices_only`). Raises ValueError before
+    anything is trained where the run cannot be done, FloatingPointError at the first loss, gradient or weight that is
+    not finite; warns, once a stage is saved, of parameters that should train and did not move, or are frozen and did.
+    In the end `requires_grad` of each parameter is what it was.
     """
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     base = trainer_class or transformers.Trainer  # which needs accelerate; the rest of the library does not

@@ -45,6 +45,9 @@ class StageTraining(TrainerCallback):
         self.saved: dict[str, Any] | None = None  # the state to go on from; `own`: what is of this process in it
         super().__init__(**rest)
         self.add_callback(self)
+        draws = stage.method.config.decay_to_start and self.args.weight_decay
+        weights = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1] if draws else []
+        self.start = {parameter: parameter.detach().clone() for parameter in weights}
 
     @property
     def run_step(self) -> int:
@@ -56,10 +59,12 @@ class StageTraining(TrainerCallback):
     def create_optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
         groups = self.stage.method.groups(self.model, self.args.learning_rate, self.args.weight_decay)
         if groups is None:
-            return super().create_optimizer(*given, **named)
-        if self.optimizer is None:
+            super().create_optimizer(*given, **named)
+        elif self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(groups, **options)
+        if self.start:
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: draw_to(optimizer, self.start))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -197,6 +202,18 @@ class StageTraining(TrainerCallback):
 
     def _load_rng_state(self, checkpoint: str) -> None:
         _set_random_state(self.own["random"])
+
+
+@torch.no_grad()
+def draw_to(optimizer: torch.optim.Optimizer, start: Mapping[nn.Parameter, Tensor]) -> None:
+    """Give back, after a step that has decayed weights to zero, what makes it a decay to `start`; operators stay.
+
+    Of W, rate times decay is taken off by an optimizer that decays apart from its moments, as AdamW does.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("name") != "operators" else ():
+            if parameter in start:
+                parameter.add_(start[parameter], alpha=float(group["lr"]) * group["weight_decay"])
 
 
 def _random_state() -> dict[str, Any]:
