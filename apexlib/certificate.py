@@ -57,16 +57,10 @@ def save_fused(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        files = {path.name: file_hash(path) for path in sorted(temporary.iterdir()) if path.is_file()}
-        certificate = {
-            "format": _FORMAT,
-            "model": type(model).__name__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "drift": drift,
-            "update": update,
-            "files": files,
-            "provenance": provenance(),
-        }
+        files = {name: file_hash(path) for name, path in _files(temporary).items()}
+        dtype_name = str(model.dtype).removeprefix("torch.")
+        certificate = {"format": _FORMAT, "model": type(model).__name__, "dtype": dtype_name, "files": files}
+        certificate |= {"drift": drift, "update": update, "provenance": provenance()}
         write_json(certificate, temporary / CERTIFICATE)
     return certificate
 
@@ -74,8 +68,9 @@ def save_fused(
 def verify_folder(folder: str | Path) -> pd.DataFrame:
     """Check a folder that `save_fused` wrote, one row per check: `check`, `file`, `passed`, `detail`.
 
-    The certificate can be read; each file has its hash, no weights are unlisted; all values are finite; the model loads
-    with plain transformers, without missing, unexpected or mismatched keys. Nothing in the folder is executed.
+    The certificate can be read; each file has its hash, and none is there beside them but hidden ones; all values are
+    finite; the model loads with plain transformers, without missing, unexpected or mismatched keys. Nothing in the
+    folder is executed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -92,15 +87,21 @@ def verify_folder(folder: str | Path) -> pd.DataFrame:
         path = folder / name
         fault = "is missing" if not path.is_file() else "" if file_hash(path) == expected else "was changed"
         rows.append(("hash", name, fault))
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".pt", ".pth") and path.name not in listed:
-            rows.append(("hash", path.name, "is not in the certificate"))
+    for name, path in _files(folder).items():
+        if listed and name not in {*listed, CERTIFICATE}:
+            rows.append(("hash", name, "is not in the certificate"))
         if path.suffix == ".safetensors":
-            rows.append(("finite", path.name, _not_finite(path)))
+            rows.append(("finite", name, _not_finite(path)))
     rows.append(("loads", "", _load_fault(folder)))
     table = pd.DataFrame(rows, columns=["check", "file", "detail"])
     table.insert(2, "passed", table["detail"] == "")
     return table
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file of a folder by its name in it, without hidden ones, such as what Git or a download puts there."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name.as_posix(): path for name, path in found.items() if not any(part[0] == "." for part in name.parts)}
 
 
 def _logits(model: PreTrainedModel, batches: list[Mapping[str, Tensor]]) -> list[Tensor]:
@@ -154,7 +155,8 @@ def _not_finite(path: Path) -> str:
     """Name the tensors of a safetensors file that hold NaN or infinite values."""
     try:
         with safe_open(path, framework="pt") as file:
-            bad = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+            # as float64, for values of 8 bits have no `isfinite`
+            bad = [name for name in file.keys() if not file.get_tensor(name).double().isfinite().all()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         return f"cannot be read: {error}"
     return f"not finite: {', '.join(bad)}" if bad else ""

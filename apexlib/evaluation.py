@@ -88,13 +88,9 @@ def exact_match(
             length = max(len(prompts[row]) for row in rows)
             ids = torch.tensor([[pad] * (length - len(prompts[row])) + prompts[row] for row in rows])
             mask = torch.tensor([[0] * (length - len(prompts[row])) + [1] * len(prompts[row]) for row in rows])
-            written = model.generate(
-                **on_device(model, {"input_ids": ids, "attention_mask": mask}),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-            )[:, length:]
+            inputs = on_device(model, {"input_ids": ids, "attention_mask": mask})
+            ends = {"pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id}
+            written = model.generate(**inputs, **ends, max_new_tokens=max_new_tokens, do_sample=False)[:, length:]
             texts = tokenizer.batch_decode(written, skip_special_tokens=True)
             outputs |= dict(zip(rows, texts, strict=True))
     table = []

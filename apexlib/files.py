@@ -16,7 +16,6 @@ _PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and put it in place of `path`, else remove it."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path.with_suffix(""), path.suffix)
     temporary.touch()
@@ -35,7 +34,6 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
     A `folder` that is there must be empty, unless `replace`.
     """
-    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(folder)
     temporary.mkdir()
@@ -63,7 +61,12 @@ def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
     """
     if kind.__name__ not in ("AutoConfig", "AutoTokenizer"):  # which would keep the word as a setting of theirs
         options["use_safetensors"] = True
-    return kind.from_pretrained(source, trust_remote_code=False, **options)
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # whatever a damaged file makes a loader raise
+        raise ValueError(f"{source}: not loaded, {type(error).__name__}: {error}") from error
 
 
 def remove_folder(folder: Path) -> None:
@@ -127,12 +130,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_hashes(path: Path, version: int) -> dict[str, str]:
-    """Read `files` from an object of that `format`: hashes by name, all of them names in the folder of `path`."""
+    """Read `files` from an object of that `format`: hashes by name, all of them inside the folder of `path`."""
     value = read_object(path)
     files = value.get("files")
     if value.get("format") != version or not isinstance(files, dict):
         raise ValueError(f"{path.name}: need format {version}, with files; got format {value.get('format')!r}")
-    if bad := [name for name, found in files.items() if Path(name).name != name or not isinstance(found, str)]:
+    inside = {name: bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts for name in files}
+    if bad := [name for name, found in files.items() if not inside[name] or not isinstance(found, str)]:
         raise ValueError(f"{path.name}: {bad[0]!r} is no file of this folder")
     return files
 

@@ -1,6 +1,7 @@
 """Activation statistics against literal formulas, on every supported family."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,12 +279,30 @@ def test_rank_score_and_moving_averages_equal_their_definitions(data):
     assert sums.rank_score.sum() == 0  # as many in the Top-K as in the Min-K
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=2, max_size=6))
+def test_what_processes_have_seen_adds_up_and_moving_averages_become_their_mean(batches):
+    def sums_of(rows):
+        sums = _UnitSums([SimpleNamespace(units=5)], 0.3)
+        for row in rows:
+            sums.add(torch.tensor([row], dtype=torch.float64), tokens=2)
+        return sums
+
+    whole, parts = sums_of(batches), [sums_of(batches[0::2]), sums_of(batches[1::2])]
+    combined = sums_of(batches[:1])
+    combined.combine(parts)
+    for name in ("total", "rank_score"):
+        assert_close(getattr(combined, name), getattr(whole, name))
+    for name in ("ema", "ema_rank"):
+        assert_close(getattr(combined, name), (getattr(parts[0], name) + getattr(parts[1], name)) / 2)
+
+
 def test_a_cache_or_an_all_padding_batch_does_not_confuse_the_count(tiny_model, batch):
     model = tiny_model("llama")
     with ActivationRecorder(model) as recorder, torch.no_grad():
         cached = model(**batch, use_cache=True).past_key_values
-        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.tensor([[1], [0]])], dim=1)  # one new token is padding
         model(input_ids=torch.tensor([[4], [5]]), attention_mask=mask, past_key_values=cached)
         model(input_ids=batch["input_ids"], attention_mask=torch.zeros_like(mask[:, :-1]))
-    assert recorder.tokens == int(batch["attention_mask"].sum()) + 2
+    assert recorder.tokens == int(batch["attention_mask"].sum()) + 1
     assert recorder.batches == 2

@@ -14,6 +14,7 @@ from apexlib.certificate import save_fused, verify_folder
 from apexlib.expansion import fuse, is_expanded
 from apexlib.files import file_hash
 from apexlib.projections import SplitProjection
+from apexlib.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -102,6 +103,30 @@ def test_a_saved_folder_passes_and_any_damage_fails(variant, tmp_path):
     assert not failures(folder)
 
 
+def test_every_file_is_certified_and_what_is_put_beside_them_is_found(tmp_path):
+    folder, tokenizer = tmp_path / "fused", train_tokenizer(["some text to learn from"] * 9, 300)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}  # the second lies in a folder
+    save_fused(expanded("llama"), folder, tokenizer=tokenizer)
+    assert not failures(folder)
+    named = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert any("/" in name for name in named)
+    for name in sorted({*named} - {"certificate.json"}):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        assert ("hash", name, "was changed") in failures(folder)
+        (folder / name).unlink()
+        assert ("hash", name, "is missing") in failures(folder)
+        (folder / name).write_bytes(content)
+    for name in ("modeling.py", "sub/more.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+        assert failures(folder) == [("hash", name, "is not in the certificate")]
+        (folder / name).unlink()
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "note.txt").write_text("of a download")
+    assert not failures(folder)
+
+
 def failures(folder):
     table = verify_folder(folder)
     return [tuple(row) for row in table.loc[~table["passed"], ["check", "file", "detail"]].to_numpy()]
@@ -141,6 +166,14 @@ def test_each_kind_of_damage_has_its_own_finding(tmp_path):
     assert found[-1][0] == "loads"
 
 
+def test_weights_of_eight_bits_are_looked_into(tmp_path):
+    folder = tmp_path / "fused"
+    save_fused(expanded("llama"), folder)
+    bad = torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)
+    rewrite(folder, lambda tensors: tensors.update(extra=bad))
+    assert ("finite", "model.safetensors", "not finite: extra") in failures(folder)
+
+
 @pytest.mark.parametrize(
     ("content", "detail"),
     [
@@ -150,6 +183,9 @@ def test_each_kind_of_damage_has_its_own_finding(tmp_path):
         ('{"format": 1, "files": {}}', "need the hashes of the model's files"),
         ('{"format": 1, "files": {"a.safetensors": 3}}', "'a.safetensors' is no file of this folder"),
         ('{"format": 1, "files": {"../a.safetensors": "0"}}', "'../a.safetensors' is no file of this folder"),
+        ('{"format": 1, "files": {"/a.safetensors": "0"}}', "'/a.safetensors' is no file of this folder"),
+        ('{"format": 1, "files": {"b/../../a.safetensors": "0"}}', "'b/../../a.safetensors' is no file of"),
+        ('{"format": 1, "files": {"": "0"}}', "'' is no file of this folder"),
     ],
 )
 def test_a_certificate_that_says_nothing_is_a_finding(content, detail, tmp_path):

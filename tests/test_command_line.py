@@ -130,6 +130,9 @@ def test_two_processes_train_what_one_trains(folder, tmp_path):
     for stage in (0, 1):
         plans = [ExpansionPlan.from_json(tmp_path / run / f"stage-{stage}" / "plan.json") for run in ("one", "two")]
         assert plans[0].layers == plans[1].layers
+        paths = [tmp_path / run / f"stage-{stage}" / "statistics.parquet" for run in ("one", "two")]
+        seen = [pd.read_parquet(path)[["layer", "component", "unit", "activation", "tokens"]] for path in paths]
+        pd.testing.assert_frame_equal(*seen, rtol=1e-4)  # of what both processes have seen
     assert pd.read_csv(tmp_path / "two" / "log.csv")["step"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
@@ -182,6 +185,7 @@ def test_two_processes_killed_go_on_to_the_same_bits(folder, tmp_path):
         ("model: [", "while parsing"),
         ("model: m\ntraining: [output_dir]", "t.yaml, training: need a mapping, got ['output_dir']"),
         ("- 1", "need a mapping with model"),
+        ("model: &m m\nmethod: *m", "alias *m, need the value"),
         ("model: m\nmodell: n", "unknown key 'modell' in "),
         ("kind: text", "t.yaml: need model"),
         ("model: m\nmethod: apx\ntraining: {output_dir: o}", "t.yaml, method: need 'apex', 'full'"),
@@ -197,6 +201,19 @@ def test_a_wrong_training_file_is_one_line(text, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+    assert error.count("\n") == 1
+
+
+SIZES = {"num_attention_heads": 0, "num_hidden_layers": -1, "hidden_size": "wide", "vocab_size": None}
+
+
+@pytest.mark.parametrize("change", [{name: value} for name, value in SIZES.items()] + [{"hidden_size": 2**70}], ids=str)
+def test_a_plan_for_sizes_that_are_none_is_one_line(change, tmp_path, capsys):
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 48} | shape | change))
+    assert main(["plan", str(tmp_path), "--batch", "1", "--length", "8", "--method", "full"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
     assert error.count("\n") == 1
 
 

@@ -139,6 +139,27 @@ def test_repeated_and_blank_documents_are_left_out_and_counted(tmp_path, caplog)
     assert "left out 2 blank, 2 repeated" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
+def test_what_unpacks_beyond_a_limit_is_refused_and_the_limit_can_be_moved(name, tmp_path, monkeypatch):
+    document = "a document " * 90
+    (write_text if "txt" in name else lambda path, texts: write_rows(path, [{"text": text} for text in texts]))(
+        tmp_path / name, [document]
+    )
+    monkeypatch.setenv("APEXLIB_MOST_UNPACKED", "900")
+    with pytest.raises(ValueError, match=f"{name}: unpacks to more than 900 bytes; raise APEXLIB_MOST_UNPACKED"):
+        load_corpus(tmp_path / name, split="all")
+    monkeypatch.setenv("APEXLIB_MOST_UNPACKED", "1100")
+    assert load_corpus(tmp_path / name, split="all") == [document.strip("\n")]
+
+
+def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path):
+    with gzip.open(tmp_path / "bomb.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(600):
+            file.write(b" " * 1_000_000)
+    with pytest.raises(ValueError, match=r"bomb.txt.gz: unpacks to more than 500,000,000 bytes"):
+        load_corpus(tmp_path / "bomb.txt.gz", split="all")
+
+
 ROW = json.dumps({"text": "fine"}).encode() + b"\n"
 
 

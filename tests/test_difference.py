@@ -119,6 +119,9 @@ def test_random_masks_differ_by_seed_and_are_nested(tiny_model, batch):
     first, second = (curve[curve["seed"] == seed]["loss"].tolist() for seed in (0, 1))
     assert first[:2] != second[:2]
     assert first[2] == second[2]  # everything masked
+    drawn = [_masked_first(statistics, part, "random", 0) for part in model_components(model) if len(part.slots) == 3]
+    assert len(drawn) > 1
+    assert drawn[0] != drawn[1]  # in each layer others
 
 
 def test_masking_refuses_what_it_cannot_do(tiny_model, batch):

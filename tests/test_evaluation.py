@@ -141,6 +141,18 @@ def test_multiple_choice_takes_the_likeliest(answering):
         multiple_choice(model, tokenizer, [examples[5] | {"choices": choices}])
 
 
+def test_the_score_of_a_choice_is_the_mean_over_its_tokens(answering):
+    model, tokenizer, examples = answering
+    prompt = tokenizer.apply_chat_template(examples[1]["messages"][:-1], tokenize=False, add_generation_prompt=True)
+    ids, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, "bee ant bee"))
+    assert len(answer) > 2
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+    each = [logp[len(ids) - 1 + place, token].item() for place, token in enumerate(answer)]
+    table = multiple_choice(model, tokenizer, [examples[1] | {"choices": ["bee ant bee"], "answer": "bee ant bee"}])
+    assert table["score"].iloc[0] == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
 def test_choices_in_batches_score_as_one_at_a_time(answering):
     model, tokenizer, _ = answering
     longer = [

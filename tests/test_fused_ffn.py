@@ -159,6 +159,22 @@ def test_half_precision_is_as_near_to_float64_as_the_split_form(dtype):
     assert max(errors[1:]) <= 1.2 * errors[0] + 1e-7
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_gradients_of_many_chunks_of_half_precision_add_up_in_float32(keep):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40 * 256, 5), (7, 5), (7, 5), (7, 6)]  # all positive: small parts would be lost in a sum of few bits
+    x, *flat = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    halves = [tensor.bfloat16().requires_grad_() for tensor in flat]
+    exact = [half.detach().double().requires_grad_() for half in halves]
+    gradient = torch.rand(len(x), 6, generator=generator, dtype=torch.float64).bfloat16()
+    activation, none = _ACTIVATIONS[torch.nn.SiLU], [None, None]
+    ours = GatedFFN.apply(x.bfloat16(), activation, keep, [], None, *halves, *none)
+    theirs = literal_ffn(x.bfloat16().double(), activation, None, _parts([*exact, *none]))
+    found = torch.autograd.grad(ours, halves, gradient)
+    for mine, right in zip(found, torch.autograd.grad(theirs, exact, gradient.double()), strict=True):
+        assert (mine.double() - right).norm() < 2**-8 * right.norm()
+
+
 @pytest.mark.parametrize("statistic", ["gate", "product"])
 @pytest.mark.parametrize("variant", ["llama-mha-bias", "phi3", "gemma"])
 def test_statistics_are_gathered_without_leaving_the_fused_form(variant, statistic, batch, monkeypatch):

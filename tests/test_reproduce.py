@@ -916,6 +916,24 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(small, capsys):
         main(["--only", "00", "--from", "00"])
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+BOMB += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize("text", [f"description: [*a]\nnotebooks: &a {{}}\n{BOMB}", BOMB + "description: *a11\n"])
+def test_a_profile_with_aliases_is_refused_at_once(text, small, capsys):
+    (small.root / "mine.yaml").write_text(text)
+    began = time.process_time()
+    assert main(["--profile", str(small.root / "mine.yaml"), "--dry-run"]) == 2
+    assert re.search(r"mine\.yaml: .*alias", capsys.readouterr().err)
+    assert time.process_time() - began < 10  # seconds, of which a value of 10¹¹ words would leave none
+
+
+def test_a_setting_with_aliases_is_refused_at_once(small, capsys):
+    assert main(["--set", f"00_only.n={{{BOMB.strip().replace(chr(10), ', ')}}}"]) == 2
+    assert "alias *a0, need the value" in capsys.readouterr().err
+
+
 def test_a_profile_file_of_ones_own(small, capsys):
     own = small.root / "mine.yaml"
     own.write_text("description: mine\nnotebooks: {00_only: {n: 9}}\n")

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,19 @@ run({str(tmp_path)!r}, trainer_class=Fragile)
     assert "what was saved before is complete" in done.stderr.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json", "stage-0"]
     assert digest(run(tmp_path, trainer_class=Fragile, resume=True)) == whole
+
+
+@pytest.mark.parametrize("changes", [{}, {"save_strategy": "no"}], ids=str)
+def test_a_folder_that_is_removed_under_way_ends_the_run(changes, tmp_path):
+    class Removing(Fragile):
+        def compute_loss(self, *given, **named):
+            if self.model.training and self.run_step == 1:
+                shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            return super().compute_loss(*given, **named)
+
+    with pytest.raises(FileNotFoundError, match="run: removed while its run is under way"):
+        run(tmp_path / "run", trainer_class=Removing, **changes)
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -545,3 +545,14 @@ def test_plans_for_different_models_are_not_compared():
         selection_stability(plan, select(statistics_table(layers=3)))
     with pytest.raises(ValueError, match="layer 0, channel: 40 units in one plan, 41 in the other"):
         selection_stability(plan, select(statistics_table(channels=41)))
+
+
+@pytest.mark.parametrize(("way", "noise"), [(0.05, True), (0.09, True), (0.12, False), (0.5, False)])
+def test_an_overlap_that_no_chance_gives_is_noise_still_if_it_is_small(way, noise):
+    units, size = 11008, 2064
+    chance = selection_stability(plan_of(units, range(size)), plan_of(units, range(size)))["chance"].iloc[0]
+    jaccard = chance + way * (1 - chance)
+    both = round(2 * size * jaccard / (1 + jaccard))
+    row = selection_stability(plan_of(units, range(size)), plan_of(units, range(size - both, 2 * size - both))).iloc[0]
+    assert row["p_value"] < 1e-6
+    assert row["noise"] == noise

@@ -281,7 +281,7 @@ def test_what_cannot_be_measured_is_named(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"^b: matrix of shape \(2, 2\) holds NaN"):
         spectrum_table(tmp_path)
     save_file({"a": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"a is torch.int8: need floating point"):
+    with pytest.raises(ValueError, match=r"a is torch.int8: need 16 bits or more"):
         spectrum_table(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"model\.safetensors: "):
@@ -303,3 +303,35 @@ def test_what_cannot_be_measured_is_named(tiny_model, tmp_path):
     plan = ExpansionPlan((LayerPlan(0, "channel", source=(1,), target=(0,), direct=(), units=24),))
     with pytest.raises(ValueError, match="the model is expanded"):
         spectrum_table(expand(model, plan))
+
+
+def test_what_float64_cannot_hold_is_refused_and_what_it_can_is_measured():
+    assert effective_rank(np.eye(3) * 2.0**1021) == pytest.approx(3)
+    assert effective_rank(np.eye(3) * 2.0**-1070) == pytest.approx(3)
+    with pytest.raises(ValueError, match=r"entries up to 1\.5e\+308: the singular values or their sum overflow"):
+        effective_rank(np.full((2, 2), 1.5e308))
+
+
+def test_a_view_that_runs_backwards_is_measured_as_its_copy_is():
+    matrix = np.random.default_rng(0).normal(size=(5, 7))
+    assert effective_rank(matrix[::-1, ::-1]) == pytest.approx(effective_rank(matrix), rel=1e-12)
+    assert effective_rank(matrix.T[::2]) == pytest.approx(effective_rank(matrix.T[::2].copy()), rel=1e-12)
+
+
+def test_names_with_digits_of_other_kinds_are_names(tmp_path):
+    save_file({"layers.².q.weight": torch.eye(3), "layers.10.q.weight": torch.eye(3)}, tmp_path / "model.safetensors")
+    table = spectrum_table(tmp_path).set_index("weight")
+    assert table["layer"].to_dict() == {"layers.².q.weight": -1, "layers.10.q.weight": 10}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_refused_by_name(dtype, tmp_path):
+    save_file({"a.weight": torch.eye(4).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a\.weight is torch\.float8.*: need 16 bits or more"):
+        spectrum_table(tmp_path)
+
+
+def test_an_index_that_is_too_deep_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"index\.json: need JSON with a weight_map"):
+        spectrum_table(tmp_path)

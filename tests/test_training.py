@@ -67,6 +67,31 @@ def changed(record, base):
     return {name for name, value in record.model.state_dict().items() if not torch.equal(value, start[name])}
 
 
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"eval_strategy": "epoch", "logging_strategy": "epoch"},
+        {"eval_strategy": "steps", "eval_steps": 12, "logging_steps": 5, "logging_first_step": True},
+        {"eval_strategy": "steps", "eval_steps": 0.25, "logging_steps": 0.1},
+        {"eval_strategy": "epoch", "eval_delay": 2},
+        {"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 10, "eval_on_start": True},
+    ],
+    ids=str,
+)
+def test_arguments_speak_of_the_whole_run_as_the_stock_trainer_takes_them(when, tiny_model, tmp_path):
+    given = {"max_steps": -1, "num_train_epochs": 4, "per_device_train_batch_size": 8} | when
+    held_out = Blocks(size=8, start=100)
+    stock = Trainer(tiny_model("llama"), arguments(tmp_path / "a", **given), None, Blocks(), held_out)
+    stock.train()
+    config = ApexConfig(**(vars(SMALL) | {"stages": 3}))  # whose borders, 11 and 21 of 32 steps, are no one's
+    log = run(tiny_model, tmp_path / "b", config=config, eval_dataset=held_out, **given).log
+    for loss in ("loss", "eval_loss"):
+        expected = [(row["step"], row["epoch"]) for row in stock.state.log_history if loss in row]
+        found = log.dropna(subset=[loss])[["step", "epoch"]]
+        assert [tuple(row) for row in found.to_numpy()] == [(step, pytest.approx(epoch)) for step, epoch in expected]
+        assert expected
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_a_plain_model(method, tiny_model, tmp_path):
     record = run(tiny_model, tmp_path, method)
@@ -138,6 +163,32 @@ def test_the_schedule_is_one_cosine_over_all_stages(stages, tiny_model, tmp_path
     logged = torch.tensor(record.log["learning_rate"].to_numpy(), dtype=torch.float32)
     assert_close(logged / logged.max(), expected / expected.max(), rtol=1e-5, atol=1e-8)
     assert record.log["step"].tolist() == list(range(1, 10))
+
+
+def test_the_seed_of_the_data_goes_before_that_of_the_run(tiny_model, tmp_path):
+    data = Blocks(size=24)
+    run(tiny_model, tmp_path, "full", dataset=data, seed=1, data_seed=5)
+    assert data.read[24:] == data_order(24, 24, seed=5) != data_order(24, 24, seed=1)
+
+
+def test_each_stage_draws_operators_of_its_own(tiny_model):
+    model, method = tiny_model("llama"), method_of("apex", SMALL)
+    statistics, drawn = activation_statistics(model, [{"input_ids": torch.arange(24).reshape(2, 12)}]), []
+    for stage in (0, 1):
+        trained = method.begin(model, stage, statistics)
+        drawn.append(trained.model.layers[0].mlp.apex_channel.operator.first.detach().clone())
+        model = method.end(trained)
+    assert drawn[0].shape == drawn[1].shape
+    assert not torch.equal(*drawn)
+
+
+def test_gradient_masking_keeps_three_fifths_of_each_weight_as_published(tiny_model):
+    model = tiny_model("llama").train()
+    model(input_ids=torch.arange(24).reshape(2, 12), labels=torch.arange(24).reshape(2, 12)).loss.backward()
+    method_of("gmt", SMALL).change_gradients(model)
+    for name, weight in model.named_parameters():
+        if "mlp" in name:
+            assert (weight.grad != 0).sum().item() == round(0.6 * weight.numel()), name
 
 
 def test_stages_take_successive_slices_of_one_order(tiny_model, tmp_path):
@@ -282,6 +333,12 @@ def test_a_batch_without_labels_stops_the_run_and_keeps_the_last_stage(tiny_mode
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "stage-0")
 
 
+def only_the_first_labelled(dataset):
+    return [
+        item | {"labels": torch.cat([dataset[0]["labels"][:1], item["labels"][1:]])} for item in without_labels(dataset)
+    ]
+
+
 def without_labels(dataset):
     return [dataset[row] | {"labels": masked(dataset[row]["labels"])} for row in range(len(dataset))]
 
@@ -369,6 +426,7 @@ def test_statistics_that_would_rank_nan_are_refused(tiny_model, tmp_path):
             "eval_dataset: no label of its 3 examples is",
         ),
         ({"dataset": without_labels(Blocks())}, "train_dataset: no label of step 1 .*; 64 of 64 examples have none"),
+        ({"dataset": only_the_first_labelled(Blocks())}, "train_dataset: no label of step 1 .*; 64 of 64"),
         ({"dataset": [{"text": "a"}] * 64}, "train_dataset: example 0 has no input_ids but text: need it tokenised"),
         ({"checkpoints": [0, 7, -1], "method": "full"}, r"checkpoints \[-1, 7\]: need steps from 0 to 6"),
         ({"checkpoints": [2]}, "checkpoints: the model of Apex is not plain while it trains; need none"),

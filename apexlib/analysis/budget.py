@@ -201,7 +201,10 @@ def _count(
 def _on_meta(shape: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     shape = copy.deepcopy(shape)  # which would be left with an attention that sees padding
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
+        try:
+            return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
+        except (TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that are none
+            raise ValueError(f"{shape.model_type}: no model can be made of its configuration ({error})") from error
 
 
 def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:

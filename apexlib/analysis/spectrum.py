@@ -4,7 +4,6 @@ Every quantity goes by its definition, because "effective rank" is the name of m
 1 to its full rank over public definitions. See `spectral_measures` for formulas and sources.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import frexp
@@ -21,6 +20,7 @@ from scipy.linalg.lapack import dpotrf, dpstrf
 from torch import Tensor, nn
 
 from apexlib.expansion import is_expanded
+from apexlib.files import read_object
 from apexlib.progress import progress
 
 Model = nn.Module | str | Path  # in memory, or a folder with safetensors files
@@ -88,7 +88,7 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
     3e-8 σ₁ are lost in it. Where few directions carry all but rounding, these are taken off and the rest is measured
     by itself. Where what is lost could still cost 1e-6 of the effective rank, a float64 SVD takes over.
     """
-    matrix = torch.as_tensor(matrix).detach()
+    matrix = (matrix if isinstance(matrix, Tensor) else torch.from_numpy(np.array(matrix))).detach()
     if matrix.dim() != 2 or not matrix.numel():
         raise ValueError(f"shape {tuple(matrix.shape)}: need a matrix with at least one entry")
     largest = max(abs(float(bound)) for bound in matrix.aminmax())
@@ -96,7 +96,16 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
         raise ValueError(f"matrix of shape {tuple(matrix.shape)} holds NaN or infinite values")
     if not largest:
         return np.zeros(min(matrix.shape))
-    scale = 2.0 ** frexp(largest)[1]  # a power of two costs no accuracy; squares must neither overflow nor underflow
+    scale = 2.0 ** (frexp(largest)[1] - 1)  # a power of two is exact; squares must neither overflow nor underflow
+    with np.errstate(over="ignore"):
+        sigma = _of_scale(matrix, scale) * scale
+        if not np.isfinite(sigma.sum()):
+            raise ValueError(f"entries up to {largest:.3g}: the singular values or their sum overflow float64")
+    return sigma
+
+
+def _of_scale(matrix: Float[Tensor, "rows columns"], scale: float) -> np.ndarray:
+    """Singular values in units of `scale`."""
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if matrix.is_cuda:
         gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
@@ -107,9 +116,9 @@ def singular_values(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "r
     else:
         gram = _gram(matrix, scale)
         if (sigma := _low_rank(matrix, gram, scale)) is not None:
-            return sigma * scale
+            return sigma
         sigma, error = _roots(eigvalsh(gram, check_finite=False, overwrite_a=True)[::-1])
-    return (sigma if error < _TOLERANCE else _svd(matrix, scale)) * scale
+    return sigma if error < _TOLERANCE else _svd(matrix, scale)
 
 
 def _gram(matrix: Float[Tensor, "short long"], scale: float) -> np.ndarray:
@@ -311,8 +320,8 @@ def matrices(source: Model, device: str | torch.device | None = None) -> dict[st
 
 
 def _sigma(name: str, matrix: Tensor) -> np.ndarray:
-    if not matrix.is_floating_point():
-        raise ValueError(f"{name} is {matrix.dtype}: need floating point, not packed or quantised values")
+    if not matrix.is_floating_point() or matrix.dtype.itemsize == 1:
+        raise ValueError(f"{name} is {matrix.dtype}: need 16 bits or more, not packed or quantised values")
     try:
         return singular_values(matrix)
     except ValueError as error:
@@ -334,7 +343,7 @@ def layer_and_role(name: str) -> tuple[int, str]:
     ((3, 'up_proj'), (-1, 'lm_head'))
     """
     words = name.partition("[")[0].removesuffix(".weight").split(".")
-    return next((int(word) for word in words[:-1] if word.isdigit()), -1), words[-1]
+    return next((int(word) for word in words[:-1] if word.isdecimal()), -1), words[-1]
 
 
 def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object], Tensor]]]:
@@ -349,7 +358,7 @@ def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object]
             raise ValueError(f"{path}: {error}") from None
 
     def natural(name: str) -> list[tuple[int, str]]:  # layer 10 comes after layer 2
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
     return {name: tensors[name] for name in sorted(tensors, key=natural)}
 
@@ -364,7 +373,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise FileNotFoundError(f"{folder} has no safetensors file; weights of another format are not read")
         return paths
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_object(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: need JSON with a weight_map ({type(error).__name__}: {error})") from None
     if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:

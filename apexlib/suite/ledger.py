@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError, field_validator
 
 from apexlib.analysis.intervals import interval
 from apexlib.suite.measures import MEASURES, per_seed, read_table
+from apexlib.suite.notebooks import load_yaml
 
 LEDGER = Path(__file__).parents[2] / "data" / "claims.yaml"
 COLUMNS = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "needs", "goal"]
@@ -75,13 +75,11 @@ def read_claims(path: Path = LEDGER) -> list[Claim]:
     """Read and check a ledger, in the order of its numbers."""
     ledger = TypeAdapter(Annotated[list[Claim], Field(min_length=1)])
     try:
-        claims = ledger.validate_python(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        claims = ledger.validate_python(load_yaml(Path(path), str(path)))
     except ValidationError as error:
         faults = error.errors(include_url=False)
         first = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
         raise ValueError(f"{path}: {'; '.join(map(_fault, first[:10]))}") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     for name in ("number", "id", "statement"):
         values = [getattr(claim, name) for claim in claims]
         if twice := sorted({value for value in values if values.count(value) > 1}):

@@ -24,6 +24,9 @@ _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}
 _KINDS |= {f"{name} | None": kind | None for name, kind in _KINDS.items()}
 
 
+_MOST_YAML = 1_000_000  # bytes
+
+
 class ReproduceError(ValueError):
     """A run that cannot start: the message names the thing, its value and what is needed instead."""
 
@@ -155,6 +158,8 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
         nodes = ast.parse(source).body
     except SyntaxError as error:
         raise ReproduceError(f"{where}, line {error.lineno}: {error.msg}; {_FORM}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a null byte; brackets too deep
+        raise ReproduceError(f"{where}: {error or type(error).__name__}; {_FORM}") from None
     lines, found = source.splitlines(), dict[str, Parameter]()
     for node in nodes:
         here = f"{where}, line {node.lineno}"
@@ -162,7 +167,7 @@ def _parameters(source: str, where: str) -> dict[str, Parameter]:
             name, kind, default = node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value)
             if kind not in _KINDS:
                 raise TypeError
-        except (AttributeError, TypeError, ValueError):  # it is no annotated literal
+        except (AttributeError, TypeError, ValueError, RecursionError, MemoryError):  # it is no annotated literal
             raise ReproduceError(f"{here}: {_FORM}; got `{lines[node.lineno - 1].strip()}`") from None
         if name in found:
             raise ReproduceError(f"{here}: {name} is there already")
@@ -207,10 +212,22 @@ class Profile(_ProfileFile):
         return notebooks
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML in which each value stands where it is meant: aliases of aliases make a few lines larger than any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor}, need the value", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
 def load_yaml(source: Path | str, where: str) -> Any:
-    """Read a YAML file, or text, without executing anything in it; an error is one line."""
+    """Read a YAML file, or text, of up to 1 MB, without executing anything in it; an error is one line."""
+    if not isinstance(source, str) and (size := source.stat().st_size) > _MOST_YAML:
+        raise ReproduceError(f"{where}: {size:,} bytes, need at most {_MOST_YAML:,}")
     try:
-        return yaml.safe_load(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
+        return yaml.load(source if isinstance(source, str) else source.read_text(encoding="utf-8"), _Plain)
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ReproduceError(f"{where}: {' '.join(str(error).split())}") from None
 

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 SEPARATOR = "<|endoftext|>"
+
+_MOST = "APEXLIB_MOST_UNPACKED"  # an environment variable
 
 Row = tuple[str, dict[str, Any]]  # "file, row n" (from 1), and the row
 
@@ -69,14 +72,22 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}, after row {number}: not readable as parquet ({error})") from None
 
 
+def most_unpacked() -> int:
+    """Bytes that a compressed file may unpack to: a few megabytes can be made to unpack to more than any memory."""
+    return int(os.environ.get(_MOST, 500_000_000))
+
+
 def _content(path: Path) -> str:
     """Text of a file, unpacked, without a byte order mark."""
     content = path.read_bytes()
     if path.suffix.lower() == ".gz" and content:
         try:
-            content = gzip.decompress(content)
+            with gzip.open(path) as file:
+                content = file.read(most_unpacked() + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not readable as gzip ({error})") from None
+        if len(content) > most_unpacked():
+            raise ValueError(f"{path}: unpacks to more than {most_unpacked():,} bytes; raise {_MOST}, or unpack it")
     content = content.removeprefix(codecs.BOM_UTF8)
     if not content.strip():
         raise ValueError(f"{path} is empty")

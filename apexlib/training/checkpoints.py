@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -123,6 +123,12 @@ class RunFolder:
                 return folder
             _log.warning("%s: passed over, %s", folder, why)
         return None
+
+    def complete(self, folder: Path) -> AbstractContextManager[Path]:
+        """Write a folder of this run as `complete_folder` does; FileNotFoundError if the run's own was removed."""
+        if not (self.path / RUN).is_file():
+            raise FileNotFoundError(f"{self.path}: removed while its run is under way; nothing can be saved there")
+        return complete_folder(folder)
 
     def stage(self, stage: int) -> Path:
         """Name the folder of a finished stage."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive
 from apexlib.plan import ApexConfig, ExpansionPlan
-from apexlib.training.checkpoints import Progress, RunFolder, complete_folder, load_plain, position, save_plain
+from apexlib.training.checkpoints import Progress, RunFolder, load_plain, position, save_plain
 from apexlib.training.checks import check_data, check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.interruption import Stop
 from apexlib.training.methods import Method, Name, method_of
@@ -177,9 +177,10 @@ class _Run:
         recorder = ActivationRecorder(model, **options) if method.assesses else None
         rows = self.order[start * self.per_step : end * self.per_step]
         data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
-        own, stage = copy.copy(args), Stage(number, start, method, recorder, self.folder, stop)
+        own, epoch = copy.copy(args), len(self.data) / self.per_step
+        stage = Stage(number, start, epoch, method, recorder, self.folder, stop)
         vars(own).update(max_steps=end - start, train_sampling_strategy="sequential", load_best_model_at_end=False)
-        own.eval_on_start = args.eval_on_start and saved is None
+        own.eval_on_start = args.eval_on_start and saved is None and not start
         trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         before = fingerprints(trained)
@@ -211,7 +212,7 @@ class _Run:
 
     def save_stage(self, stage: int, processing_class: Any) -> None:
         """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
-        with complete_folder(self.folder.stage(stage)) as folder:
+        with self.folder.complete(self.folder.stage(stage)) as folder:
             if self.borders[stage + 1] not in self.folder.kept:
                 save_plain(self.model, processing_class, folder)
             if self.method.plans:

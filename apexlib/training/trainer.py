@@ -1,5 +1,6 @@
 """The Trainer of one stage: any `transformers.Trainer`, with the optimizer, schedule, loss and states of its stage."""
 
+import copy
 import random
 import time
 from collections.abc import Mapping
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
 
 from apexlib.activations import ActivationRecorder, NotFiniteError
 from apexlib.training import checkpoints
-from apexlib.training.checkpoints import RunFolder, checkpoint_folder, complete_folder
+from apexlib.training.checkpoints import RunFolder, checkpoint_folder
 from apexlib.training.checks import first_not_finite, why_not_finite
 from apexlib.training.interruption import Interrupted, Stop
 from apexlib.training.methods import Method
@@ -27,10 +29,32 @@ class Stage:
 
     number: int
     start: int  # steps of the run before it
+    epoch: float  # steps that an epoch of the run takes
     method: Method
     recorder: ActivationRecorder | None  # gathers the statistics behind the next plan
     folder: RunFolder
     stop: Stop
+
+
+class WholeRun(DefaultFlowCallback):
+    """Lets a stage log, evaluate and save at the steps where the whole run is to, and count the run's epochs."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        run, epoch = copy.copy(state), self.stage.epoch
+        run.global_step, run.max_steps = self.stage.start + state.global_step, self.stage.folder.borders[-1]
+        run.compute_steps(args, run.max_steps)
+        run.epoch = state.epoch = run.global_step / epoch
+        super().on_step_end(args, run, control)
+        if run.global_step // epoch > (run.global_step - 1) // epoch or run.global_step == run.max_steps:
+            super().on_epoch_end(args, run, control)
+        if state.global_step == state.max_steps:
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **_) -> None:
+        """That of the stage's part of the data means nothing."""
 
 
 class StageTraining(TrainerCallback):
@@ -44,6 +68,8 @@ class StageTraining(TrainerCallback):
         self.stage = stage
         self.saved: dict[str, Any] | None = None  # the state to go on from; `own`: what is of this process in it
         super().__init__(**rest)
+        given = self.callback_handler.callbacks
+        given[:] = [WholeRun(stage) if isinstance(each, DefaultFlowCallback) else each for each in given]
         self.add_callback(self)
         draws = stage.method.config.decay_to_start and self.args.weight_decay
         weights = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1] if draws else []
@@ -173,7 +199,7 @@ class StageTraining(TrainerCallback):
         }
         if not self.args.should_save:
             return
-        with complete_folder(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
+        with self.stage.folder.complete(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
             checkpoints.write_state(state, folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             self.stage.folder.progress.save(folder)
@@ -184,7 +210,7 @@ class StageTraining(TrainerCallback):
         if self.run_step in self.stage.folder.kept:
             self.check_weights()
             if self.args.should_save:
-                with complete_folder(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
+                with self.stage.folder.complete(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
                     checkpoints.save_plain(self.model, self.processing_class, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
