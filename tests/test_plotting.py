@@ -120,6 +120,8 @@ PANELS = {  # a table for each panel of a figure
     ("masking_curve", 0): masking,
     ("imbalance", 0): imbalance,
     ("expansion", 0): weight,
+    ("expansion", 1): weight,
+    ("expansion", 2): weight,
     ("learning_rates", 0): rates,
     ("instruction", 0): comparison,
     ("trade_off", 0): trade_off,

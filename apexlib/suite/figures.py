@@ -113,18 +113,19 @@ def lines(
 
 
 def weight(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `value` as an image, a row per `unit`, a `column` each; the `role` of a unit is marked at the left edge.
+    """Draw `value` as an image, a row per `unit`, a `column` each, sorted by the `role` that the left edge marks.
 
     Colours are symmetric around zero and end at the 99.5th percentile of the magnitude.
     """
-    matrix = table.pivot(index="unit", columns="column", values="value").to_numpy()
+    roles = table.drop_duplicates("unit").set_index("unit")["role"].sort_index()
+    roles = roles.sort_values(key=lambda role: role.map([*ROLES].index), kind="stable")
+    matrix = table.pivot(index="unit", columns="column", values="value").loc[roles.index].to_numpy()
     limit = np.quantile(np.abs(matrix), 0.995)
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02).ax.tick_params(labelsize=6)
-    roles = table.drop_duplicates("unit").set_index("unit")["role"].sort_index()
-    strip = -0.06 * matrix.shape[1]
+    rows, strip = np.arange(len(roles)), -0.06 * matrix.shape[1]
     for role, (name, colour) in ROLES.items():
-        ax.barh(roles.index[roles == role], width=strip, height=1.0, left=-0.5, color=colour, linewidth=0, label=name)
+        ax.barh(rows[roles == role], width=strip, height=1.0, left=-0.5, color=colour, linewidth=0, label=name)
     ax.set(xlim=(strip - 0.5, matrix.shape[1] - 0.5), ylim=(len(matrix) - 0.5, -0.5))
     ax.grid(visible=False)
 
