@@ -142,15 +142,14 @@ def trade_off(table: pd.DataFrame, ax: Axes) -> None:
         ax.plot(*points, **look, linewidth=0.9, label=method, mfc="white")
         ax.plot(*points[:, :1], **look, mfc="white", ms=7, linestyle="none")
         ax.plot(*points[:, chosen], **look, ms=7 if chosen[0] else None, linestyle="none")
-    far = ax.get_xlim()[1] + np.ptp(ax.get_xlim())
-    beyond = []
+    far, beyond = ax.get_xlim()[1], []
     for name, loss in table.loc[is_level, ["method", "retention_loss"]].itertuples(index=False):
         if loss > far:
             beyond.append(f"{name}: {loss:.2f} →")
         else:
             ax.axvline(loss, **DOTTED)
             ax.annotate(name, (loss, 0.98), (2, 0), ("data", "axes fraction"), "offset points", **UPRIGHT)
-    ax.annotate("\n".join(beyond), (0.99, 0.98), xycoords="axes fraction", ha="right", va="top")
+    ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
 
 
 def comparison(table: pd.DataFrame, ax: Axes) -> None:

@@ -25,7 +25,9 @@ def reset_peak() -> float:
 
     On a machine with CUDA, here and in `peak_mb`, memory is what torch holds on the device.
     """
+    gc.unfreeze()
     gc.collect()
+    gc.freeze()  # what is here stays: later collections need not look at it
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     if cuda := _cuda():
