@@ -3,6 +3,7 @@
 #   make reproduce ARGS="--budget 9m"              start nothing after 9 minutes; "Error 3": work is left, run again to go on
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
+#   make test-mutants [ARGS="--budget 30"]         change the method's room a little, again and again: do tests notice?
 #   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce bench test test-long lint format readme lab setup lock clean
+.PHONY: reproduce bench test test-long test-mutants lint format readme lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -24,6 +25,9 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) --dist loadscope $(ARGS)
+
+test-mutants: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(ARGS)
 
 test-long: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(WORKERS) --dist worksteal $(ARGS)
@@ -63,4 +67,5 @@ lock:
 	grep -E '^(nvidia-|cuda-|triton)' .venv/lock/all.txt > requirements-cuda.lock
 
 clean:
-	rm -rf $(VENV) data/cache data/models data/runs
+	rm -rf $(VENV) .mutants data/cache data/runs
+	find data/models -mindepth 1 -maxdepth 1 ! -exec test -e {}/README.md \; -exec rm -rf {} +

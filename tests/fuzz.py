@@ -1,36 +1,42 @@
 """Damaged and hostile files for every loader: each must load, or be refused in our own words, soon and unexecuted.
 
-`python tests/fuzz.py FOLDER INPUTS` tries so many inputs in all and writes `fuzz.csv`, one row per loader.
+`python tests/fuzz.py FOLDER INPUTS [SEED]` tries so many inputs in all and writes `fuzz.csv`, one row per loader.
 """
 
 import gzip
+import io
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 from conftest import build
+from transformers import PreTrainedTokenizerFast
 
 from apexlib import ApexConfig, ExpansionPlan, LayerPlan, save_fused, verify_folder
 from apexlib.files import write_json
-from apexlib.suite.cli import _settings
+from apexlib.suite.cli import _settings, main
 from apexlib.suite.ledger import read_claims
 from apexlib.suite.notebooks import read_notebook, read_profile
 from apexlib.suite.runner import _State
 from apexlib.text.corpora import load_chat, load_corpus
+from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training.checkpoints import RunFolder, complete_folder, fault, read_state, write_state
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20  # a loader that takes longer hangs
+MEMORY = 2 << 30  # bytes that all of it together takes at most
 
 
 class Canary:
@@ -51,6 +57,7 @@ class Loader:
     path: Path
     load: Callable[[Path], object]
     sealed: bool = False
+    slow: bool = False  # a few inputs will do
 
 
 def loaders(folder: Path) -> list[Loader]:
@@ -84,6 +91,7 @@ def loaders(folder: Path) -> list[Loader]:
     write_json({"format": 1, "identity": {"steps": 3}, "provenance": {}}, folder / "run" / "run.json")
     with warnings.catch_warnings():
         save_fused(build("llama", num_hidden_layers=1), folder / "fused")
+    command = commands(folder, documents)
     whole = {"split": "all"}
     return [
         Loader("plan", folder / "plan.json", ExpansionPlan.from_json),
@@ -106,10 +114,65 @@ def loaders(folder: Path) -> list[Loader]:
             for path in sorted((folder / "step-0-1").iterdir())
         ),
         *(
-            Loader("certificate", folder / "fused" / name, _verify, sealed=name != "certificate.json")
+            Loader("certificate", folder / "fused" / name, _verify, sealed=name != "certificate.json", slow=True)
             for name in ("certificate.json", "config.json", "model.safetensors")
         ),
+        *command,
     ]
+
+
+def commands(folder: Path, documents: list[str]) -> Iterator[Loader]:
+    """Every command, on each file that it reads: a model's folder, whole and in shards, and its own."""
+    tokenizer: PreTrainedTokenizerFast = train_tokenizer(documents, 270)
+    model = build("llama", num_hidden_layers=1, vocab_size=len(tokenizer), eos_token_id=0)
+    for name, size in (("model", "1GB"), ("shards", "4KB")):
+        model.save_pretrained(folder / name, max_shard_size=size)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "corpus.txt").write_text("\n<|endoftext|>\n".join(documents * 20), encoding="utf-8")
+    out = ("--out", folder / "out")
+    text = (*("--corpus", folder / "corpus.txt"), *("--length", 8, "--blocks", 2, "--batch", 1))
+    settings = f"model: {folder}/model\ndata: {{source: {folder}/corpus.txt, split: all}}\nlength: 8\nmethod: full\n"
+    settings += f"training: {{output_dir: {folder}/trained, max_steps: 1, per_device_train_batch_size: 1}}\n"
+    (folder / "run.yaml").write_text(settings, encoding="utf-8")
+    plan = ("--batch", 1, "--length", 8, "--method", "full")
+    for name in sorted(path.name for path in (folder / "model").iterdir()):
+        yield from (
+            Loader(
+                "difference", folder / "model" / name, _command("difference", folder / "model", *text, *out), slow=True
+            ),
+            Loader("spectrum", folder / "model" / name, _command("spectrum", folder / "model", *out), slow=True),
+        )
+    for name in ("model.safetensors.index.json", sorted(path.name for path in (folder / "shards").glob("model-*"))[0]):
+        yield Loader("spectrum", folder / "shards" / name, _command("spectrum", folder / "shards", *out), slow=True)
+    yield Loader("plan", folder / "model" / "config.json", _command("plan", folder / "model", *plan))
+    yield Loader(
+        "plan", folder / "config.json", _command("plan", folder / "model", *plan, "--apex", folder / "config.json")
+    )
+    yield Loader("train", folder / "run.yaml", _command("train", folder / "run.yaml", "--overwrite"), slow=True)
+    yield Loader("train", folder / "corpus.txt", _command("train", folder / "run.yaml", "--overwrite"), slow=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        yield Loader("train", folder / "model" / name, _command("train", folder / "run.yaml", "--overwrite"), slow=True)
+    for how in ("--dry-run", "--list"):
+        yield Loader(
+            "reproduce", folder / "profile.yaml", _command("reproduce", how, "--profile", folder / "profile.yaml")
+        )
+    for name in ("certificate.json", "model.safetensors", "config.json"):
+        yield Loader("verify", folder / "fused" / name, _command("verify", folder / "fused"), slow=True)
+
+
+def _command(*arguments: object) -> Callable[[Path], None]:
+    """Run a command line; what it says when it fails must be one line, or a table of checks."""
+
+    def run(_: Path) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([str(each) for each in arguments])
+        said = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+        if code and len(said) + ("FAILED" in out.getvalue()) != 1:
+            raise AssertionError(f"exit code {code}, {err.getvalue()[-300:]!r}")
+        _refuse(" ".join(said))
+
+    return run
 
 
 def _resume(path: Path) -> None:
@@ -207,23 +270,24 @@ def _time_is_up(*_: object) -> None:
     raise TimeoutError
 
 
-def fuzz(folder: Path, inputs: int) -> pd.DataFrame:
+def fuzz(folder: Path, inputs: int, seed: int = 0) -> pd.DataFrame:
     """Try so many inputs over all loaders: one row per loader with `inputs`, `faulty` and one of the faults."""
     signal.signal(signal.SIGALRM, _time_is_up)
     canary, rows = folder / "canary", []
     found = loaders(folder / "files")
     for number, loader in enumerate(found):
-        original, draw, faults = loader.path.read_bytes(), random.Random(number), []
+        original, draw, faults = loader.path.read_bytes(), random.Random(1000 * seed + number), []
         wicked = list(hostile(canary))
-        slow = loader.name == "certificate"
         tries = [*wicked, *(damaged(original, draw) for _ in range(max(1, inputs // len(found) - len(wicked))))]
-        if inputs < len(wicked) * len(found) or slow:
-            tries = draw.sample(tries, max(3, min(len(tries), inputs // len(found))))
+        if inputs < len(wicked) * len(found) or loader.slow:
+            tries = draw.sample(tries, max(3, min(len(tries), inputs // len(found) // (4 if loader.slow else 1))))
         for changed in tries:
             loader.path.write_bytes(changed)
             if why := judge(loader, changed, original, canary):
                 faults.append(f"{why} ← {changed[:60]!r}")
         loader.path.write_bytes(original)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MEMORY:
+            faults.append("takes more memory than it may")
         rows.append({"loader": loader.name, "inputs": len(tries), "faulty": len(faults), "fault": "".join(faults[:1])})
     table = pd.DataFrame(rows).groupby("loader", sort=False)
     return table.agg(inputs=("inputs", "sum"), faulty=("faulty", "sum"), fault=("fault", "max")).reset_index()
@@ -231,4 +295,4 @@ def fuzz(folder: Path, inputs: int) -> pd.DataFrame:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    fuzz(folder, int(sys.argv[2])).to_csv(folder / "fuzz.csv", index=False)
+    fuzz(folder, int(sys.argv[2]), *map(int, sys.argv[3:])).to_csv(folder / "fuzz.csv", index=False)
