@@ -2,7 +2,7 @@
 
 Look:     activation_statistics, imbalance_table, masking_curve, silenced, perplexity, exact_match, multiple_choice
 Expand:   select, ApexConfig, ExpansionPlan, LayerPlan, expand, trainable_table, parameter_groups, fuse, save_fused,
-          verify_folder, plan_budget, config_for_share, register_family
+          verify_folder, plan_budget, config_for_share, register_family, check_family
 Train:    train_in_stages, TrainingRecord, pretrain
 Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table,
           operator_share
@@ -29,6 +29,7 @@ if _typing.TYPE_CHECKING:
         silenced,
         weight_difference,
     )
+    from apexlib.analysis.family_check import check_family
     from apexlib.analysis.function_spectrum import head_table, hidden_table
     from apexlib.analysis.operators_at_work import operator_share
     from apexlib.analysis.spectrum import effective_rank, spectrum_table, update_table

@@ -47,31 +47,40 @@ class Family:
                 raise ValueError(f"{field.name}: need the name of a module, got {type(value).__name__}")
 
 
-def _fused(name: str) -> dict[str, str]:
-    return dict.fromkeys(("query", "key", "value"), name)
-
-
 def _ffn(gate: str, up: str, down: str, activation: str) -> dict[str, str]:
     return {"gate": gate, "up": up, "down": down, "activation": activation}
 
 
+_QKV = ("query", "key", "value")
 _LLAMA, _EXPERTS = Family(), Family(**_ffn("", "", "", ""))
 _GPT2_FFN = _ffn("mlp.c_fc", "", "mlp.c_proj", "mlp.act")
 _NEOX_FFN = _ffn("mlp.dense_h_to_4h", "", "mlp.dense_4h_to_h", "mlp.act")
-_PHI_FFN = _ffn("mlp.fc1", "", "mlp.fc2", "mlp.activation_fn")
 _PHI3_FFN = _ffn("mlp.gate_up_proj", "mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn")
-_NEOX = {**_fused("attention.query_key_value"), "interleaved": True}
+_NEOX = {**dict.fromkeys(_QKV, "attention.query_key_value"), "interleaved": True}
+_BLOOM = {**dict.fromkeys(_QKV, "self_attention.query_key_value"), "output": "self_attention.dense"}
+_TIED = {"coupled": ("query", "key")}  # by norms over all heads or with weights for each, or by position biases
+_GPTJ = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj")
+_LIKE_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo granite cohere2 ernie4_5 helium"
+_LIKE_LLAMA += " hunyuan_v1_dense ministral seed_oss"
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(_LIKE_LLAMA.split(), _LLAMA),
     "gemma3": replace(_LLAMA, layers="model.language_model.layers"),
-    "olmo2": replace(_LLAMA, coupled=("query", "key")),
-    "phi": Family(output="self_attn.dense", **_PHI_FFN),
-    "phi3": Family(**_fused("self_attn.qkv_proj"), **_PHI3_FFN),
-    "gpt2": Family("transformer.h", **_fused("attn.c_attn"), output="attn.c_proj", **_GPT2_FFN),
+    **dict.fromkeys(("olmo2", "olmo3", "stablelm", "cohere"), replace(_LLAMA, **_TIED)),
+    **dict.fromkeys(("nemotron", "apertus", "arcee"), replace(_LLAMA, gate="mlp.up_proj", up="")),
+    **dict.fromkeys(("glm", "glm4"), Family(**_PHI3_FFN)),
+    "starcoder2": Family(**_GPT2_FFN),
+    "gptj": Family("transformer.h", *_GPTJ, **_ffn("mlp.fc_in", "", "mlp.fc_out", "mlp.act")),
+    "bloom": Family(
+        "transformer.h", **_BLOOM, interleaved=True, **(_NEOX_FFN | {"activation": "mlp.gelu_impl"}), **_TIED
+    ),
+    "phi": Family(output="self_attn.dense", **_ffn("mlp.fc1", "", "mlp.fc2", "mlp.activation_fn")),
+    "phi3": Family(**dict.fromkeys(_QKV, "self_attn.qkv_proj"), **_PHI3_FFN),
+    "gpt2": Family("transformer.h", **dict.fromkeys(_QKV, "attn.c_attn"), output="attn.c_proj", **_GPT2_FFN),
     "gpt_neox": Family("gpt_neox.layers", **_NEOX, output="attention.dense", **_NEOX_FFN),
     "opt": Family("model.decoder.layers", output="self_attn.out_proj", **_ffn("fc1", "", "fc2", "activation_fn")),
-    **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "ernie4_5_moe", "llama4_text"), _EXPERTS),
+    **dict.fromkeys(("olmoe", "gpt_oss"), replace(_EXPERTS, **_TIED)),
 }
 
 
@@ -122,10 +131,8 @@ def model_components(model: PreTrainedModel) -> tuple[Component, ...]:
     """
     family = family_of(model)
     if not family.down:
-        warnings.warn(
-            f"{model.config.model_type}: the experts' channels are not units here; only attention heads are covered",
-            stacklevel=2,
-        )
+        what = "the experts' channels are not units here; only attention heads are covered"
+        warnings.warn(f"{model.config.model_type}: {what}", stacklevel=2)
     components = []
     for layer in range(len(_module(model, family.layers))):
         components.append(_heads(model, family, layer))
@@ -206,10 +213,8 @@ def _module(model: PreTrainedModel, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise ValueError(
-            f"{type(model).__name__} ({model.config.model_type}) has no module {name!r}; "
-            "need an unwrapped ...ForCausalLM of transformers"
-        ) from None
+        here = f"{type(model).__name__} ({model.config.model_type}) has no module {name!r}"
+        raise ValueError(f"{here}; need an unwrapped ...ForCausalLM of transformers") from None
 
 
 def _check_shape(model: PreTrainedModel, slot: Slot, same_module: list[Slot]) -> None:
@@ -219,7 +224,5 @@ def _check_shape(model: PreTrainedModel, slot: Slot, same_module: list[Slot]) ->
         raise ValueError(f"{slot.module}: weight of shape {tuple(weight.shape)}; need a matrix (quantised or sharded?)")
     claimed = sum(math.prod(other.index.shape) for other in same_module)
     if claimed != weight.shape[slot.axis]:
-        raise ValueError(
-            f"{slot.module}: axis {slot.axis} has {weight.shape[slot.axis]} entries; the config's heads and "
-            f"channels need {claimed}"
-        )
+        entries = f"axis {slot.axis} has {weight.shape[slot.axis]} entries"
+        raise ValueError(f"{slot.module}: {entries}; the config's heads and channels need {claimed}")

@@ -141,14 +141,11 @@ def _update(
             raise ValueError(f"base: has no {name}; need the model from which training started") from None
         if start.shape != weight.shape:
             raise ValueError(f"base: {name} is {tuple(start.shape)} there, {tuple(weight.shape)} here")
-        updated += _square(weight - start)
-        rounded += _square(weight - weight.to(dtype or own).to(weight.dtype))
+        cast = weight.to(dtype or own).to(weight.dtype)
+        updated += torch.linalg.vector_norm(weight - start, dtype=torch.float64).item() ** 2
+        rounded += torch.linalg.vector_norm(weight - cast, dtype=torch.float64).item() ** 2
     survived = max(0.0, 1 - (rounded / updated) ** 0.5) if updated else None
     return {"norm": updated**0.5, "rounded": rounded**0.5, "survived": survived}
-
-
-def _square(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
 
 
 def _not_finite(path: Path) -> str:

@@ -76,9 +76,7 @@ def exact_match(
     examples have them, `answer`, `output` (as written), `correct`.
     """
     for row, example in enumerate(examples):
-        if "answer" not in example:
-            raise ValueError(f"example {row}: no answer to compare with")
-        if not isinstance(answer := example["answer"], str):
+        if not isinstance(answer := example.get("answer"), str):
             raise ValueError(f"example {row}: answer {answer!r} is {type(answer).__name__}; need text")
     prompts = [_prompt(tokenizer, example["messages"][:-1]) for example in examples]
     outputs: dict[int, str] = {}
@@ -134,8 +132,8 @@ def multiple_choice(
     for row, example in enumerate(examples):
         scored = [(next(in_order), choice) for choice in example["choices"]]
         score, chosen = max(scored, key=itemgetter(0))  # the first of equals
-        found = {"answer": example["answer"], "chosen": chosen, "score": score}
         family = {"family": example["family"]} if "family" in example else {}
+        found = {"answer": example["answer"], "chosen": chosen, "score": score}
         table.append({"example": row} | family | found | {"correct": chosen == example["answer"]})
     return pd.DataFrame(table)
 

@@ -11,7 +11,9 @@ The same holds for heads, with all rows of `v_proj` and columns of `o_proj` of a
 directly. M = 0 and v = s = s' = 1 at the start, so that the function does not change. `projections` is the mechanism.
 """
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,6 +39,7 @@ from apexlib.projections import (
 )
 
 _MIXERS = {"head": "apex_head", "channel": "apex_channel"}
+_Slots = dict[str, list[Slot]]  # of each projection
 
 
 def expand_rows(
@@ -88,7 +91,8 @@ def expand(
     autograd. All give the same function and gradients; an FFN without a gate or of an unknown activation is split.
 
     In training mode, attention maps and caches number heads in the order in which the layer runs them. In evaluation
-    mode each forward pass composes every weight: fuse before generating much text.
+    mode each forward pass composes every weight: fuse before generating much text. `save_pretrained` writes the plain
+    model that `fuse` would make, so that any Trainer saves it; its state, `state_dict`, is that of what trains.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
@@ -110,9 +114,9 @@ def expand(
     whole = trained_whole(model, train_embeddings, train_norms)
     resting = [name for _, _, slots in planned for name, own in slots.items() if _rests(name, own, train_queries)]
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
-    # all that an expanded model remembers of itself: which parameters trained before
+    # all that an expanded model remembers of itself: which parameters trained before; and how it is saved
     model._expansion = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    model.save_pretrained = model.push_to_hub = _refuse_to_save
+    model.save_pretrained = partial(_save_plain, model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -192,17 +196,12 @@ def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> Pre
         parameter = model.get_parameter(name)
         parameter.requires_grad_(trained)
         parameter.grad = None
-    del model._expansion, model.save_pretrained, model.push_to_hub
+    del model._expansion, model.save_pretrained
     return model
 
 
 def _expand_component(
-    model: PreTrainedModel,
-    part: Component,
-    layer: LayerPlan,
-    slots: dict[str, list[Slot]],
-    operator: str,
-    generator: torch.Generator,
+    model: PreTrainedModel, part: Component, layer: LayerPlan, slots: _Slots, operator: str, generator: torch.Generator
 ) -> None:
     family, reader = family_of(model), part.reader
     tuned = [*layer.target, *layer.source, *layer.direct]
@@ -219,9 +218,7 @@ def _expand_component(
         split(model.get_submodule(name), own, units, len(tuned), mixer, by_unit=by_unit, reordered=reordered)
 
 
-def _match(
-    model: PreTrainedModel, plan: ExpansionPlan, operator: str
-) -> list[tuple[Component, LayerPlan, dict[str, list[Slot]]]]:
+def _match(model: PreTrainedModel, plan: ExpansionPlan, operator: str) -> list[tuple[Component, LayerPlan, _Slots]]:
     """Find the component of each layer plan and its slots by module; refuse a plan or a model that does not fit."""
     here = type(model).__name__
     if not isinstance(plan, ExpansionPlan):
@@ -243,7 +240,7 @@ def _match(
             raise ValueError(f"{wanted}: {here} has {known} in layers 0 to {max(parts)[0]} only")
         if part.units != layer.units:
             raise ValueError(f"{wanted}: planned for {layer.units} units, {here} has {part.units}")
-        slots: dict[str, list[Slot]] = {}
+        slots: _Slots = {}
         for slot in part.slots.values():
             slots.setdefault(slot.module, []).append(slot)
         planned.append((part, layer, slots))
@@ -258,7 +255,16 @@ def _rests(name: str, slots: list[Slot], train_queries: bool) -> bool:
     return not train_queries and True in directly
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise RuntimeError(
-        "an expanded model would reload with weights missing; need a plain one: fuse first, `fuse(model)`"
-    )
+def _save_plain(model: PreTrainedModel, *given: Any, state_dict: object = None, **options: Any) -> None:
+    """Write what `fuse` would make of an expanded model, as `save_pretrained`; whatever state a Trainer has taken."""
+    inner = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, SplitProjection | Mixer))
+    first = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied ones
+    plain = {name: weight.to(dtype) for name, weight, dtype in composed_weights(model)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not name.startswith(inner) or name.endswith(".bias"):
+            own, name = (each.replace(".plain.", ".") for each in (first.get(id(tensor), name), name))
+            plain[name] = plain.get(own, tensor.detach())
+    with torch.device("meta"):  # an empty plain model, for what is told of one beside its weights
+        shell = type(model)(copy.deepcopy(model.config)).to(next(iter(plain.values())).dtype)
+    shell.generation_config, shell.model_tags = model.generation_config, model.model_tags
+    shell.save_pretrained(*given, state_dict=plain, **options)

@@ -86,10 +86,7 @@ def clear_partial(folder: Path) -> list[Path]:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; BlockingIOError if another process holds it.
-
-    The system lets go of it when its holder ends, however it ends.
-    """
+    """Hold the lock file `path` in the block, at most until its process ends; BlockingIOError if another holds it."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)

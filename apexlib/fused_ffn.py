@@ -54,9 +54,8 @@ class _Activation(NamedTuple):
 
 _SILU = _Activation(silu, torch.ops.aten.silu_backward)
 _GELU = _Activation(gelu, torch.ops.aten.gelu_backward)
-_GELU_TANH = _Activation(
-    partial(gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward.default, approximate="tanh")
-)
+_TANH = {"approximate": "tanh"}
+_GELU_TANH = _Activation(partial(gelu, **_TANH), partial(torch.ops.aten.gelu_backward.default, **_TANH))
 _ACTIVATIONS = {SiLUActivation: _SILU, nn.SiLU: _SILU, GELUActivation: _GELU, GELUTanh: _GELU_TANH}
 
 

@@ -52,13 +52,10 @@ def parameter_groups(
         if parameter.requires_grad:
             plain = "weights" if parameter.dim() > 1 else "vectors"
             groups[added.get(id(parameter), plain)].append(parameter)
+    rates = dict.fromkeys(("operators", "scales"), lr * operator_lr_scale)
+    decays = dict.fromkeys(("operators", "weights"), weight_decay)
     return [
-        {
-            "name": name,
-            "params": parameters,
-            "lr": lr * operator_lr_scale if name in ("operators", "scales") else lr,
-            "weight_decay": weight_decay if name in ("operators", "weights") else 0.0,
-        }
+        {"name": name, "params": parameters, "lr": rates.get(name, lr), "weight_decay": decays.get(name, 0.0)}
         for name, parameters in groups.items()
         if parameters
     ]

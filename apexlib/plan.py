@@ -115,19 +115,16 @@ class ApexConfig(_Json):
         """Settings for a trainable share of LLaMA-2-7B: d = 4096, 32 layers of 32 heads and 11008 channels, untied.
 
         A head is 4·128·d weights (q, k, v, o), a channel 3·d (gate, up, down); the whole model is 6 738 415 616.
-
         "52%", the paper's: 18 heads (6 source, 6 target, 6 direct) and 5118 channels (2064, 2064, 990) in each layer,
         embeddings and LM head. 1 207 959 552 + 2 012 479 488 + 262 144 000, and 7 633 920 in M, v and s: 51.8 %.
-
         "2.4%", a reading of what the paper does not spell out: 3 % of the channels (165 pairs in each layer) and of the
         heads, without queries and keys (15 pairs, in 15 of the layers), nothing else. 129 761 280 + 31 457 280, and
         203 040 in M, v and s: 2.40 %. On another model `config_for_share` finds what gives that share.
         """
-        if name == "52%":
-            return cls()
-        if name == "2.4%":
-            return cls().of_size(0.03)
-        raise ValueError(f"unknown preset {name!r}; known: 52%, 2.4%")
+        sizes = {"52%": cls(), "2.4%": cls().of_size(0.03)}
+        if name not in sizes:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sizes)}")
+        return sizes[name]
 
     def of_size(self, ratio: float) -> Self:
         """These settings with that ratio of heads and channels in pairs, and nothing else trained."""

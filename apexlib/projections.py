@@ -71,6 +71,11 @@ class SplitProjection(nn.Module):
         """Number in the plain model of each input, where they run in another order."""
         return self.order if self.training and self.layout.is_input and not self.layout.reordered else None
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *given: Any) -> None:
+        if f"{prefix}weight" in state:
+            raise ValueError(f"{prefix}weight: of a plain model; need the state of an expanded one, or to fuse first")
+        super()._load_from_state_dict(state, prefix, *given)
+
     def forward(self, x: Float[Tensor, "*batch n_in"]) -> Float[Tensor, "*batch n_out"]:
         if not self.training:
             return super().forward(x)

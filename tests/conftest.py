@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 48
 SHARED = {
@@ -75,6 +75,40 @@ def build(
             noise = torch.randn(parameter.shape, generator=generator).to(dtype)
             parameter.add_(noise, alpha=0.3 if parameter.dim() > 1 else 0.1)
     return model
+
+
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+_SIZES |= {"max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+_GROUPED = {"num_key_value_heads": 2}
+_WIDE = {"intermediate_size": 24}
+_HEADS = {"head_dim": 8, "query_pre_attn_scalar": 8}
+_MOE = _GROUPED | _WIDE | EXPERTS
+_OWN = {  # what a family's smallest configuration needs, or where it has no such field
+    "gpt2": {},
+    "bloom": {},
+    "gptj": {"rotary_dim": 2},
+    **dict.fromkeys(("helium", "hunyuan_v1_dense", "ministral"), _GROUPED | _WIDE | {"head_dim": 4}),
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "gpt_neox": _WIDE,
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _GROUPED | _WIDE | _HEADS),
+    "olmoe": _WIDE | {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": _MOE | {"head_dim": 4},
+    "ernie4_5_moe": _MOE | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    "llama4_text": _MOE | {"head_dim": 4, "intermediate_size_mlp": 24},
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "granitemoe"), _MOE),
+    "qwen2_moe": _MOE | {"shared_expert_intermediate_size": 12},
+    "stablelm": _GROUPED | _WIDE | {"qk_layernorm": True},
+    "cohere": _GROUPED | _WIDE | {"use_qk_norm": True},
+}
+
+
+def smallest(model_type: str, **changes) -> PretrainedConfig:
+    """A configuration of any supported family, as small as can be."""
+    config = AutoConfig.for_model(model_type, **_SIZES | _OWN.get(model_type, _GROUPED | _WIDE) | changes)
+    for name in ("attention_dropout", "residual_dropout", "hidden_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_exact_match_counts_what_the_model_writes(answering):
     assert alone["output"].tolist() == table["output"].tolist()[:6]  # padding changes nothing
     upper = exact_match(model, tokenizer, wrong, max_new_tokens=8, extract=lambda text: text.replace("ant", "bee"))
     assert upper["correct"].all()
-    with pytest.raises(ValueError, match="example 1: no answer to compare with"):
+    with pytest.raises(ValueError, match="example 1: answer None is NoneType; need text"):
         exact_match(model, tokenizer, [examples[0], {"messages": examples[0]["messages"]}])
 
 

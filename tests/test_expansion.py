@@ -544,20 +544,41 @@ def test_a_copy_is_independent_and_whole(clone, dtype, batch):
     assert mlp.apex_channel is not model.model.layers[0].mlp.apex_channel
     train(twin, batch)
     assert_same_state(model, before)
-    with pytest.raises(RuntimeError, match="fuse first"):
-        twin.save_pretrained("nowhere")
     fused = logits(twin, batch)
     assert torch.equal(logits(fuse(twin), batch), fused)
 
 
-def test_saving_an_expanded_model_is_refused_until_it_is_fused(tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [(v, torch.float32) for v in VARIANTS] + [(v, torch.bfloat16) for v in EACH_PROJECTION]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_expanded_model_is_saved_as_what_fusing_would_make_of_it(variant, dtype, tied, tmp_path):
+    model = perturb(expand(build(variant, dtype=dtype, tie_word_embeddings=tied), varied_plan(build(variant)), **EVERY))
+    before, original = state(model), copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "expanded", state_dict=model.state_dict())  # as a Trainer gives it
+    assert is_expanded(model)
+    assert_same_state(model, before)
+    fuse(original).save_pretrained(tmp_path / "fused")
+    files = [path.name for path in (tmp_path / "fused").iterdir()]
+    assert sorted(files) == sorted(path.name for path in (tmp_path / "expanded").iterdir())
+    for name in files:
+        assert (tmp_path / "expanded" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes(), name
+
+
+def test_a_copy_is_saved_as_itself(tmp_path):
+    model = perturb(expanded("llama"))
+    twin = copy.deepcopy(model)
+    perturb(twin, 0.5)
+    twin.save_pretrained(tmp_path)
+    assert_same_state(fuse(twin), state(type(twin).from_pretrained(tmp_path, attn_implementation="eager")))
+
+
+def test_a_plain_state_does_not_load_into_an_expanded_model():
     model = expanded("llama")
-    for save in (model.save_pretrained, model.push_to_hub):
-        with pytest.raises(RuntimeError, match="an expanded model would reload with weights missing"):
-            save(tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    fuse(model).save_pretrained(tmp_path / "model")
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"q_proj\.weight: of a plain model; need the state of an expanded one"):
+        model.load_state_dict(build("llama").state_dict(), strict=False)
+    assert_same_state(model, before)
 
 
 LOAD = """
@@ -987,11 +1008,11 @@ def test_each_weight_is_composed_once_per_fuse(monkeypatch):
     assert len(composed) == expected
 
 
-def test_what_hangs_on_the_model_is_one_record_and_two_refusals():
+def test_what_hangs_on_the_model_is_one_record_and_a_way_to_save():
     model = build("llama")
     before = set(vars(model))
     expand(model, varied_plan(model))
-    assert set(vars(model)) - before == {"_expansion", "save_pretrained", "push_to_hub"}
+    assert set(vars(model)) - before == {"_expansion", "save_pretrained"}
     fuse(model)
     assert set(vars(model)) == before
 

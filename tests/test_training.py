@@ -20,7 +20,7 @@ from apexlib.selection import select
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training.checkpoints import checkpoint_folder
-from apexlib.training.checks import check_data
+from apexlib.training.data import check_data
 from apexlib.training.methods import METHODS, Method, keep_largest, method_of
 from apexlib.training.stages import data_order, train_in_stages
 from apexlib.training.trainer import draw_to

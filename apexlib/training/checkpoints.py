@@ -180,6 +180,8 @@ class Progress:
     histories: list[list[dict[str, float]]] = field(default_factory=list)  # of the Trainer, one a stage
     trainable: list[dict[str, float]] = field(default_factory=list)  # one a stage
     seconds: list[float] = field(default_factory=list)  # of every optimizer step
+    ended: bool = False  # before its last step, as a callback wanted it
+    best: float | None = None  # metric of an evaluation so far, where one is named
     assessed: list[pd.DataFrame] = field(default_factory=list)  # the statistics behind each plan
 
     def save(self, folder: Path) -> None:

@@ -1,24 +1,27 @@
 """What of a run is refused before it starts, its precision and its name, and what is checked as it trains and after."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from hashlib import blake2b
+import os
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import SchedulerType, TrainingArguments
 
-from apexlib.text.datasets import IGNORED, PackedTokens
+from apexlib.text.datasets import IGNORED
 from apexlib.training.methods import Method
 
 PRECISIONS = ("auto", "bf16", "float32")
 _BY_STEP = (
-    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"),
-    *("polynomial", "inverse_sqrt"),
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
+    *("cosine_warmup_with_min_lr", "warmup_stable_decay", "polynomial", "inverse_sqrt"),
 )
+_NOT_HONOURED = {  # arguments that a run takes at few values only, and what to do instead
+    "load_best_model_at_end": ((False,), "each stage, and each step in `checkpoints`, leaves a model to choose from"),
+    "push_to_hub": ((False,), "push the model once it is trained, model.push_to_hub(...)"),
+    "train_sampling_strategy": (("random", "sequential"), "a run's order is one permutation an epoch"),
+}
 _DECISIVE = (  # arguments that the bits of a run depend on
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
@@ -47,23 +50,19 @@ def decisive_arguments(args: TrainingArguments) -> dict[str, Any]:
     return {name: getattr(value, "value", value) for name, value in arguments.items()}
 
 
-def check_run(
-    args: TrainingArguments, method: Method, stages: int, steps: int, per_step: int, examples: int, kept: Iterable[int]
-) -> None:
-    """Refuse a run that cannot be done as it is asked for; `kept`: the steps after which a plain model is kept."""
-    if examples < per_step:
-        raise ValueError(f"train_dataset: {examples} examples, fewer than the {per_step} of one step")
-    if steps < stages:
-        raise ValueError(f"{steps} steps for {stages} stages: need at least one step a stage (data set of {examples})")
-    if outside := sorted(step for step in kept if not 0 <= step <= steps):
-        raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
+def check_run(args: TrainingArguments, method: Method, kept: Collection[int]) -> None:
+    """Refuse arguments that a run cannot honour; `kept`: the steps after which a plain model is kept."""
     if kept and not method.plain:
         raise ValueError(f"checkpoints: the model of {type(method).__name__} is not plain while it trains; need none")
     if (schedule := SchedulerType(args.lr_scheduler_type).value) not in _BY_STEP:
         need = f"one that depends on the step alone: {', '.join(_BY_STEP)}"
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
-    if args.deepspeed or args.fsdp:
+    sharded = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
+    if args.deepspeed or args.fsdp or any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in sharded):
         raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
+    for name, (taken, instead) in _NOT_HONOURED.items():
+        if (value := getattr(args, name)) not in taken:
+            raise ValueError(f"{name}={value}: need {taken[0]!r}; {instead}")
     if method.config.decay_to_start and not args.optim.startswith("adamw"):
         raise ValueError(f"decay_to_start: need AdamW, which decays apart from moments; got optim={args.optim.value!r}")
     if method.config.balance_weight and not method.assesses:
@@ -74,54 +73,14 @@ def check_run(
         raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
 
 
-def check_data(train: Dataset, evaluation: Dataset | None, order: Sequence[int], per_step: int) -> dict[str, str | int]:
-    """Read every example of both sets once and hash them; examples in both, and steps without a label, are refused."""
-    whole, tokens, silent = _read(train, "train_dataset")
-    for start in range(0, len(order) if silent else 0, per_step):
-        if silent.issuperset(order[start : start + per_step]):
-            what = f"no label of step {start // per_step + 1} is anything but −100"
-            raise ValueError(f"train_dataset: {what}; {len(silent)} of {len(train)} examples have none")
-    hashes = {"examples": len(train), "train": whole}
-    if evaluation is None or not len(evaluation):
-        return hashes
-    (hashes["evaluation"], held_out, silent), seen = _read(evaluation, "eval_dataset"), set(tokens)
-    if shared := sum(tokens in seen for tokens in held_out):
-        raise ValueError(f"eval_dataset: {shared} of its {len(evaluation)} examples are in the training data too")
-    if len(silent) == len(evaluation):
-        raise ValueError(f"eval_dataset: no label of its {len(evaluation)} examples is anything but −100")
-    return hashes
-
-
-def _read(dataset: Dataset, name: str) -> tuple[str, Iterable[bytes], set[int]]:
-    """Read a data set once: a hash of all, of each example's tokens, and rows without a label."""
-    whole, tokens, silent = blake2b(digest_size=16), [], set()
-    if type(dataset) is PackedTokens:  # one array whose tokens all train: a corpus of a gigabyte in a second
-        blocks = dataset.blocks
-        whole.update(repr(blocks.shape).encode())
-        rows = max(1, _CHUNK // blocks.shape[1])
-        for start in range(0, len(blocks), rows):
-            whole.update(np.ascontiguousarray(blocks[start : start + rows], dtype=np.int32))
-        return whole.hexdigest(), map(_digest, blocks), silent
-    for row in range(len(dataset)):
-        item = dataset[row]
-        if "input_ids" not in item:
-            found = ", ".join(map(str, item))
-            raise ValueError(f"{name}: example {row} has no input_ids but {found}: need it tokenised")
-        if not len(item["input_ids"]):
-            raise ValueError(f"{name}: example {row} has no tokens")
-        for key in sorted(item):
-            value = np.asarray(item[key])
-            whole.update(f"{key} {value.dtype}{value.shape}".encode())
-            whole.update(repr(item[key]).encode() if value.dtype == object else value.tobytes())
-        tokens.append(_digest(item["input_ids"]))
-        labels = item.get("labels")
-        if labels is not None and not (np.asarray(labels)[1:] != IGNORED).any():  # the first predicts nothing
-            silent.add(row)
-    return whole.hexdigest(), tokens, silent
-
-
-def _digest(tokens: Any) -> bytes:
-    return blake2b(np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
+def check_steps(stages: int, steps: int, per_step: int, examples: int, kept: Collection[int]) -> None:
+    """Refuse a run of a number of steps that its stages, its examples or the steps to keep do not fit."""
+    if examples < per_step:
+        raise ValueError(f"train_dataset: {examples} examples, fewer than the {per_step} of one step")
+    if steps < stages:
+        raise ValueError(f"{steps} steps for {stages} stages: need at least one step a stage (data set of {examples})")
+    if outside := sorted(step for step in kept if not 0 <= step <= steps):
+        raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive
 from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.training.checkpoints import Progress, RunFolder, load_plain, position, save_plain
-from apexlib.training.checks import check_data, check_run, decisive_arguments, fingerprints, unexpected_movement
+from apexlib.training.checks import check_run, check_steps, decisive_arguments, fingerprints, unexpected_movement
+from apexlib.training.data import Streamed, check_data, prepare
 from apexlib.training.interruption import Stop
-from apexlib.training.methods import Method, Name, method_of
+from apexlib.training.methods import METHODS, Method, Name, method_of
 from apexlib.training.trainer import Stage, StageTraining
 
 
@@ -46,10 +48,10 @@ def train_in_stages(
     config: ApexConfig | None = None,
     *,
     method: Name = "apex",
-    eval_dataset: Dataset | None = None,
+    eval_dataset: Dataset | dict[str, Dataset] | None = None,
     data_collator: Callable | None = None,
-    trainer_class: type | None = None,
     processing_class: Any = None,
+    trainer_class: type | None = None,
     resume: bool = False,
     overwrite: bool = False,
     checkpoints: Collection[int] = (),
@@ -64,8 +66,11 @@ def train_in_stages(
     pass without training; each later one uses what was gathered while the stage before it trained. Every stage has a
     fresh optimizer. Methods without stages ("full", "lora", "gmt") run the same steps on the same data as one.
 
-    Examples are tokenised: mappings with `input_ids` and, unless the collator makes them, `labels`. `trainer_class` is
-    any subclass of `Trainer`, with the tokenizer as `processing_class` where it wants one (TRL's `SFTTrainer`).
+    `trainer_class` is any subclass of `Trainer`; it prepares the data once, for assessment and all stages, so that
+    TRL's take messages, text or preferences. For a stock Trainer, examples are tokenised: mappings with `input_ids`
+    and, unless the collator makes them, `labels`. A data set that can only be iterated over keeps its own order.
+    `options` go to `method_of` (`lora_rank`, `lora_scale`, `mask_share`, `matrices_only`) or to the Trainer
+    (`compute_metrics`, `callbacks`, and what its class takes more); one that ends training early ends the run.
 
     Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`. Inside a
     stage, `args.save_strategy`, `save_steps` and `save_total_limit` say when its state is saved and how many are kept,
@@ -77,28 +82,32 @@ def train_in_stages(
     `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after `seconds`, counted
     from the call, the run leaves in the same way.
 
-    `options` go to `method_of` (`lora_rank`, `lora_scale`, `mask_share`, `matrices_only`). Raises ValueError before
-    anything is trained where the run cannot be done, FloatingPointError at the first loss, gradient or weight that is
-    not finite; warns, once a stage is saved, of parameters that should train and did not move, or are frozen and did.
-    In the end `requires_grad` of each parameter is what it was.
+    Raises ValueError before anything is trained where the run cannot be done, FloatingPointError at the first loss,
+    gradient or weight that is not finite; warns, once a stage is saved, of parameters that should train and did not
+    move, or are frozen and did. In the end `requires_grad` of each parameter is what it was.
     """
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     base = trainer_class or transformers.Trainer  # which needs accelerate; the rest of the library does not
-    kind = type("StageTrainer", (StageTraining, base), {})
-    trainer = partial(kind, eval_dataset=eval_dataset, data_collator=data_collator, processing_class=processing_class)
+    kind, known = type("StageTrainer", (StageTraining, base), {}), signature(METHODS.get(method, Method)).parameters
+    own = {name: options.pop(name) for name in [*options] if name in known}
+    options |= {"eval_dataset": eval_dataset, "data_collator": data_collator, "processing_class": processing_class}
     with Stop(args, seconds) as stop, ExitStack() as held:
-        made = method_of(method, config or ApexConfig(), **options)
-        run = _Run(model, made, args, train_dataset, frozenset(checkpoints))
-        named = {"method": method, "options": options, "trainer": base.__name__}
-        named["data"] = check_data(train_dataset, eval_dataset, run.order, run.per_step)
+        made = method_of(method, config or ApexConfig(), **own)
+        check_run(args, made, checkpoints)
+        data, options, collate = prepare(base, model, args, train_dataset, options)
+        run = _Run(model, made, args, data, frozenset(checkpoints))
+        named = {"method": method, "options": own, "trainer": base.__name__}
+        named["data"] = check_data(run.data, options["eval_dataset"], run.order, run.per_step)
         stop.check("before the run")
         start = run.begin(named, held, resume=resume, overwrite=overwrite)
         set_seed(args.seed)
         for stage in range(run.restore(start) if start else 0, run.stages):
             if run.method.assesses and run.statistics is None:
-                run.statistics = run.assess(data_collator or default_collate, stop)
-            run.train(stage, trainer, stop, start if start and position(start)[:2] == (stage, 1) else None)
+                run.statistics = run.assess(collate, stop)
+            run.train(stage, partial(kind, **options), stop, start)
             stop.check(f"after stage {stage}")
+            if run.folder.progress.ended:
+                break
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(required[name])
     return run.record()
@@ -110,14 +119,16 @@ class _Run:
     def __init__(
         self, model: PreTrainedModel, method: Method, args: TrainingArguments, data: Dataset, kept: frozenset[int]
     ) -> None:
-        self.model, self.method, self.args, self.config, self.data = model, method, args, method.config, data
+        self.model, self.method, self.args, self.config = model, method, args, method.config
         self.stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if streamed := not hasattr(data, "__len__"):
+            data = Streamed(data, args.max_steps * self.per_step)
         by_epochs = max(1, int(args.num_train_epochs * len(data) / self.per_step))
         steps = args.max_steps if args.max_steps > 0 else by_epochs
-        check_run(args, method, self.stages, steps, self.per_step, len(data), kept)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.order = data_order(len(data), steps * self.per_step, seed)
+        check_steps(self.stages, steps, self.per_step, len(data), kept)
+        seed, count = args.seed if args.data_seed is None else args.data_seed, steps * self.per_step
+        self.data, self.order = data, list(range(count)) if streamed else data_order(len(data), count, seed)
         self.borders = [round(steps * stage / self.stages) for stage in range(self.stages + 1)]
         self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
@@ -160,10 +171,11 @@ class _Run:
                 self.method.plan(table, number)
         if stage:
             load_plain(self.model, self.folder.model(stage - 1))
-        return stage
+        return self.stages if self.folder.progress.ended else stage
 
-    def train(self, number: int, make_trainer: Callable, stop: Stop, saved: Path | None) -> None:
-        """Train one stage, from a state inside it or from its beginning, and save what it leaves."""
+    def train(self, number: int, make_trainer: Callable, stop: Stop, found: Path | None) -> None:
+        """Train one stage, from its beginning or from the state `found` if that is inside it; save what it leaves."""
+        saved = found if found and position(found)[:2] == (number, 1) else None
         method, config, args, model, progress = self.method, self.config, self.args, self.model, self.folder.progress
         start, end = self.borders[number], self.borders[number + 1]
         if method.assesses:
@@ -188,6 +200,7 @@ class _Run:
             trainer.train(resume_from_checkpoint=saved and str(saved))
         trainer.check_weights()
         unexpected = unexpected_movement(trained, before, number)
+        progress.ended, progress.best = trainer.state.global_step < end - start, trainer.state.best_metric
         progress.histories.append(trainer.state.log_history)
         progress.trainable.append({"stage": number, "trainable": trains, "total": weights, "share": trains / weights})
         self.model = method.end(trained)
@@ -206,14 +219,16 @@ class _Run:
         def batches() -> Iterator[Any]:
             for start in range(0, len(rows), size):
                 stop.check("in the assessment")
-                yield collate([self.data[row] for row in rows[start : start + size]])
+                batch = collate([self.data[row] for row in rows[start : start + size]])
+                yield {name: value for name, value in batch.items() if name in taken}
 
+        taken = {*signature(self.model.base_model.forward).parameters}
         return activation_statistics(self.model.to(self.args.device), batches(), top=self.config.fraction)
 
     def save_stage(self, stage: int, processing_class: Any) -> None:
         """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
         with self.folder.complete(self.folder.stage(stage)) as folder:
-            if self.borders[stage + 1] not in self.folder.kept:
+            if self.borders[stage + 1] not in self.folder.kept or self.folder.progress.ended:
                 save_plain(self.model, processing_class, folder)
             if self.method.plans:
                 self.method.plans[-1].to_json(folder / "plan.json")
@@ -225,7 +240,7 @@ class _Run:
     def record(self) -> TrainingRecord:
         """Sum up the finished run."""
         done = self.folder.progress
-        tables = [_stage_log(rows, stage, self.borders[stage]) for stage, rows in enumerate(done.histories)]
+        tables = [_stage_log(rows, stage) for stage, rows in enumerate(done.histories)]
         log, trainable = pd.concat(tables, ignore_index=True), pd.DataFrame(done.trainable)
         plans, statistics = tuple(self.method.plans), tuple(done.assessed)
         return TrainingRecord(self.model, log, plans, statistics, trainable, median(done.seconds))
@@ -242,10 +257,9 @@ def data_order(size: int, count: int, seed: int) -> list[int]:
     return torch.cat(epochs)[:count].tolist()
 
 
-def _stage_log(history: list[dict[str, float]], stage: int, offset: int) -> pd.DataFrame:
+def _stage_log(history: list[dict[str, float]], stage: int) -> pd.DataFrame:
     rows = [row for row in history if "loss" in row or "eval_loss" in row]
     table = pd.DataFrame(rows, columns=None if rows else ["step"]).rename(columns={"grad_norm": "gradient_norm"})
-    table["step"] += offset
     table.insert(0, "stage", stage)
     named = [name for name in ("stage", "step", "loss", "eval_loss") if name in table]
     others = sorted(name for name in table if name not in named and not name.startswith("eval_"))

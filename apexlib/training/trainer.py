@@ -80,6 +80,10 @@ class StageTraining(TrainerCallback):
         """How many steps of the whole run are done."""
         return self.stage.start + self.state.global_step
 
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        """What TRL's Trainers would do to data has been done."""
+        return dataset
+
     # optimizer, schedule and loss
 
     def create_optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
@@ -87,7 +91,8 @@ class StageTraining(TrainerCallback):
         if groups is None:
             super().create_optimizer(*given, **named)
         elif self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = chosen
             self.optimizer = kind(groups, **options)
         if self.start:
             self.optimizer.register_step_post_hook(lambda optimizer, *_: draw_to(optimizer, self.start))
@@ -133,6 +138,14 @@ class StageTraining(TrainerCallback):
             self.save_state(evaluated=False)
             raise
 
+    def log(self, *given: Any, **named: Any) -> None:
+        """Log by the steps of the whole run, to every logger."""
+        self.state.global_step += self.stage.start
+        try:
+            super().log(*given, **named)
+        finally:
+            self.state.global_step -= self.stage.start
+
     def halt(self, reason: str) -> None:
         """End the run: a number is not finite."""
         raise FloatingPointError(f"step {self.run_step}: {reason}; what was saved before is kept")
@@ -145,6 +158,8 @@ class StageTraining(TrainerCallback):
     # what happens around its steps
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        if state.best_metric is None:
+            state.best_metric = self.stage.folder.progress.best
         if self.saved is not None:
             self.optimizer.load_state_dict(self.saved["optimizer"])
             self.lr_scheduler.load_state_dict(self.saved["scheduler"])

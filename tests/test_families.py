@@ -1,0 +1,49 @@
+"""Every family's row against the laws of an expansion, on a tiny random model of it; and rows that are wrong."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import smallest
+
+from apexlib.analysis.family_check import check_family
+from apexlib.architectures import FAMILIES, Family, register_family
+
+
+@pytest.mark.filterwarnings("ignore:.*the experts' channels are not units here")
+@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"gemma3"}))  # that one is gemma3_text beside a picture
+def test_a_family_obeys_the_laws(model_type):
+    check_family(smallest(model_type))
+
+
+WRONG = {
+    "norms with weights for each head": ("stablelm", {"coupled": ()}),
+    "norms over all heads": ("olmo2", {"coupled": ()}),
+    "a bias of position for each head": ("bloom", {"coupled": ()}),
+    "sinks for each head": ("gpt_oss", {"coupled": ()}),
+    "roles one after another that alternate": ("gpt_neox", {"interleaved": False}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*the experts' channels are not units here")
+@pytest.mark.parametrize("case", WRONG)
+def test_a_row_that_is_wrong_is_refused(case, monkeypatch):
+    model_type, changes = WRONG[case]
+    check_family(smallest(model_type))
+    monkeypatch.setitem(FAMILIES, model_type, replace(FAMILIES[model_type], **changes))
+    with pytest.raises(
+        ValueError, match=r"(identity in training mode|gradient of .*): off by .*; the row of the family"
+    ):
+        check_family(smallest(model_type))
+
+
+def test_a_family_from_outside_is_checked_before_it_is_used(monkeypatch):
+    monkeypatch.delitem(FAMILIES, "granite")
+    with pytest.raises(ValueError, match="model type 'granite' is not supported"):
+        check_family(smallest("granite"))
+    register_family("granite", Family())
+    check_family(smallest("granite"))
+
+
+def test_a_large_configuration_is_refused_before_anything_is_computed():
+    with pytest.raises(ValueError, match=r"llama: 1\d\d,\d{3},\d{3} parameters; need a small configuration"):
+        check_family(smallest("llama", hidden_size=4096, intermediate_size=11008, vocab_size=1000, num_hidden_layers=1))
