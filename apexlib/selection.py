@@ -104,11 +104,11 @@ def unit_counts(
 def _layers_with_heads(statistics: pd.DataFrame, config: ApexConfig, seed: int, stage: int) -> set[int]:
     """Layers whose heads train: all, or with `config.spread_heads`, as the release does, one for each pair there is."""
     heads = statistics.loc[statistics["component"] == "head", "layer"]
-    layers, units = sorted(heads.unique().tolist()), len(heads)
-    if not config.spread_heads or not layers or _floor(config.fraction, units // len(layers), 1):
+    layers = sorted(heads.unique().tolist())
+    if not config.spread_heads:
         return set(layers)
     drawn = np.random.default_rng([seed, stage]).permutation(layers)
-    return set(drawn[: _floor(config.fraction, units, 1)].tolist())
+    return set(drawn[: _floor(config.fraction, len(heads), 1)].tolist())
 
 
 def _floor(share: float, units: int, align: int) -> int:

@@ -209,6 +209,12 @@ def test_halving_keeps_earlier_targets_tuned_and_never_takes_them_again(layers, 
         select(statistics_table(4, channels + 1, layers), config, stage=1, previous=plans[:1])
 
 
+def test_the_first_stage_has_the_whole_fraction():
+    config = ApexConfig(fraction=0.25, direct_channels=0.6, halve_fraction=True)
+    assert unit_counts(64, "channel", config)[0] == unit_counts(64, "channel", config, stage=0)[0] == 16
+    assert unit_counts(64, "channel", config, stage=1)[0] == 8
+
+
 def test_without_halving_earlier_plans_do_not_matter():
     table = statistics_table()
     assert select(table, stage=1, previous=[select(table)]).layers == select(table).layers
@@ -465,7 +471,7 @@ def test_heads_are_spread_over_as_many_layers_as_their_share_allows(layers, head
     table = pd.DataFrame(rows, columns=["layer", "component", "unit"]).assign(activation=1.0, rank_score=0)
     plan = select(table, config, seed=seed)
     chosen = [part for part in plan.layers if part.component == "head"]
-    assert plan == select(table, config, seed=seed)
+    assert plan == select(table.sample(frac=1.0, random_state=seed), config, seed=seed)
     if math.floor(fraction * heads + 1e-9):
         assert len(chosen) == layers
     else:
