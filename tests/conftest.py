@@ -55,6 +55,16 @@ _NOT_TAKEN = {
 }
 
 
+_PDROP = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    for name in (*(f"{part}_dropout" for part in ("attention", "hidden", "residual")), "dropout", *_PDROP):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
 def build(
     variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str = "eager", **changes
 ) -> PreTrainedModel:
@@ -62,9 +72,7 @@ def build(
     family, own = VARIANTS[variant]
     settings = {name: value for name, value in SHARED.items() if name not in _NOT_TAKEN.get(family, ())}
     config = AutoConfig.for_model(family, **(settings | own | changes))
-    for dropout in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"):
-        if hasattr(config, dropout):
-            setattr(config, dropout, 0.0)
+    without_dropout(config)
     options = {"attn_implementation": attention} | ({"experts_implementation": "eager"} if "num_experts" in own else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -104,11 +112,9 @@ _OWN = {  # what a family's smallest configuration needs, or where it has no suc
 
 def smallest(model_type: str, **changes) -> PretrainedConfig:
     """A configuration of any supported family, as small as can be."""
-    config = AutoConfig.for_model(model_type, **_SIZES | _OWN.get(model_type, _GROUPED | _WIDE) | changes)
-    for name in ("attention_dropout", "residual_dropout", "hidden_dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    return config
+    return without_dropout(
+        AutoConfig.for_model(model_type, **_SIZES | _OWN.get(model_type, _GROUPED | _WIDE) | changes)
+    )
 
 
 @pytest.fixture

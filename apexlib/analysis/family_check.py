@@ -34,15 +34,16 @@ def check_family(config: PretrainedConfig, *, seed: int = 0) -> None:
     """
     model = _random_model(config, seed)
     ids = torch.randint(2, config.get_text_config().vocab_size, (2, 9), generator=torch.Generator().manual_seed(seed))
-    base, before = copy.deepcopy(model), _loss(model, ids)
-    expand(model, _plan(model, seed), ffn="split", seed=seed)
-    _compare("identity in training mode", _loss(model.train(), ids), before)
+    base, before = copy.deepcopy(model), _log_probabilities(model, ids)
+    plan = _plan(model, seed)
+    expand(model, plan, ffn="split", seed=seed)
+    _compare("identity in training mode", _log_probabilities(model.train(), ids), before)
     _disturb(model, seed)
     trained = _gradients(model.train(), ids)
     for name, gradient in _gradients(model.eval(), ids).items():
         _compare(f"gradient of {name}", trained[name], gradient)
-    expected, plan = _loss(model, ids), _plan(model, seed)
-    _compare("fusing", _loss(fuse(model), ids), expected)
+    expected = _log_probabilities(model, ids)
+    _compare("fusing", _log_probabilities(fuse(model), ids), expected)
     for where, still, moved in _movement(base, model, plan):
         if not still or not moved:
             what = "a unit outside the plan has changed" if moved else "a unit of the plan has not changed"
@@ -87,13 +88,14 @@ def _disturb(model: PreTrainedModel, seed: int) -> None:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
 
-def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
 
 
 def _gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    loss = torch.nn.functional.nll_loss(_loss(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    said = _log_probabilities(model, ids)[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.nll_loss(said, ids[:, 1:].flatten())
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 

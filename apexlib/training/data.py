@@ -28,8 +28,7 @@ def prepare(
     """
     if refused := [name for name in _NOT_TAKEN if options.get(name) is not None]:
         raise ValueError(f"{refused[0]}: {_NOT_TAKEN[refused[0]]}")
-    quiet = {name: value for name, value in options.items() if name != "callbacks"}
-    trainer = kind(model=model, args=args, train_dataset=train, **quiet)
+    trainer = kind(model=model, args=args, train_dataset=train, **{**options, "callbacks": None})
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     return trainer.train_dataset, {**options, "eval_dataset": trainer.eval_dataset}, collate
 

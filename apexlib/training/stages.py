@@ -191,7 +191,7 @@ class _Run:
         data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
         own, epoch = copy.copy(args), len(self.data) / self.per_step
         stage = Stage(number, start, epoch, method, recorder, self.folder, stop)
-        vars(own).update(max_steps=end - start, train_sampling_strategy="sequential", load_best_model_at_end=False)
+        vars(own).update(max_steps=end - start, train_sampling_strategy="sequential")
         own.eval_on_start = args.eval_on_start and saved is None and not start
         trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
