@@ -1,9 +1,11 @@
 """What a result depends on: each change of code either leaves the key as it is, or makes another."""
 
+import json
 import subprocess
 import sys
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -452,6 +454,14 @@ def test_a_run_of_the_library_depends_on_what_computes_it_and_on_nothing_else():
     others = ("figures", "overview", "runner", "ledger", "trials")
     for room in (*(f"suite.{name}" for name in others), "analysis.difference", "analysis.function_spectrum"):
         assert not [name for name in found if name.startswith(f"apexlib.{room}")]
+
+
+@pytest.mark.parametrize("notebook", ["03_instruction_tuning", "04_continued_pretraining", "06_ablations"])
+def test_a_notebook_that_keeps_its_runs_depends_on_nothing_that_only_keys_or_shows_them(notebook):
+    cells = json.loads((Path(__file__).parents[1] / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    found = code_of_source(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    for name in ("suite.runner", "suite.overview", "suite.cli", "analysis.family_check", "analysis.function_spectrum"):
+        assert not [each for each in found if each.startswith(f"apexlib.{name}")]
 
 
 def test_it_takes_no_torch_and_little_time():

@@ -9,7 +9,7 @@ A tree (`Part`) has no docstrings, comments, formatting and messages: they decid
 
 import ast
 import hashlib
-import sys
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import chain
@@ -34,7 +34,7 @@ def code_of(function: Callable[..., Any]) -> dict[str, str]:
     The library is `apexlib` and the package, or else the file, in which the function stands.
     """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "").split(".")[0]
-    file = getattr(sys.modules.get(module), "__file__", None)
+    file = getattr(inspect.getmodule(function), "__file__", None)
     if not name or file is None:
         raise ValueError(f"{function!r}: need a function of a module that has a source file")
     path = Path(file).parent if Path(file).name == "__init__.py" else Path(file).with_suffix("")
