@@ -90,8 +90,8 @@ def expand(
     and up before the activation, "recompute" only its input, at the price of three more products; "split" is plain
     autograd. All give the same function and gradients; an FFN without a gate or of an unknown activation is split.
 
-    In training mode, attention maps and caches number heads in the order in which the layer runs them. In evaluation
-    mode each forward pass composes every weight: fuse before generating much text. `save_pretrained` writes the plain
+    In training mode attention maps number heads in the order in which the layer runs them, and a filled cache of keys
+    and values, which may have another order, raises ValueError. In evaluation mode each forward pass composes every weight: fuse before generating much text. `save_pretrained` writes the plain
     model that `fuse` would make, so that any Trainer saves it; its state, `state_dict`, is that of what trains.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -114,8 +114,10 @@ def expand(
     whole = trained_whole(model, train_embeddings, train_norms)
     resting = [name for _, _, slots in planned for name, own in slots.items() if _rests(name, own, train_queries)]
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
-    # all that an expanded model remembers of itself: which parameters trained before; and how it is saved
-    model._expansion = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    # all that an expanded model remembers of itself: which parameters trained before, a check, and how it is saved
+    trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    hook = model.base_model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
+    model._expansion = {"trained": trained, "hook": hook}
     model.save_pretrained = partial(_save_plain, model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -186,13 +188,21 @@ class Mixer(nn.Module):
         return rearrange(rows, "(unit dim) (copy d) -> (unit copy dim) d", copy=copies, dim=self.dim)
 
 
+def _refuse_cache(model: nn.Module, _: tuple, inputs: dict[str, Any]) -> None:
+    cache = inputs.get("past_key_values")
+    if model.training and cache is not None and cache.get_seq_length():
+        what = f"past_key_values of {cache.get_seq_length()} tokens: may number heads in another order"
+        raise ValueError(f"{what} than an expanded model in training; need an empty cache, or model.eval()")
+
+
 def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> PreTrainedModel:
     """Make the model plain again, with its `composed` rows, and forget that it was expanded."""
     make_plain(model, composed)
     for module in model.modules():
         for name in [name for name, child in module.named_children() if isinstance(child, Mixer)]:
             delattr(module, name)
-    for name, trained in model._expansion.items():
+    model._expansion["hook"].remove()
+    for name, trained in model._expansion["trained"].items():
         parameter = model.get_parameter(name)
         parameter.requires_grad_(trained)
         parameter.grad = None

@@ -531,6 +531,24 @@ def test_a_state_loads_into_a_model_expanded_by_the_same_plan_or_one_of_the_same
         assert_same_state(fuse(loaded), state(fuse(copy.deepcopy(model))))
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox"])
+def test_a_cache_that_numbers_heads_otherwise_is_refused_in_training(variant, batch):
+    model = expanded(variant)
+    tokens = batch["input_ids"]
+    with torch.no_grad():
+        cached = model.eval()(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+        step = {"input_ids": tokens[:, -1:], "past_key_values": cached}
+        with pytest.raises(
+            ValueError, match=rf"past_key_values of {tokens.shape[1] - 1} tokens: .* need an empty cache"
+        ):
+            model.train()(**step)
+        whole = model.eval()(input_ids=tokens).logits[:, -1]
+        torch.testing.assert_close(model(**step).logits[:, -1], whole, rtol=1e-4, atol=1e-5)
+        model.train()(input_ids=tokens)  # which fills a cache of its own
+        hooks = [*fuse(model).base_model._forward_pre_hooks]
+    assert hooks == []
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_is_independent_and_whole(clone, dtype, batch):
