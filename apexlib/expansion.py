@@ -91,8 +91,9 @@ def expand(
     autograd. All give the same function and gradients; an FFN without a gate or of an unknown activation is split.
 
     In training mode attention maps number heads in the order in which the layer runs them, and a filled cache of keys
-    and values, which may have another order, raises ValueError. In evaluation mode each forward pass composes every weight: fuse before generating much text. `save_pretrained` writes the plain
-    model that `fuse` would make, so that any Trainer saves it; its state, `state_dict`, is that of what trains.
+    and values, which may have another order, raises ValueError. In evaluation mode each forward pass composes every
+    weight: fuse before generating much text. `save_pretrained` writes the plain model that `fuse` would make, so that
+    any Trainer saves it; its state, `state_dict`, is that of what trains.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,

@@ -154,12 +154,14 @@ def test_rows_outside_every_plan_keep_their_bits(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_the_schedule_is_one_cosine_over_all_stages(stages, tiny_model, tmp_path):
+def test_the_schedule_is_one_cosine_over_all_stages_and_each_warms_up_anew(stages, tiny_model, tmp_path):
     config = ApexConfig(**(vars(SMALL) | {"stages": stages, "operator_lr_scale": 3.0}))
     record = run(tiny_model, tmp_path, config=config, max_steps=9, warmup_steps=2)
     step = torch.arange(9.0)
     cosine = 0.5 * (1 + torch.cos(math.pi * (step - 2) / 7))
     expected = 1e-2 * torch.where(step < 2, step / 2, cosine)
+    for start in [round(9 * stage / stages) for stage in range(1, stages)]:  # a third and two thirds of the rate
+        expected[start : start + 2] *= torch.tensor([1 / 3, 2 / 3])[: 9 - start]
     logged = torch.tensor(record.log["learning_rate"].to_numpy(), dtype=torch.float32)
     assert_close(logged / logged.max(), expected / expected.max(), rtol=1e-5, atol=1e-8)
     assert record.log["step"].tolist() == list(range(1, 10))

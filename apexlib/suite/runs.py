@@ -66,7 +66,7 @@ def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Setti
     """
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
     data = {"train_dataset": conversations(tokenizer, chat, "train")}
-    data["data_collator"] = collate(pad_token(tokenizer), multiple_of=8)
+    data["data_collator"] = collate(pad_token(tokenizer), multiple_of=8 if torch.cuda.is_available() else None)
     record, cost = _train(model, data, folder, lr_scheduler_type="cosine", **training)
     cost |= movement(load_model(base, dtype=torch.float32), record.model)
     return cost | instruction_scores(record.model, tokenizer, chat=chat, retention=retention)
@@ -105,7 +105,8 @@ def instruction_scores(
     """
     scores: dict[str, Any] = {}
     for split, name in (("valid", "valid_loss"), ("test", "answer_loss")):
-        held_out = batches(conversations(tokenizer, chat, split), 64, collator=collate(pad_token(tokenizer)))
+        by_length = sorted(conversations(tokenizer, chat, split), key=lambda item: len(item["input_ids"]))
+        held_out = batches(by_length, 64, collator=collate(pad_token(tokenizer)))
         scores[name] = float(perplexity(model, held_out, quiet=True)["loss"])
     asked = pd.Series([example for example in examples(chat, "test") if "answer" in example])
     by_choice = asked.map(lambda example: "choices" in example)

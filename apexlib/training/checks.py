@@ -1,6 +1,5 @@
 """What of a run is refused before it starts, its precision and its name, and what is checked as it trains and after."""
 
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -84,16 +83,16 @@ def check_steps(stages: int, steps: int, per_step: int, examples: int, kept: Col
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name the first tensor that holds NaN or an infinite value; one synchronisation with the device for all.
+    """Name the first tensor that holds NaN or an infinite value.
 
-    >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, math.nan])), ("c", torch.ones(1))])
+    >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, torch.nan])), ("c", torch.ones(1))])
     'b'
     """
-    filled = ((name, tensor.detach()) for name, tensor in tensors if tensor.numel())
-    found = [(name, torch.linalg.vector_norm(tensor, math.inf).isfinite()) for name, tensor in filled]
-    if not found or torch.stack([finite.to(found[0][1].device) for _, finite in found]).all():
+    filled = [(name, tensor.detach()) for name, tensor in tensors if tensor.numel()]
+    # one norm of all is cheap; it is not finite where a value is not, or where squares overflow
+    if not filled or nn.utils.get_total_norm([tensor for _, tensor in filled]).isfinite():
         return None
-    return next(name for name, finite in found if not finite)
+    return next((name for name, tensor in filled if not tensor.isfinite().all()), None)
 
 
 def why_not_finite(model: nn.Module, inputs: Mapping[str, Any], found: str) -> str:

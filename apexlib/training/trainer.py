@@ -3,8 +3,9 @@
 import copy
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,14 @@ class StageTraining(TrainerCallback):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        whole = super().create_scheduler(self.stage.folder.borders[-1], optimizer)
-        later = [lambda step, rate=rate: rate(step + self.stage.start) for rate in whole.lr_lambdas]
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, later)
+        start, end = self.stage.start, self.stage.folder.borders[-1]
+        whole, warmup = super().create_scheduler(end, optimizer), self.args.get_warmup_steps(end) if start else 0
+
+        def later(step: int, rate: Callable[[int], float]) -> float:  # a fresh optimizer warms up anew
+            return rate(start + step) * min(1.0, (step + 1) / (warmup + 1))
+
+        rates = [partial(later, rate=rate) for rate in whole.lr_lambdas]
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **named: Any) -> Any:
