@@ -449,7 +449,7 @@ def test_a_run_of_the_library_depends_on_what_computes_it_and_on_nothing_else():
     for name in ("suite.runs.instruction_run", "training.stages.train_in_stages", "operators.MonarchOperator"):
         assert f"apexlib.{name}" in found
     assert {"apexlib.expansion", "apexlib.selection", "apexlib.activations", "apexlib.text.skills"} <= modules
-    assert "apexlib.text.skills._calendar" in found  # entered in a registry by a decorator
+    assert "apexlib.text.skills._calendar" in found  # an entry of a table
     found = set(found) - {"apexlib.suite.trials.DEADLINE", "apexlib.suite.trials.time_left"}  # when to stop, not what
     others = ("figures", "overview", "runner", "ledger", "trials")
     for room in (*(f"suite.{name}" for name in others), "analysis.difference", "analysis.function_spectrum"):

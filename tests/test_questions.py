@@ -2,7 +2,7 @@
 
 import pytest
 
-from apexlib.text.corpora import ARITHMETIC, LOSS_ONLY, scored
+from apexlib.text.corpora import ARITHMETIC, LOSS_ONLY, final_answer, scored
 
 
 def conversation(asked, told):
@@ -57,6 +57,11 @@ def test_of_some_only_the_loss_is_measured():
     for row in ({"task": LOSS_ONLY[0], "answer": "3"}, {"task": LOSS_ONLY[0]}):
         assert scored(row | {"messages": messages}) == {"messages": messages, "family": LOSS_ONLY[0]}
     assert scored({"messages": messages}) == {"messages": messages, "family": "other"}
+
+
+def test_the_answer_of_a_text_is_what_follows_its_last_mark_or_all_of_it():
+    assert final_answer("1 + 1 = 2\n#### 2 ") == "2"
+    assert final_answer(" two") == "two"
 
 
 def test_an_answer_that_no_choice_has_is_refused():

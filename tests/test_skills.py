@@ -220,6 +220,7 @@ def test_no_answer_is_right_too_often():
 
 
 def test_raw_text_holds_train_tasks_only():
+    assert skills_text(1)[0].startswith("Say exactly this: fox wind.\nfox wind\n\n")
     text = "\n\n".join(skills_text(600, seed=5))
     held_out = [task["messages"][0]["content"] for split in ("valid", "test") for task in skills(split, 2000, seed=5)]
     assert not [prompt for prompt in held_out if prompt in text]
@@ -235,6 +236,7 @@ def test_a_text_has_one_split(text):
 
 
 def test_shares_of_the_splits():
+    assert [split_of(word) for word in ("shore", "wave", "gull")] == ["train"] * 3
     shares = Counter(split_of(str(i), held_out=0.1) for i in range(5000))
     assert shares["train"] == pytest.approx(4000, abs=150)
     assert shares["valid"] == pytest.approx(500, abs=100)

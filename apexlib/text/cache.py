@@ -11,11 +11,7 @@ _log = logging.getLogger(__name__)
 
 
 def corpus_hash(documents: Iterable[str]) -> str:
-    """SHA-256, in hex, over documents and their borders: the fingerprint of a corpus.
-
-    >>> corpus_hash(["ab", "c"]) == corpus_hash(["a", "bc"])
-    False
-    """
+    """SHA-256, in hex, over documents and their borders: the fingerprint of a corpus."""
     return hashlib.sha256(b"".join(map(text_hash, documents))).hexdigest()
 
 
@@ -25,11 +21,7 @@ def text_hash(text: str) -> bytes:
 
 
 def cached(folder: Path | None, name: str, key: str, build: Callable[[], bytes]) -> bytes:
-    """Return `build()`, kept in `folder` under its key; a file that is damaged is built anew, no folder keeps nothing.
-
-    >>> cached(None, "greeting", "0", lambda: b"hello")
-    b'hello'
-    """
+    """Return `build()`, kept in `folder` under its key; what is damaged is built anew, no folder keeps nothing."""
     if folder is None:
         return build()
     path = Path(folder) / f"{name}-{key[:32]}.bin"

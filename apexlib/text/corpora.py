@@ -123,26 +123,22 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
     answer, choices = None if task in LOSS_ONLY else example.get("answer"), list(example.get("choices", ()))
     if answer is not None and choices:
         lettered = {(letter := chr(ord("A") + index)): f"{letter}. {choice}" for index, choice in enumerate(choices)}
-        is_text, is_letter = answer in choices, answer in lettered
-        if is_text and is_letter:
-            said = "".join(message["content"] for message in row["messages"][-1:]).strip()
-            is_text, is_letter = said == answer, said == lettered[answer]
-            if not (is_text or is_letter):
+        is_letter = answer in lettered
+        if not is_letter and answer not in choices:
+            raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
+        if is_letter and answer in choices:
+            said = row["messages"][-1]["content"].strip()
+            is_letter = said == lettered[answer]
+            if not is_letter and said != answer:
                 need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
                 raise ValueError(f"{task}: answer {answer!r} is a letter and a choice; {need}")
-        elif not (is_text or is_letter):
-            raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
         if is_letter:
             answer, choices = lettered[answer], list(lettered.values())
     return row | ({} if answer is None else {"answer": answer}) | ({"choices": choices} if choices else {})
 
 
 def final_answer(text: str) -> str:
-    """Take the answer out of a text: what follows the last `####`, where there is one, else the whole.
-
-    >>> final_answer("1 + 1 = 2\\n#### 2 "), final_answer(" two")
-    ('2', 'two')
-    """
+    """Take the answer out of a text: what follows the last `####`, where there is one, else the whole."""
     return text.rpartition("####")[2].strip()
 
 
@@ -162,21 +158,20 @@ def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: no field 'messages' or 'instruction'; it has {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}: 'messages' is {given!r:.40}; need a list of messages")
-    messages, previous = [], None
+    messages, allowed = [], ("system", "user")
     for number, message in enumerate(given, 1):
         here = f"{where}, message {number}"
         if not isinstance(message, dict):
             raise ValueError(f"{here}: {type(message).__name__}; need an object with 'role' and 'content'")
         role, content = text_field(message, "role", here), text_field(message, "content", here)
-        allowed = {None: ("system", "user"), "user": ("assistant",)}.get(previous, ("user",))
         if role not in allowed:
             raise ValueError(f"{here}: role {role!r}; need {' or '.join(allowed)}")
         if not content.strip():
             raise ValueError(f"{here}: the {role}'s content is empty")
         messages.append({"role": role, "content": content})
-        previous = role
-    if previous != "assistant":
-        raise ValueError(f"{where}: the last message is by {previous}; need the assistant's answer")
+        allowed = ("assistant",) if role == "user" else ("user",)
+    if role != "assistant":
+        raise ValueError(f"{where}: the last message is by {role}; need the assistant's answer")
     return {"messages": messages} | {name: value for name, value in row.items() if name not in used}
 
 

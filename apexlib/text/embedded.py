@@ -116,11 +116,10 @@ def _prose(name: str, modules: dict[str, str]) -> list[tuple[str, str]]:
         seen.update(new)
         if new:  # in the split of its module: else valid prose would stand in train code
             documents.append(("\n\n".join(new), split_of(text)))
-    if name == "stdlib":  # with the reference topics
-        from pydoc_data.topics import topics
+    if name == "stdlib":
+        from pydoc_data.topics import topics  # of its reference
 
         further = [topics[each] for each in sorted(topics)]
-    else:  # with the READMEs
-        readmes = (metadata.distribution(package).metadata.get_payload() for package in PACKAGES[name].split())
-        further = [text for text in readmes if text.strip()]
-    return documents + [(text.strip(), split_of(text)) for text in further]
+    else:  # READMEs
+        further = [metadata.distribution(package).metadata.get_payload() for package in PACKAGES[name].split()]
+    return documents + [(text.strip(), split_of(text)) for text in further if text.strip()]

@@ -1,6 +1,5 @@
 """Rows of data files, each with words for where it stands, so that an error can name it."""
 
-import codecs
 import gzip
 import json
 import os
@@ -72,27 +71,24 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}, after row {number}: not readable as parquet ({error})") from None
 
 
-def most_unpacked() -> int:
-    """Bytes that a compressed file may unpack to: a few megabytes can be made to unpack to more than any memory."""
-    return int(os.environ.get(_MOST, 500_000_000))
-
-
 def _content(path: Path) -> str:
     """Text of a file, unpacked, without a byte order mark."""
-    content = path.read_bytes()
-    if path.suffix.lower() == ".gz" and content:
+    most = int(os.environ.get(_MOST, 500_000_000))  # a few megabytes can unpack to more than any memory
+    if path.suffix.lower() != ".gz":
+        content = path.read_bytes()
+    else:
         try:
             with gzip.open(path) as file:
-                content = file.read(most_unpacked() + 1)
-        except (OSError, EOFError, zlib.error) as error:
+                content = file.read(most + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not readable as gzip ({error})") from None
-        if len(content) > most_unpacked():
-            raise ValueError(f"{path}: unpacks to more than {most_unpacked():,} bytes; raise {_MOST}, or unpack it")
-    content = content.removeprefix(codecs.BOM_UTF8)
-    if not content.strip():
-        raise ValueError(f"{path} is empty")
+        if len(content) > most:
+            raise ValueError(f"{path}: unpacks to more than {most:,} bytes; raise {_MOST}, or unpack it")
     try:
-        return content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = 1 + content[: error.start].count(b"\n")
-        raise ValueError(f"{path}, line {line}: byte {content[error.start]:#04x} is not UTF-8; need UTF-8") from None
+        line, byte = 1 + error.object[: error.start].count(b"\n"), error.object[error.start]
+        raise ValueError(f"{path}, line {line}: byte {byte:#04x} is not UTF-8; need UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text

@@ -12,8 +12,7 @@ from apexlib.text.cache import text_hash
 SPLITS = ("train", "valid", "test")
 DIFFICULTIES = (1, 2, 3)
 
-Generator = Callable[[random.Random, int], tuple[dict[str, Any], str]]
-FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {}  # each with its phrasings
+Generator = Callable[[random.Random, int], tuple[dict[str, Any], str]]  # of the fields of a task and its answer
 
 # few, so that a small model meets each of them often
 _WORDS = str.split(
@@ -59,19 +58,13 @@ def skills(
     return tasks
 
 
-def skills_text(n: int, *, seed: int = 0, per_document: int = 5) -> list[str]:
-    """Write tasks as `n` plain documents, question and answer on lines of their own, to mix into pre-training.
+def skills_text(n: int, *, seed: int = 0) -> list[str]:
+    """Write tasks as `n` plain documents of five each, question and answer on lines of their own, for pre-training.
 
     Every task is of the train split and stands in one document only, so no valid or test question is among them.
-
-    >>> print(skills_text(1, per_document=1)[0])
-    Say exactly this: fox wind.
-    fox wind
     """
-    if n < 1 or per_document < 1:
-        raise ValueError(f"n={n}, per_document={per_document}: need at least one document with one task")
-    pairs = [f"{t['messages'][0]['content']}\n{t['answer']}" for t in skills("train", n * per_document, seed=seed)]
-    return ["\n\n".join(pairs[i * per_document : (i + 1) * per_document]) for i in range(n)]
+    pairs = [f"{task['messages'][0]['content']}\n{task['answer']}" for task in skills("train", 5 * n, seed=seed)]
+    return ["\n\n".join(pairs[start : start + 5]) for start in range(0, len(pairs), 5)]
 
 
 def check_split(split: str, allowed: tuple[str, ...] = SPLITS) -> None:
@@ -81,11 +74,7 @@ def check_split(split: str, allowed: tuple[str, ...] = SPLITS) -> None:
 
 
 def split_of(text: str, *, held_out: float = 0.05) -> str:
-    """Assign `text` to a split by its hash: a share `held_out` to valid, as much to test, the rest to train.
-
-    >>> [split_of(word) for word in ("shore", "wave", "gull")]
-    ['train', 'train', 'train']
-    """
+    """Assign `text` to a split by its hash: a share `held_out` to valid, as much to test, the rest to train."""
     share = int.from_bytes(text_hash(text)[:8], "big") / 2**64
     return "test" if share < held_out else "valid" if share < 2 * held_out else "train"
 
@@ -115,44 +104,26 @@ def _distinct(family: str, difficulty: int, split: str, seed: int) -> Iterator[d
             yield {"messages": messages, "family": family, "difficulty": difficulty, "answer": answer}
 
 
-def _family(*phrasings: str) -> Callable[[Generator], Generator]:
-    """Register a generator of (fields, answer), which for one difficulty gives nothing that it gives for another.
-
-    Each phrasing opens with words of its own and ends with a stop, so that no prompt is part of another. A task's split
-    is hashed from the names and values of its fields: a field that is renamed moves tasks between splits.
-    """
-
-    def register(generate: Generator) -> Generator:
-        FAMILIES[generate.__name__.strip("_")] = (generate, phrasings)
-        return generate
-
-    return register
-
-
 def _words(rng: random.Random, difficulty: int, *sizes: tuple[int, int]) -> list[str]:
     """Draw different words, as many as the range of the difficulty says."""
     return rng.sample(_WORDS, rng.randint(*sizes[difficulty - 1]))
 
 
-@_family("Copy: {words}.", "Repeat these words: {words}.", "Say exactly this: {words}.")
 def _copy(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     words = " ".join(_words(rng, difficulty, (2, 3), (4, 5), (6, 8)))
     return {"words": words}, words
 
 
-@_family("Reverse: {words}.", "Say these words backwards: {words}.")
 def _reverse(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     words = _words(rng, difficulty, (2, 2), (3, 3), (4, 5))
     return {"words": " ".join(words)}, " ".join(words[::-1])
 
 
-@_family("Sort: {numbers}.", "Put in order, smallest first: {numbers}.")
 def _sort(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     numbers = rng.sample(range(100), (2, 3, 5)[difficulty - 1])
     return {"numbers": " ".join(map(str, numbers))}, " ".join(map(str, sorted(numbers)))
 
 
-@_family("How many times is {word} in: {words}?", "Count {word} in this list: {words}.")
 def _count(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     word, *others = rng.sample(_WORDS, 3)
     size = (3, 5, 8)[difficulty - 1]
@@ -162,7 +133,6 @@ def _count(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     return {"word": word, "words": " ".join(words)}, str(times)
 
 
-@_family("What is {sum}?", "Compute {sum}.", "Work out: {sum}.")
 def _arithmetic(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     low, high = (0, 20) if difficulty == 1 else (21, 99)
     a, b, c = (rng.randint(low, high) for _ in range(3))
@@ -173,14 +143,12 @@ def _arithmetic(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], st
     return {"sum": f"{max(a, b)} - {min(a, b)}"}, str(abs(a - b))
 
 
-@_family("Which is the {end}: {numbers}?", "Find the {end} number of {numbers}.")
 def _compare(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     numbers = rng.sample(range((100, 1000, 1000)[difficulty - 1]), (2, 3, 5)[difficulty - 1])
     end, pick = rng.choice((("largest", max), ("smallest", min)))
     return {"end": end, "numbers": " ".join(map(str, numbers))}, str(pick(numbers))
 
 
-@_family("Given {pairs}, what is {word}?", "Look up {word} in {pairs}.")
 def _lookup(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     words = _words(rng, difficulty, (2, 2), (4, 4), (6, 6))
     values = rng.sample(range(100), len(words))
@@ -188,7 +156,6 @@ def _lookup(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     return {"pairs": _pairs(words, values), "word": words[asked]}, str(values[asked])
 
 
-@_family("What comes {steps}?", "Name what is {steps}.")
 def _calendar(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     side, sign = rng.choice((("after", 1), ("before", -1)))
     if difficulty == 2:
@@ -206,14 +173,12 @@ def _calendar(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]
             return {"steps": f"{n} {'day' if n == 1 else 'days'} {side} {given}"}, answer
 
 
-@_family("Is {word} in: {words}?", "Does this list have {word}: {words}?")
 def _membership(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     absent, *words = _words(rng, difficulty, (3, 4), (5, 6), (8, 9))
     word, answer = rng.choice(((absent, "no"), (rng.choice(words), "yes")))
     return {"word": word, "words": " ".join(words)}, answer
 
 
-@_family("Write in {style}: {words}.", "Change to {style}: {words}.")
 def _case(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     words = _words(rng, difficulty, (1, 2), (3, 3), (5, 5))
     styles = {"capitals": str.upper, "lower case": str.lower, "title case": str.title}
@@ -222,7 +187,6 @@ def _case(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     return {"style": style, "words": " ".join(given)}, " ".join(map(styles[style], words))
 
 
-@_family("Rewrite {how}: {text}.", "Give this {how}: {text}.")
 def _format(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     if difficulty == 1:
         name, sign = rng.choice((("dashes", "-"), ("commas", ","), ("slashes", "/")))
@@ -235,7 +199,6 @@ def _format(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     return {"how": "as value=word", "text": _pairs(words, values)}, _pairs(values, words)
 
 
-@_family("What comes next: {numbers}?", "Continue {numbers}, with one number.")
 def _sequence(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     if difficulty == 3:  # each number is the sum of the two before it
         a, b = rng.randint(1, 30), rng.randint(1, 30)
@@ -247,7 +210,6 @@ def _sequence(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]
     return {"numbers": ", ".join(map(str, numbers[:-1]))}, str(numbers[-1])
 
 
-@_family("What is the {place} word of: {words}?", "Take the {place} word from: {words}.")
 def _position(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     words = _words(rng, difficulty, (2, 3), (4, 5), (6, 7))
     index = rng.choice((0, -1)) if difficulty == 1 else rng.randrange(4)
@@ -257,7 +219,6 @@ def _position(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]
     return {"place": places[index], "words": " ".join(words)}, words[index]
 
 
-@_family("Remove {word} from: {words}.", "Leave out {word}: {words}.")
 def _remove(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
     words = _words(rng, difficulty, (2, 3), (4, 5), (7, 8))
     word = rng.choice(words)
@@ -266,3 +227,24 @@ def _remove(rng: random.Random, difficulty: int) -> tuple[dict[str, Any], str]:
 
 def _pairs(keys: list[Any], values: list[Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+
+
+# Each family's generator, which for one difficulty gives nothing that it gives for another, and its phrasings: each
+# opens with words of its own and ends with a stop, so that no prompt is part of another. A task's split is hashed from
+# the names and values of its fields: a field that is renamed moves tasks between splits.
+FAMILIES: dict[str, tuple[Generator, tuple[str, ...]]] = {
+    "copy": (_copy, ("Copy: {words}.", "Repeat these words: {words}.", "Say exactly this: {words}.")),
+    "reverse": (_reverse, ("Reverse: {words}.", "Say these words backwards: {words}.")),
+    "sort": (_sort, ("Sort: {numbers}.", "Put in order, smallest first: {numbers}.")),
+    "count": (_count, ("How many times is {word} in: {words}?", "Count {word} in this list: {words}.")),
+    "arithmetic": (_arithmetic, ("What is {sum}?", "Compute {sum}.", "Work out: {sum}.")),
+    "compare": (_compare, ("Which is the {end}: {numbers}?", "Find the {end} number of {numbers}.")),
+    "lookup": (_lookup, ("Given {pairs}, what is {word}?", "Look up {word} in {pairs}.")),
+    "calendar": (_calendar, ("What comes {steps}?", "Name what is {steps}.")),
+    "membership": (_membership, ("Is {word} in: {words}?", "Does this list have {word}: {words}?")),
+    "case": (_case, ("Write in {style}: {words}.", "Change to {style}: {words}.")),
+    "format": (_format, ("Rewrite {how}: {text}.", "Give this {how}: {text}.")),
+    "sequence": (_sequence, ("What comes next: {numbers}?", "Continue {numbers}, with one number.")),
+    "position": (_position, ("What is the {place} word of: {words}?", "Take the {place} word from: {words}.")),
+    "remove": (_remove, ("Remove {word} from: {words}.", "Leave out {word}: {words}.")),
+}

@@ -5,7 +5,7 @@ entry in `METHODS`, from here or from outside (`METHODS["bitfit"] = BitFit`).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -18,6 +18,7 @@ from apexlib.architectures import family_of
 from apexlib.fused_ffn import wide
 
 
+@dataclass(eq=False)
 class Method:
     """One method in one run; each stage, `begin` makes a plain model ready to train and `end` makes it plain again.
 
@@ -30,18 +31,13 @@ class Method:
     assesses = False  # whether it needs activation statistics, which `plan(statistics, stage)` makes a plan of
     plain = True  # whether its model stays plain while it trains, and can be saved at any step
 
-    def __init__(
-        self,
-        config: ApexConfig,
-        *,
-        lora_rank: int = 16,
-        lora_scale: float = 2.0,
-        mask_share: float = 0.6,
-        matrices_only: bool = False,
-    ) -> None:
-        self.config, self.lora_rank, self.lora_scale = config, lora_rank, lora_scale
-        self.mask_share, self.matrices_only = mask_share, matrices_only
-        self.plans: list[ExpansionPlan] = []  # those made so far, one a stage; none for methods without
+    config: ApexConfig
+    _: KW_ONLY
+    lora_rank: int = 16
+    lora_scale: float = 2.0
+    mask_share: float = 0.6
+    matrices_only: bool = False
+    plans: list[ExpansionPlan] = field(default_factory=list, init=False)  # made so far, one a stage that assesses
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         """Return the module to train; only what trains requires gradients."""
@@ -160,11 +156,7 @@ Name = Literal[*METHODS]
 
 
 def method_of(name: Name, config: ApexConfig, **options: Any) -> Method:
-    """Make a method by its name in `METHODS`; `options` are its own.
-
-    >>> method_of("full", ApexConfig()).plain, method_of("apex", ApexConfig()).plain
-    (True, False)
-    """
+    """Make a method by its name in `METHODS`; `options` are its own."""
     if name not in METHODS:
         raise ValueError(f"method {name!r}: need one of {', '.join(METHODS)}")
     return METHODS[name](config, **options)
