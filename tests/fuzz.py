@@ -32,7 +32,7 @@ from apexlib.suite.notebooks import read_notebook, read_profile
 from apexlib.suite.runner import _State
 from apexlib.text.corpora import load_chat, load_corpus
 from apexlib.text.tokenizer import train_tokenizer
-from apexlib.training.checkpoints import RunFolder, complete_folder, fault, read_state, write_state
+from apexlib.training.checkpoints import RunFolder, fault, read_state, write_state
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 20  # a loader that takes longer hangs
@@ -79,7 +79,8 @@ def loaders(folder: Path) -> list[Loader]:
     shutil.copy(ROOT / "data" / "claims.yaml", folder / "claims.yaml")
     training = "model: m\nkind: text\ndata: {source: t.txt}\nlength: 32\napex: {fraction: 0.25}\n"
     (folder / "train.yaml").write_text(training + "training: {output_dir: o, max_steps: 6}\n", encoding="utf-8")
-    with complete_folder(folder / "step-0-1") as state:
+    write_json({"format": 1, "identity": {"steps": 3}, "provenance": {}}, folder / "run" / "run.json")
+    with RunFolder(folder / "run").complete(folder / "step-0-1") as state:
         write_state({"parameters": {"a": torch.arange(6.0)}, "loss": [0.5, None]}, state)
         pd.DataFrame({"stage": [0], "activation": [0.1]}).to_parquet(state / "assessed.parquet")
         write_json({"histories": []}, state / "progress.json")
@@ -88,7 +89,6 @@ def loaders(folder: Path) -> list[Loader]:
     state.notebooks["00"] = {"inputs": {"source": "0"}, "record": {"artifacts": {"a.csv": "0"}}}
     state.files["a.csv"] = [1, 2, "0"]
     state.save()
-    write_json({"format": 1, "identity": {"steps": 3}, "provenance": {}}, folder / "run" / "run.json")
     with warnings.catch_warnings():
         save_fused(build("llama", num_hidden_layers=1), folder / "fused")
     command = commands(folder, documents)

@@ -17,6 +17,11 @@ def test_unigram_loss_is_the_entropy_on_its_own_text():
     assert unigram_loss(tokens, tokens, 7) == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-4)
 
 
+def test_losses_of_texts_counted_by_hand():
+    assert unigram_loss(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1]), 2) == pytest.approx(-math.log(8 / 36) / 2)
+    assert ngram_loss(np.array([0, 1, 0, 1, 0]), np.array([[0, 1, 0]]), 2, order=2) == pytest.approx(0.183, abs=5e-4)
+
+
 def literal_ngram(train, block, position, order, vocabulary):
     """p(w | h) of Witten & Bell by counting, with the longest context the block gives."""
 

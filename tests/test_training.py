@@ -20,6 +20,7 @@ from apexlib.selection import select
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training.checkpoints import checkpoint_folder
+from apexlib.training.checks import first_not_finite
 from apexlib.training.data import check_data
 from apexlib.training.methods import METHODS, Method, keep_largest, method_of
 from apexlib.training.stages import data_order, train_in_stages
@@ -165,6 +166,10 @@ def test_the_schedule_is_one_cosine_over_all_stages_and_each_warms_up_anew(stage
     logged = torch.tensor(record.log["learning_rate"].to_numpy(), dtype=torch.float32)
     assert_close(logged / logged.max(), expected / expected.max(), rtol=1e-5, atol=1e-8)
     assert record.log["step"].tolist() == list(range(1, 10))
+
+
+def test_the_order_of_the_data_is_one_permutation_an_epoch():
+    assert data_order(3, 7, seed=0) == [2, 0, 1, 2, 1, 0, 1]
 
 
 def test_the_seed_of_the_data_goes_before_that_of_the_run(tiny_model, tmp_path):
@@ -353,6 +358,11 @@ class Failing(Trainer):
     def compute_loss(self, model, inputs, *given, **named):
         loss = super().compute_loss(model, inputs, *given, **named)
         return self.fail(model, loss) if self.state.global_step == self.at and model.training else loss
+
+
+def test_the_first_of_tensors_that_is_not_finite_is_named():
+    tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, math.nan]), "c": torch.ones(1)}
+    assert first_not_finite(tensors.items()) == "b"
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tiny_model, tmp_path):
@@ -636,6 +646,10 @@ def test_what_required_gradients_does_so_again(method, tiny_model, tmp_path):
     args = arguments(tmp_path, max_steps=2)
     record = train_in_stages(model, Blocks(), args, SMALL, method=method)
     assert {name: parameter.requires_grad for name, parameter in record.model.named_parameters()} == before
+
+
+def test_half_of_four_gradients_are_kept():
+    assert keep_largest(torch.tensor([1.0, -3.0, 2.0, 0.5]), share=0.5).tolist() == [0, -3, 2, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

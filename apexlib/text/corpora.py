@@ -113,10 +113,6 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
     likelihood, as "true" and "false" are; where a choice is itself a letter, the assistant's turn tells which of the
     two the answer is. What has no choices is to be written, and right where the part after the last `####` is; the
     small arithmetic sets count as one family. Of what has no `answer`, and of `LOSS_ONLY`, only the loss is measured.
-
-    >>> question = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "#### 2"}]
-    >>> scored({"task": "svamp", "messages": question, "answer": "2"})["family"]
-    'arithmetic'
     """
     task = str(example.get("task", "other"))
     row = {"messages": example["messages"], "family": "arithmetic" if task in ARITHMETIC else task}
@@ -140,9 +136,6 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
 def final_answer(text: str) -> str:
     """Take the answer out of a text: what follows the last `####`, where there is one, else the whole."""
     return text.rpartition("####")[2].strip()
-
-
-# sources, splits, counts
 
 
 def _conversation(row: dict[str, Any], where: str) -> dict[str, Any]:

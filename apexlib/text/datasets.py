@@ -29,8 +29,7 @@ Messages = list[dict[str, str]]
 class PackedTokens(Dataset):
     """Blocks of equal length from one stream of documents; the labels are the input (the model shifts them itself).
 
-    `blocks` are unsigned integers (block, position), of 16 bits where the vocabulary allows it; `left_over` counts the
-    tokens behind the last full block.
+    `blocks` are unsigned integers (block, position); `left_over` counts the tokens behind the last full block.
     """
 
     def __init__(self, stream: np.ndarray, length: int) -> None:

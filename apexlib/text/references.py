@@ -8,11 +8,7 @@ from torch import Tensor
 
 
 def unigram_loss(train: Tensor, test: Tensor, vocabulary: int) -> float:
-    """Loss, in nats per token, of predicting each token of `test` from its frequency in `train` (add-one smoothed).
-
-    >>> round(unigram_loss(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1]), vocabulary=2), 4)  # -ln(4/6 · 2/6) / 2
-    0.752
-    """
+    """Loss, in nats per token, of predicting each token of `test` from its frequency in `train` (add-one smoothed)."""
     counts = torch.bincount(train.flatten(), minlength=vocabulary).double() + 1
     return -(counts / counts.sum()).log()[test.flatten()].mean().item()
 
@@ -26,9 +22,6 @@ def ngram_loss(
     (IEEE Trans. Inf. Theory 1991): p(w | h) = (count(h w) + T(h) p(w | c)) / (count(h) + T(h)), T(h) being the number
     of different words seen after h; below it stand the smoothed frequencies of `unigram_loss`. Nothing is fitted.
     The first token of every block of `test` is context only, as it is for a model.
-
-    >>> round(ngram_loss(np.array([0, 1, 0, 1, 0]), np.array([[0, 1, 0]]), 2, order=2), 3)
-    0.183
     """
     if not 1 <= order <= 3 or vocabulary > 2**20:
         raise ValueError(f"order={order}, vocabulary={vocabulary}: need order 1 to 3, at most {2**20} tokens")

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,16 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apexlib.files import (
-    atomic_folder,
-    clear_partial,
-    file_hash,
-    pretrained,
-    read_hashes,
-    read_object,
-    remove_folder,
-    write_json,
-)
+from apexlib.files import atomic_folder, clear_partial, file_hash, read_hashes, read_object, remove_folder, write_json
 from apexlib.provenance import provenance
 
 MANIFEST, RUN = "manifest.json", "run.json"
@@ -41,34 +32,20 @@ _CHECKPOINT = re.compile(r"step-\d{5,9}")
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success add the manifest of its files and put it in place of `folder`."""
-    try:
-        with atomic_folder(folder, replace=True) as temporary:
-            yield temporary
-            files = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
-            write_json({"format": _FORMAT, "files": files}, temporary / MANIFEST)
-    except Exception as error:  # torch, pyarrow and safetensors each have their own for a full disk
-        raise OSError(f"{folder}: not saved, {error}; what was saved before is complete, to be resumed") from error
-
-
 def fault(folder: Path) -> str:
-    """Say what is wrong with a folder that `complete_folder` wrote; "" if it is whole and unchanged."""
+    """Say what is wrong with a folder that `RunFolder.complete` wrote; "" if it is whole and unchanged."""
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}"
     try:
         files = read_hashes(folder / MANIFEST, _FORMAT)
     except (OSError, ValueError) as error:
         return str(error)
-    if not files:
-        return f"{MANIFEST} names no file"
     for name, expected in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if file_hash(folder / name) != expected:
             return f"{name} was changed"
-    return ""
+    return "" if files else f"{MANIFEST} names no file"
 
 
 def position(folder: Path) -> tuple[int, int, int]:
@@ -82,11 +59,7 @@ def position(folder: Path) -> tuple[int, int, int]:
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Name the folder of the plain model after `step` steps of the run in `folder`.
-
-    >>> checkpoint_folder(Path("base"), 40).as_posix()
-    'base/step-00040'
-    """
+    """Name the folder of the plain model after `step` steps of the run in `folder`: `folder/step-00040` of 40."""
     return Path(folder) / f"step-{step:05d}"
 
 
@@ -124,11 +97,21 @@ class RunFolder:
             _log.warning("%s: passed over, %s", folder, why)
         return None
 
-    def complete(self, folder: Path) -> AbstractContextManager[Path]:
-        """Write a folder of this run as `complete_folder` does; FileNotFoundError if the run's own was removed."""
+    @contextmanager
+    def complete(self, folder: Path) -> Iterator[Path]:
+        """Yield a temporary folder; on success add the manifest of its files and put it in place of `folder`.
+
+        Raises FileNotFoundError if the run's own folder was removed, OSError where something cannot be written.
+        """
         if not (self.path / RUN).is_file():
             raise FileNotFoundError(f"{self.path}: removed while its run is under way; nothing can be saved there")
-        return complete_folder(folder)
+        try:
+            with atomic_folder(folder, replace=True) as temporary:
+                yield temporary
+                files = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
+                write_json({"format": _FORMAT, "files": files}, temporary / MANIFEST)
+        except Exception as error:  # torch, pyarrow and safetensors each have their own for a full disk
+            raise OSError(f"{folder}: not saved, {error}; what was saved before is complete, to be resumed") from error
 
     def stage(self, stage: int) -> Path:
         """Name the folder of a finished stage."""
@@ -226,15 +209,6 @@ def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> N
     model.save_pretrained(folder)
     if hasattr(processing_class, "save_pretrained"):
         processing_class.save_pretrained(folder)
-
-
-def load_plain(model: PreTrainedModel, folder: Path) -> None:
-    """Load a plain checkpoint into a model in place, bit by bit."""
-    widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # widening loses nothing
-    loaded, info = pretrained(type(model), folder, dtype=widest, output_loading_info=True)
-    if faults := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
-        raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
-    model.load_state_dict(loaded.state_dict())
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

@@ -11,32 +11,30 @@ from transformers import SchedulerType, TrainingArguments
 from apexlib.text.datasets import IGNORED
 from apexlib.training.methods import Method
 
-PRECISIONS = ("auto", "bf16", "float32")
-_BY_STEP = (
-    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
-    *("cosine_warmup_with_min_lr", "warmup_stable_decay", "polynomial", "inverse_sqrt"),
+_BY_STEP = str.split(
+    "constant constant_with_warmup linear cosine cosine_with_restarts cosine_with_min_lr cosine_warmup_with_min_lr "
+    "warmup_stable_decay polynomial inverse_sqrt"
 )
 _NOT_HONOURED = {  # arguments that a run takes at few values only, and what to do instead
     "load_best_model_at_end": ((False,), "each stage, and each step in `checkpoints`, leaves a model to choose from"),
     "push_to_hub": ((False,), "push the model once it is trained, model.push_to_hub(...)"),
     "train_sampling_strategy": (("random", "sequential"), "a run's order is one permutation an epoch"),
 }
-_DECISIVE = (  # arguments that the bits of a run depend on
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "data_seed"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
-    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("bf16", "fp16", "gradient_checkpointing", "label_smoothing_factor", "neftune_noise_alpha"),
-    *("average_tokens_across_devices", "dataloader_drop_last"),
+_DECISIVE = str.split(
+    "per_device_train_batch_size gradient_accumulation_steps world_size seed data_seed learning_rate lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm bf16 fp16 gradient_checkpointing label_smoothing_factor neftune_noise_alpha "
+    "average_tokens_across_devices dataloader_drop_last"
 )
 _CHUNK = 1 << 22  # values hashed at once
 
 
 def resolve_precision(precision: str = "auto") -> str:
     """Return "bf16", to train under autocast, or "float32"; "auto": bf16 where GPU or CPU have instructions for it."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: need one of {', '.join(PRECISIONS)}")
-    if precision != "auto":
+    if precision in ("bf16", "float32"):
         return precision
+    if precision != "auto":
+        raise ValueError(f"precision {precision!r}: need one of auto, bf16, float32")
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = torch.cpu.get_capabilities()
@@ -72,22 +70,8 @@ def check_run(args: TrainingArguments, method: Method, kept: Collection[int]) ->
         raise ValueError("balance_weight > 0: need gradient checkpointing without reentry, use_reentrant=False")
 
 
-def check_steps(stages: int, steps: int, per_step: int, examples: int, kept: Collection[int]) -> None:
-    """Refuse a run of a number of steps that its stages, its examples or the steps to keep do not fit."""
-    if examples < per_step:
-        raise ValueError(f"train_dataset: {examples} examples, fewer than the {per_step} of one step")
-    if steps < stages:
-        raise ValueError(f"{steps} steps for {stages} stages: need at least one step a stage (data set of {examples})")
-    if outside := sorted(step for step in kept if not 0 <= step <= steps):
-        raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
-
-
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name the first tensor that holds NaN or an infinite value.
-
-    >>> first_not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, torch.nan])), ("c", torch.ones(1))])
-    'b'
-    """
+    """Name the first tensor that holds NaN or an infinite value."""
     filled = [(name, tensor.detach()) for name, tensor in tensors if tensor.numel()]
     # one norm of all is cheap; it is not finite where a value is not, or where squares overflow
     if not filled or nn.utils.get_total_norm([tensor for _, tensor in filled]).isfinite():
@@ -104,18 +88,28 @@ def why_not_finite(model: nn.Module, inputs: Mapping[str, Any], found: str) -> s
     return f"{name} is not finite" if name else found
 
 
-def fingerprints(model: nn.Module) -> dict[str, tuple[bool, int]]:
-    """Tell whether each parameter trains, and a hash of its bits, taken where it lies."""
-    return {name: (p.requires_grad, _bits_hash(p.detach())) for name, p in model.named_parameters()}
+def fingerprints(model: nn.Module) -> dict[str, int]:
+    """Hash the bits of each parameter, taken where it lies."""
+    integers, found = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}, {}
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().contiguous().flatten().view(integers[parameter.element_size()])
+        found[name] = 0
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].long()
+            index = torch.arange(start, start + len(part), device=part.device)
+            # a plain sum could cancel: ±lr around one
+            found[name] += int((part * (index * 2654435761 % 2147483647 + 1)).sum())
+    return found
 
 
-def unexpected_movement(model: nn.Module, before: Mapping[str, tuple[bool, int]], stage: int) -> list[str]:
+def unexpected_movement(model: nn.Module, before: Mapping[str, int], stage: int) -> list[str]:
     """Compare the model with its fingerprints `before` the stage: say what trains and has not moved, or else has."""
-    changed = {name for name, (_, bits) in fingerprints(model).items() if before[name][1] != bits}
+    changed = {name for name, bits in fingerprints(model).items() if before[name] != bits}
     whole = {name: name.partition(".operator.")[0] for name in before}  # a factor of M waits for the other
     mobile = {whole[name] for name in changed}
-    still = [name for name, (trains, _) in before.items() if trains and whole[name] not in mobile]
-    moved = [name for name, (trains, _) in before.items() if not trains and name in changed]
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    still = [name for name in before if name in trains and whole[name] not in mobile]
+    moved = [name for name in before if name in changed - trains]
     why = "not in the optimizer, no gradient, a rate of 0 throughout, or steps that its dtype rounds away"
     said = ((moved, "are frozen but changed"), (still, f"should train but did not move ({why})"))
     return [
@@ -123,13 +117,3 @@ def unexpected_movement(model: nn.Module, before: Mapping[str, tuple[bool, int]]
         for names, what in said
         if names
     ]
-
-
-def _bits_hash(tensor: Tensor) -> int:
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    bits, total = tensor.contiguous().flatten().view(integers[tensor.element_size()]), 0
-    for start in range(0, len(bits), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
-        index = torch.arange(start, start + len(part), device=part.device)
-        total += int((part * (index * 2654435761 % 2147483647 + 1)).sum())  # a plain sum could cancel: ±lr around one
-    return total

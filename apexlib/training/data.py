@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from apexlib.text.datasets import IGNORED, PackedTokens
 
-_CHUNK = 1 << 22  # values hashed at once
 _NOT_TAKEN = {
     "optimizers": "an optimizer made for the plain model knows no rows; give optimizer_cls_and_kwargs",
     "model_init": "a run trains the model that it is given",
@@ -94,9 +93,8 @@ def _read(dataset: Dataset, name: str) -> tuple[str, Iterable[bytes], set[int]]:
     if type(dataset) is PackedTokens:  # one array whose tokens all train: a corpus of a gigabyte in a second
         blocks = dataset.blocks
         whole.update(repr(blocks.shape).encode())
-        rows = max(1, _CHUNK // blocks.shape[1])
-        for start in range(0, len(blocks), rows):
-            whole.update(np.ascontiguousarray(blocks[start : start + rows], dtype=np.int32))
+        for start in range(0, len(blocks), 4096):
+            whole.update(np.ascontiguousarray(blocks[start : start + 4096], dtype=np.int32))
         return whole.hexdigest(), map(_digest, blocks), silent
     for row in range(len(dataset)):
         item = dataset[row]

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
-from apexlib.files import content_hash, exclusive
+from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
-from apexlib.training.checkpoints import Progress, RunFolder, load_plain, position, save_plain
-from apexlib.training.checks import check_run, check_steps, decisive_arguments, fingerprints, unexpected_movement
+from apexlib.training.checkpoints import Progress, RunFolder, position, save_plain
+from apexlib.training.checks import check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.data import Streamed, check_data, prepare
 from apexlib.training.interruption import Stop
 from apexlib.training.methods import METHODS, Method, Name, method_of
@@ -121,29 +121,30 @@ class _Run:
         self, model: PreTrainedModel, method: Method, args: TrainingArguments, data: Dataset, kept: frozenset[int]
     ) -> None:
         self.model, self.method, self.args, self.config = model, method, args, method.config
-        self.stages = self.config.stages if method.staged else 1
+        self.stages = stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if streamed := not hasattr(data, "__len__"):
             data = Streamed(data, args.max_steps * self.per_step)
         by_epochs = max(1, int(args.num_train_epochs * len(data) / self.per_step))
         steps = args.max_steps if args.max_steps > 0 else by_epochs
-        check_steps(self.stages, steps, self.per_step, len(data), kept)
+        if (size := len(data)) < self.per_step:
+            raise ValueError(f"train_dataset: {size} examples, fewer than the {self.per_step} of one step")
+        if steps < stages:
+            raise ValueError(f"{steps} steps for {stages} stages: need at least one step a stage (data set of {size})")
+        if outside := sorted(step for step in kept if not 0 <= step <= steps):
+            raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
         seed, count = args.seed if args.data_seed is None else args.data_seed, steps * self.per_step
-        self.data, self.order = data, list(range(count)) if streamed else data_order(len(data), count, seed)
-        self.borders = [round(steps * stage / self.stages) for stage in range(self.stages + 1)]
+        self.data, self.order = data, list(range(count)) if streamed else data_order(size, count, seed)
+        self.borders = [round(steps * stage / stages) for stage in range(stages + 1)]
         self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
     def begin(self, named: Mapping[str, Any], held: ExitStack, **choice: bool) -> Path | None:
-        """Lock the folder while it is `held` and find the state to go on from; the first process decides for all.
-
-        `named`: what the run's bits depend on beside what is known here; another identity is another run.
-        """
+        """Lock the folder while it is `held` and find the state to go on from; the first process decides for all."""
         from accelerate.utils import broadcast_object_list
 
-        bits = {name: bits for name, (_, bits) in fingerprints(self.model).items()}
-        identity = named | {
-            "model": {"class": type(self.model).__name__, "weights": content_hash(bits)},
+        identity = named | {  # all that the run's bits depend on: another identity is another run
+            "model": {"class": type(self.model).__name__, "weights": content_hash(fingerprints(self.model))},
             "config": asdict(self.config),
             "steps": self.borders[-1],
             "arguments": decisive_arguments(self.args),
@@ -171,7 +172,7 @@ class _Run:
             for number, table in enumerate(assessed):
                 self.method.plan(table, number)
         if stage:
-            load_plain(self.model, self.folder.model(stage - 1))
+            _load_plain(self.model, self.folder.model(stage - 1))
         return self.stages if self.folder.progress.ended else stage
 
     def train(self, number: int, make_trainer: Callable, stop: Stop, found: Path | None) -> None:
@@ -241,27 +242,27 @@ class _Run:
     def record(self) -> TrainingRecord:
         """Sum up the finished run."""
         done = self.folder.progress
-        tables = [_stage_log(rows, stage) for stage, rows in enumerate(done.histories)]
-        log, trainable = pd.concat(tables, ignore_index=True), pd.DataFrame(done.trainable)
-        plans, statistics = tuple(self.method.plans), tuple(done.assessed)
-        return TrainingRecord(self.model, log, plans, statistics, trainable, median(done.seconds))
+        rows = [{"stage": stage} | row for stage, history in enumerate(done.histories) for row in history]
+        rows = [row for row in rows if "loss" in row or "eval_loss" in row]
+        log = pd.DataFrame(rows, columns=None if rows else ["stage", "step"])
+        log = log.rename(columns={"grad_norm": "gradient_norm"})
+        named = [name for name in ("stage", "step", "loss", "eval_loss") if name in log]
+        others = sorted(name for name in log if name not in named and not name.startswith("eval_"))
+        plans, statistics, trainable = tuple(self.method.plans), tuple(done.assessed), pd.DataFrame(done.trainable)
+        return TrainingRecord(self.model, log[[*named, *others]], plans, statistics, trainable, median(done.seconds))
 
 
 def data_order(size: int, count: int, seed: int) -> list[int]:
-    """Draw the order of a whole run: `count` indices, epoch after epoch, each a permutation of `size` examples.
-
-    >>> data_order(3, 7, seed=0)
-    [2, 0, 1, 2, 1, 0, 1]
-    """
+    """Draw the order of a whole run: `count` indices, epoch after epoch, each a permutation of `size` examples."""
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
     return torch.cat(epochs)[:count].tolist()
 
 
-def _stage_log(history: list[dict[str, float]], stage: int) -> pd.DataFrame:
-    rows = [row for row in history if "loss" in row or "eval_loss" in row]
-    table = pd.DataFrame(rows, columns=None if rows else ["step"]).rename(columns={"grad_norm": "gradient_norm"})
-    table.insert(0, "stage", stage)
-    named = [name for name in ("stage", "step", "loss", "eval_loss") if name in table]
-    others = sorted(name for name in table if name not in named and not name.startswith("eval_"))
-    return table[[*named, *others]]
+def _load_plain(model: PreTrainedModel, folder: Path) -> None:
+    """Load a plain checkpoint into a model in place, bit by bit."""
+    widest = max((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)  # widening loses nothing
+    loaded, info = pretrained(type(model), folder, dtype=widest, output_loading_info=True)
+    if faults := {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}:
+        raise ValueError(f"{folder}: does not fit {type(model).__name__}: {faults}")
+    model.load_state_dict(loaded.state_dict())

@@ -92,8 +92,7 @@ class StageTraining(TrainerCallback):
         if groups is None:
             super().create_optimizer(*given, **named)
         elif self.optimizer is None:
-            chosen = self.optimizer_cls_and_kwargs
-            kind, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(groups, **options)
         if self.start:
             self.optimizer.register_step_post_hook(lambda optimizer, *_: draw_to(optimizer, self.start))
