@@ -68,6 +68,7 @@ def test_embedded_corpora_are_split_without_overlap(cache):
     for split in SPLITS:
         assert Counter(both[split]) == Counter(code[split]) + Counter(prose[split])
         assert all(split_of(document) == split for document in code[split])
+    assert any("import " in document for document in code["valid"])
     text = (Path(sysconfig.get_path("stdlib")) / "textwrap.py").read_text(encoding="utf-8")
     assert text in code[split_of(text)]
     assert any("Wrap a single paragraph of text" in document for document in prose[split_of(text)])
@@ -401,6 +402,7 @@ def test_a_bad_conversation_is_named_with_its_row(tmp_path, row, message):
 
 
 def test_skills_are_a_chat_source():
+    assert load_chat(limit=1)[0]["messages"][-1]["role"] == "assistant"
     assert load_chat(limit=30, split="valid", seed=2) == skills("valid", 30, seed=2)
     with pytest.raises(ValueError, match="limit=0"):
         load_chat(limit=0)
@@ -804,6 +806,7 @@ def test_a_batch_without_a_label_is_refused():
 
 def test_batches_keep_order_and_limit(tokenizer):
     blocks = PackedTokens(np.arange(30, dtype=np.int32), 3)
+    assert [batch["input_ids"].shape[0] for batch in batches(PackedTokens(np.arange(20), 4), 2)] == [2, 2, 1]
     for limit, sizes in ((None, [4, 4, 2]), (6, [4, 2]), (4, [4]), (99, [4, 4, 2])):
         found = batches(blocks, 4, limit=limit)
         assert [len(batch["input_ids"]) for batch in found] == sizes

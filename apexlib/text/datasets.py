@@ -80,13 +80,13 @@ def pack(
     stored = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
 
     def encode() -> bytes:
-        stream: list[np.ndarray] = []
+        stream: list[bytes] = []
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         options["verbose"] = False  # documents may be longer than the model's context
         for start in range(0, len(documents), 256):
             encoded = tokenizer(list(documents[start : start + 256]), **options)
-            stream += [np.array([*ids, tokenizer.eos_token_id], dtype=stored) for ids in encoded["input_ids"]]
-        return np.concatenate(stream).tobytes() if stream else b""
+            stream += [np.array([*ids, tokenizer.eos_token_id], stored).tobytes() for ids in encoded["input_ids"]]
+        return b"".join(stream)
 
     words = tokenizer.backend_tokenizer.to_str()
     key = content_hash("stream", 2, corpus_hash(documents), words, tokenizer.eos_token_id)
@@ -151,12 +151,7 @@ def collate(
 def batches(
     dataset: Dataset, batch_size: int, *, collator: Callable | None = None, limit: int | None = None
 ) -> list[Item]:
-    """Batch the first `limit` items (default: all) in order; the last batch may be smaller.
-
-    >>> blocks = PackedTokens(np.arange(20, dtype=np.int32), length=4)
-    >>> [batch["input_ids"].shape[0] for batch in batches(blocks, 2)]
-    [2, 2, 1]
-    """
+    """Batch the first `limit` items (default: all) in order; the last batch may be smaller."""
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size={batch_size}, limit={limit}: need at least one item")
     if collator is None and isinstance(dataset, ChatTokens):

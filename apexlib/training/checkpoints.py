@@ -66,8 +66,7 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 class RunFolder:
     """The folder of one run: refuses another run's, finds where to go on, keeps the last few steps.
 
-    `borders`: the steps of the run before each stage, and in all; `kept`: those after which a plain model is kept;
-    `progress`: what the run has behind it, weights aside.
+    `borders` are the steps of the run before each stage, and in all; `kept` those after which a plain model is kept.
     """
 
     def __init__(self, path: Path, borders: Sequence[int] = (), kept: Collection[int] = ()) -> None:

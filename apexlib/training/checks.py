@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Collection, Iterable, Mapping
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import SchedulerType, TrainingArguments
 
-from apexlib.text.datasets import IGNORED
 from apexlib.training.methods import Method
 
 _BY_STEP = str.split(
@@ -26,7 +26,6 @@ _DECISIVE = str.split(
     "max_grad_norm bf16 fp16 gradient_checkpointing label_smoothing_factor neftune_noise_alpha "
     "average_tokens_across_devices dataloader_drop_last"
 )
-_CHUNK = 1 << 22  # values hashed at once
 
 
 def resolve_precision(precision: str = "auto") -> str:
@@ -79,30 +78,13 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return next((name for name, tensor in filled if not tensor.isfinite().all()), None)
 
 
-def why_not_finite(model: nn.Module, inputs: Mapping[str, Any], found: str) -> str:
-    """Say why a loss is not finite; `found`, what was found first, where neither labels nor weights explain it."""
-    labels = inputs.get("labels")
-    if labels is not None and not (labels[:, 1:] != IGNORED).any():
-        return "no label of the batch is anything but −100"
-    name = first_not_finite(model.named_parameters())
-    return f"{name} is not finite" if name else found
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """Hash the bits of each parameter: SHA-256, in hex."""
+    values = ((name, parameter.detach().contiguous().flatten()) for name, parameter in model.named_parameters())
+    return {name: sha256(flat.view(torch.uint8).cpu().numpy()).hexdigest() for name, flat in values}
 
 
-def fingerprints(model: nn.Module) -> dict[str, int]:
-    """Hash the bits of each parameter, taken where it lies."""
-    integers, found = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}, {}
-    for name, parameter in model.named_parameters():
-        bits = parameter.detach().contiguous().flatten().view(integers[parameter.element_size()])
-        found[name] = 0
-        for start in range(0, len(bits), _CHUNK):
-            part = bits[start : start + _CHUNK].long()
-            index = torch.arange(start, start + len(part), device=part.device)
-            # a plain sum could cancel: ±lr around one
-            found[name] += int((part * (index * 2654435761 % 2147483647 + 1)).sum())
-    return found
-
-
-def unexpected_movement(model: nn.Module, before: Mapping[str, int], stage: int) -> list[str]:
+def unexpected_movement(model: nn.Module, before: Mapping[str, str], stage: int) -> list[str]:
     """Compare the model with its fingerprints `before` the stage: say what trains and has not moved, or else has."""
     changed = {name for name, bits in fingerprints(model).items() if before[name] != bits}
     whole = {name: name.partition(".operator.")[0] for name in before}  # a factor of M waits for the other

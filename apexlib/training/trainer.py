@@ -17,9 +17,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
 from apexlib.activations import ActivationRecorder, NotFiniteError
+from apexlib.text.datasets import IGNORED
 from apexlib.training import checkpoints
 from apexlib.training.checkpoints import RunFolder, checkpoint_folder
-from apexlib.training.checks import first_not_finite, why_not_finite
+from apexlib.training.checks import first_not_finite
 from apexlib.training.interruption import Interrupted, Stop
 from apexlib.training.methods import Method
 
@@ -112,13 +113,17 @@ class StageTraining(TrainerCallback):
     def compute_loss(self, model: nn.Module, inputs: Any, *given: Any, **named: Any) -> Any:
         try:
             result = super().compute_loss(model, inputs, *given, **named)
+            loss, *rest = result if isinstance(result, tuple) else (result,)
+            if not model.training:
+                return result
+            if not loss.isfinite():
+                raise NotFiniteError(f"the loss is {loss.item()}")
         except NotFiniteError as error:
-            self.halt(why_not_finite(model, inputs, str(error)))
-        if not model.training:
-            return result
-        loss, *rest = result if isinstance(result, tuple) else (result,)
-        if not loss.isfinite():
-            self.halt(why_not_finite(model, inputs, f"the loss is {loss.item()}"))
+            labels = inputs.get("labels")
+            if labels is not None and not (labels[:, 1:] != IGNORED).any():
+                self.halt("no label of the batch is anything but −100")
+            self.check_weights()
+            self.halt(str(error))
         if self.stage.recorder is not None and (balance := self.stage.method.config.balance_weight):
             term = balance * self.stage.recorder.imbalance
             if self.model_accepts_loss_kwargs and named.get("num_items_in_batch") is not None:
