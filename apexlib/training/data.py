@@ -1,5 +1,6 @@
 """The data of a run: prepared once, by the Trainer that is to train, checked, and read in the run's own order."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -39,18 +40,14 @@ class Streamed(Dataset):
     """
 
     def __init__(self, source: IterableDataset, size: int) -> None:
-        self.source, self.size = source, size
-        self._restart()
-
-    def _restart(self) -> None:
-        self._waiting, self._read, self._last = iter(self.source), 0, None
+        self.source, self.size, self._read = source, size, math.inf  # it has no place yet, so it starts when asked
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, row: int) -> Any:
         if row < self._read - 1:
-            self._restart()
+            self._waiting, self._read = iter(self.source), 0
         while self._read <= row:
             try:
                 self._last = next(self._waiting)
