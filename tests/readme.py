@@ -1,4 +1,4 @@
-"""The parts of the README that are made from results: `make readme` writes them, a test compares them."""
+"""The parts of README and docs that are made from results: `make readme` writes them, a test compares them."""
 
 import json
 import re
@@ -12,24 +12,47 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
 from apexlib.architectures import FAMILIES
-from apexlib.suite.ledger import claims_table, measured
+from apexlib.suite.ledger import claims_table, measured, repeated
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 
 
-HEADLINES = (1, 2, 5, 9, 11, 13, 15, 19, 21, 23, 24, 25, 38, 39, 43, 47, 48)  # the paper's first, and the operators'
+QUESTIONS = {  # and the claims that answer them, in the README
+    "Are some units more important?": (1, 2, 5),
+    "Does half of the weights do better than all?": (9, 24),
+    "Do 2.4 % do better than LoRA of that size?": (19,),
+    "Do operators and selection matter?": (22, 23, 49),
+    "Does continued pre-training need a third of the tokens?": (38, 39),
+    "Does the effective rank rise, and with it the gain?": (43, 47),
+}
+
+
+def bottom() -> str:
+    """The verdicts on the paper's main claims, in a few lines."""
+    table = claims_table(RESULTS)
+    rows = {row.number: row for row in table.itertuples()}
+    counts = ", ".join(f"**{count} {verdict}**" for verdict, count in table["verdict"].value_counts().items())
+    lines = [f"Of {len(table)} claims, on the model that comes with the suite:", f"{counts}.", ""]
+    for question, numbers in QUESTIONS.items():
+        found = (rows[number] for number in numbers)
+        said = (f"{row.statement.rstrip('.')}: *{row.verdict}*, {measured(row)}." for row in found)
+        lines.append(f"- **{question}** {' '.join(said)}")
+    return "\n".join(lines)
 
 
 def claims() -> str:
-    """The ledger's verdicts on the default run: how many there are of each, and the paper's main claims."""
+    """The ledger's verdicts on the default run, and under other kernels."""
     table = claims_table(RESULTS)
+    beside = repeated(table, RESULTS.with_name("cpu-avx2"))
+    turned = beside.loc[(beside["elsewhere"] != beside["verdict"]), ["number", "elsewhere"]].itertuples(index=False)
+    said = ", ".join(f"{number} ({verdict or 'not run'})" for number, verdict in turned) or "none"
     counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
     lost = table.loc[(table["together"] != table["verdict"]), "number"].tolist()
-    lines = [f"{len(table)} claims: {counts}. The paper's main ones, its baselines and what operators do:", ""]
+    lines = [f"{len(table)} claims: {counts}. Verdicts that differ when the same run uses other kernels: {said}.", ""]
     lines += ["| | claim | the paper | here: mean [95 % interval]; margin | n | verdict |", "|---|---|---|---|---|---|"]
-    for row in table[table["number"].isin(HEADLINES)].itertuples():
+    for row in table.itertuples():
         here = f"{measured(row)}; {row.margin:g}"
         cells = (row.number, row.statement, row.expected, here, row.n, f"**{row.verdict}**")
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -178,6 +201,7 @@ def reliability() -> str:
 
 
 SECTIONS = {
+    "bottom": bottom,
     "claims": claims,
     "performance": performance,
     "reliability": reliability,
@@ -185,20 +209,18 @@ SECTIONS = {
     "short": short,
     "support": support,
 }
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def rendered(text: str) -> str:
     """Fill every section of `text` between its markers."""
-    for name, make in SECTIONS.items():
-        start, end = f"<!-- {name}: made by `make readme` -->\n", f"\n<!-- end of {name} -->"
-        text, n = re.subn(
-            re.escape(start) + ".*?" + re.escape(end), lambda _, s=start, e=end, m=make: s + m() + e, text, flags=re.S
-        )
-        if n != 1:
-            raise ValueError(f"README.md has {n} sections {name!r}: need one")
+    for name in re.findall(r"<!-- (\w+): made by `make readme` -->", text):
+        start, end = f"<!-- {name}: made by `make readme` -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{SECTIONS[name]()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from readme import rendered
+from readme import PAGES, SECTIONS, rendered
 
 import apexlib
 from apexlib.suite.figures import FIGURES
@@ -105,11 +105,19 @@ def test_the_library_stays_small():
     assert sum(lines.values()) <= LINES["the library"]
 
 
-def test_the_readme_names_files_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"[`(]((?:apexlib|notebooks|data|figures)/[\w/.]*)[`)]", text)
-    assert len(named) > 20
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_page_names_files_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:apexlib|notebooks|data|figures)/[\w/.]*)`", text)
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert len(named) + len(linked) > (20 if page.name == "README.md" else -1)
     assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in linked if not (page.parent / name).exists()] == []
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 170
 
 
 def test_importing_the_library_stays_light():
@@ -374,8 +382,9 @@ def test_the_readme_says_what_the_results_say():
     changed = subprocess.run(["git", "status", "--porcelain", "data/results"], cwd=ROOT, capture_output=True, text=True)
     if changed.returncode or changed.stdout:
         pytest.skip("data/results are not those of the commit: you have run the notebooks yourself")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rendered(text) == text, "run `make readme`"
+    texts = [path.read_text(encoding="utf-8") for path in PAGES]
+    assert [rendered(text) for text in texts] == texts, "run `make readme`"
+    assert sorted(re.findall(r"<!-- (\w+): made by", "".join(texts))) == sorted(SECTIONS)  # each stands on one page
 
 
 def test_no_file_names_a_path_of_a_machine():
