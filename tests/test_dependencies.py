@@ -19,13 +19,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lib.handed import typed as typed
+    from lib.handed import handed_on as handed_on, typed as typed
+
+def __getattr__(name):
+    return getattr(import_module("lib.handed"), name)
+''',
+    "tables/__init__.py": """
+from importlib import import_module
 
 _HOME = {"handed_on": "handed"}
 
 def __getattr__(name):
     return getattr(import_module(f"lib.{_HOME[name]}"), name)
-''',
+""",
+    "tabled.py": """
+from lib.tables import handed_on
+
+def run():
+    return handed_on(1)
+""",
     "runs.py": '''
 """Runs and what stands beside them."""
 import logging
@@ -307,9 +319,9 @@ OTHER = {
     "a function called through its module": ("modules.py", "x + 60", "x - 60"),
     "a function called through a renamed module": ("modules.py", "x + 70", "x - 70"),
     "a function called by its whole name": ("spelled.py", "x + 92", "x - 92"),
-    "a function that the package hands on by a table": ("handed.py", "x + 10", "x - 10"),
     "a function that the package hands on by an import": ("handed.py", "x + 20", "x - 20"),
-    "where the package finds a name": ("__init__.py", '"handed_on": "handed"', '"handed_on": "lazy"'),
+    "another function that the package hands on by an import": ("handed.py", "x + 10", "x - 10"),
+    "where the package finds a name": ("__init__.py", "from lib.handed import", "from lib.lazy import"),
     "a function entered by a decorator": ("marked.py", "return deeper(x)", "return deeper(x) + 1"),
     "what a decorated function calls": ("marked.py", "2 * x", "5 * x"),
     "a decorator that enters": ("marked.py", "MARKED[function.__name__]", "MARKED[function.__qualname__]"),
@@ -334,6 +346,8 @@ ELSEWHERE = {
     "what a function is handed to": ("relative.run", "relative.py", "hand(print)", "hand(repr)"),
     "a class that its metaclass enters in a list": ("subclasses.count", "subclasses.py", "number = 95", "number = 96"),
     "a subclass that its base enters in a list": ("subclasses.count", "subclasses.py", "number = 94", "number = 95"),
+    "a function that a package hands on by a table": ("tabled.run", "handed.py", "x + 10", "x - 10"),
+    "where a package finds a name": ("tabled.run", "tables/__init__.py", '": "handed"', '": "lazy"'),
     "names of another package that change places": (
         "swapped.both",
         "swapped.py",
@@ -352,7 +366,7 @@ ELSEWHERE = {
 def keys(folder, call="runs.run", change=None):
     """Write the package, with one text in it replaced, and return what a notebook that makes a call depends on."""
     root = folder / "lib"
-    root.mkdir(parents=True)
+    (root / "tables").mkdir(parents=True)
     for name, text in PACKAGE.items():
         (root / name).write_text(text)
     if change:

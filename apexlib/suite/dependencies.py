@@ -12,7 +12,6 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,6 @@ class _Module:
         self.name, self.package = name, package
         self.statements: dict[str, list[ast.stmt]] = {_REST: []}
         self.imports: dict[str, Target] = {}
-        # where a package may take names from when they are asked for: the entries of its tables of text
-        nodes = ast.walk(tree) if name == package else ()
-        pairs = chain(*(zip(node.keys, node.values, strict=True) for node in nodes if isinstance(node, ast.Dict)))
-        texts = [pair for pair in pairs if all(isinstance(each, ast.Constant) for each in pair)]
-        self.homes = {key.value: f"{name}.{value.value}" for key, value in texts}
         waiting = [*tree.body]
         while waiting:
             node = waiting.pop(0)
@@ -168,8 +162,7 @@ class _Library:
         found = {(name, first)} if first in module.statements else set()
         target = module.imports.get(first, ())
         if not found and not target:
-            ways = ((f"{name}.{first}",), (module.homes.get(first, name), first))
-            target = next((way for way in ways if way[0] != name and self.module(way[0])), ())
+            target = (f"{name}.{first}",) if self.module(f"{name}.{first}") else ()
         found |= self.find(*target, *rest, seen=(*seen, (name, *path))) if target else set()
         return found if found or target else {(name, _ALL)}
 
