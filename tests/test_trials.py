@@ -125,24 +125,23 @@ def test_no_trial_is_started_after_the_time_given(here, tmp_path, monkeypatch):
     monkeypatch.delenv("APEXLIB_DEADLINE", raising=False)
     run_trials(square, some(2), tmp_path)
     assert "APEXLIB_DEADLINE" not in os.environ
+    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() - 1))
     with pytest.raises(OutOfTimeError, match="2 of 3 trials are left: n1, n3") as caught:
-        run_trials(square, some(1, 2, 3), tmp_path, seconds=-1)
+        run_trials(square, some(1, 2, 3), tmp_path)
     assert caught.value.left == ("n1", "n3")
     assert calls(tmp_path) == [2]
-    assert len(run_trials(square, some(1, 2, 3), tmp_path, seconds=60)) == 3
+    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() + 60))
+    assert len(run_trials(square, some(1, 2, 3), tmp_path)) == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_deadline_from_outside_ends_a_set_too(workers, here, tmp_path, monkeypatch):
     monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() - 1))
-    for seconds in (None, 60):
-        with pytest.raises(OutOfTimeError, match="1 of 1 trials are left: n1"):
-            run_trials(square, some(1), tmp_path, seconds=seconds, workers=workers)
-    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() + 60))
-    with pytest.raises(OutOfTimeError):
-        run_trials(square, some(1), tmp_path, seconds=-1, workers=workers)
-    assert 50 < time_left() < 61
+    with pytest.raises(OutOfTimeError, match="1 of 1 trials are left: n1"):
+        run_trials(square, some(1), tmp_path, workers=workers)
     assert calls(tmp_path) == []
+    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() + 60))
+    assert 50 < time_left() < 61
     assert len(run_trials(square, some(1), tmp_path, workers=workers)) == 1
 
 
@@ -174,13 +173,14 @@ def patient(folder, goal, stop=3, at_once=False):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_that_left_for_want_of_time_goes_on_where_it_was(workers, tmp_path):
+def test_a_run_that_left_for_want_of_time_goes_on_where_it_was(workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("APEXLIB_DEADLINE", str(time.time() + 60))
     trial = Trial("p", {"goal": 3})
     for done in (1, 2):
         with pytest.raises(OutOfTimeError, match="1 of 1 trials are left: p"):
-            run_trials(patient, [trial], tmp_path, workers=workers, seconds=60)
+            run_trials(patient, [trial], tmp_path, workers=workers)
         assert (tmp_path / "p" / "count").read_text() == str(done)
-    (result,) = run_trials(patient, [trial], tmp_path, workers=workers, seconds=60)
+    (result,) = run_trials(patient, [trial], tmp_path, workers=workers)
     assert result["count"] == 3
     assert 0 < result["left"] < 60
     assert not (tmp_path / "p" / trials.BEGUN).exists()

@@ -1,9 +1,4 @@
-"""The command line: `python -m apexlib COMMAND`; each command imports what it needs when it runs.
-
-Exit codes. 0: done. 1: a check or a notebook failed, training had to stop, or the runner could not write.
-2: it could not start, or not write. 3: the time given by --budget is over and work is left; the same command goes on.
-130, 143: interrupted by SIGINT or SIGTERM; what was done is kept. One line on stderr says why.
-"""
+"""The command line: `python -m apexlib COMMAND`; each command imports what it needs when it runs."""
 
 import argparse
 import re
@@ -15,6 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
+
+import apexlib
+from apexlib.files import atomic_folder, pretrained
+from apexlib.progress import hide_progress
+from apexlib.suite.folders import folders, locate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     """Make the parser that `cli.yaml` describes, for the arguments that are given."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m apexlib", description=__doc__, formatter_class=as_written)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     described = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    look = {"description": described.pop("description"), "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m apexlib", **look)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     if given[:1] == ["plan"]:
         from apexlib.training.methods import Name  # loads torch
 
@@ -136,7 +136,6 @@ def _listing(profile: str, root: Path) -> Iterator[str]:
 
 def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
     """Print claims as the results of a profile decide them; 1: a table is not what it should be."""
-    from apexlib.suite.folders import folders
     from apexlib.suite.ledger import claims_table, measured, read_claims
     from apexlib.suite.notebooks import read_profile
 
@@ -158,43 +157,37 @@ def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
 def _difference(
     *, model: str, revision: str | None, corpus: str, length: int, blocks: int, batch: int, top: float, out: Path
 ) -> None:
-    from apexlib import activation_statistics, batches, imbalance_table, load_corpus, pack, save_table
     from apexlib.suite.inputs import load_model, load_tokenizer
     from apexlib.text.cache import corpus_hash
 
-    documents = load_corpus(corpus)
-    assessment = batches(pack(documents, load_tokenizer(model, revision=revision), length), batch, limit=blocks)
-    statistics = activation_statistics(load_model(model, revision=revision), assessment, top=top)
+    documents = apexlib.load_corpus(corpus)
+    packed = apexlib.pack(documents, load_tokenizer(model, revision=revision), length)
+    assessment = apexlib.batches(packed, batch, limit=blocks)
+    statistics = apexlib.activation_statistics(load_model(model, revision=revision), assessment, top=top)
     facts = {"model": model, "revision": revision, "data": corpus_hash(documents), "top": top}
-    for name, table in (("activations", statistics), ("imbalance", imbalance_table(statistics))):
-        print(save_table(table, name, out, **facts))
+    for name, table in (("activations", statistics), ("imbalance", apexlib.imbalance_table(statistics))):
+        print(apexlib.save_table(table, name, out, **facts))
 
 
 def _spectrum(*, model: str, base: str | None, revision: str | None, base_revision: str | None, out: Path) -> None:
-    from apexlib import save_table, spectrum_table, update_table
-
     measured, facts = _weights(model, revision), {"model": model, "revision": revision}
     if base is None:
-        table, name, extra = spectrum_table(measured), "spectrum", []
+        table, name, extra = apexlib.spectrum_table(measured), "spectrum", []
     else:
-        table, name = update_table(_weights(base, base_revision), measured), "updates"
+        table, name = apexlib.update_table(_weights(base, base_revision), measured), "updates"
         facts |= {"base": base, "base_revision": base_revision}
         extra = ["noise_frobenius", "noise_effective_rank", "above_noise", "before", "after", "by_chance"]
-    path = save_table(table, name, out, **facts)
+    path = apexlib.save_table(table, name, out, **facts)
     shown = ["weight", "rows", "columns", "effective_rank", "random", "stable_rank", "srank", "frobenius", *extra]
     print(table[shown].to_string(index=False, float_format=lambda value: f"{value:.4g}"), path, sep="\n")
 
 
 def _weights(model: str, revision: str | None) -> Any:
     """A folder as it is, so that its matrices are read one by one; a name on the Hub as a model."""
-    from apexlib.suite.folders import locate
-
     model = locate(model)
     if Path(model).is_dir() or Path(model).is_absolute() or model.count("/") > 1 or model.startswith("."):
         return model
     from transformers import AutoModelForCausalLM
-
-    from apexlib.files import pretrained
 
     return pretrained(AutoModelForCausalLM, model, revision=revision, dtype="auto")
 
@@ -202,22 +195,21 @@ def _weights(model: str, revision: str | None) -> Any:
 def _train(*, settings: Path, **again: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-    from apexlib import ApexConfig, collate, encode_chat, load_chat, load_corpus, pack, save_table, train_in_stages
     from apexlib.evaluation import pad_token
-    from apexlib.files import atomic_folder, pretrained
-    from apexlib.progress import hide_progress
 
     given = _settings(settings)
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
     tokenizer = pretrained(AutoTokenizer, given["model"], revision=given["revision"])
+    report = collator = None
     if given["kind"] == "chat":
-        dataset, report = encode_chat(load_chat(**given["data"]), tokenizer, max_length=given["length"])
-        collator = collate(pad_token(tokenizer))
+        chat = apexlib.load_chat(**given["data"])
+        dataset, report = apexlib.encode_chat(chat, tokenizer, max_length=given["length"])
+        collator = apexlib.collate(pad_token(tokenizer))
     else:
-        dataset, report, collator = pack(load_corpus(**given["data"]), tokenizer, given["length"]), None, None
+        dataset = apexlib.pack(apexlib.load_corpus(**given["data"]), tokenizer, given["length"])
     model = pretrained(AutoModelForCausalLM, given["model"], revision=given["revision"], dtype="float32")
     asked = {"method": given["method"], "data_collator": collator, **again}
-    record = train_in_stages(model, dataset, arguments, ApexConfig(**given["apex"]), **asked)
+    record = apexlib.train_in_stages(model, dataset, arguments, apexlib.ApexConfig(**given["apex"]), **asked)
     if arguments.should_save:
         folder = Path(arguments.output_dir)
         with atomic_folder(folder / "final", replace=True) as temporary:
@@ -226,7 +218,7 @@ def _train(*, settings: Path, **again: bool) -> None:
         facts = {"settings": given, "trainable": record.trainable.to_dict("records")}
         for name, table in (("log", record.log), ("data", report)):
             if table is not None:
-                print(save_table(table, name, folder, **facts))
+                print(apexlib.save_table(table, name, folder, **facts))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -255,20 +247,18 @@ def _settings(path: Path) -> dict[str, Any]:
 def _plan(*, model: str, method: list[str], apex: Path | None, calibrate: bool, **asked: Any) -> None:
     import torch
 
-    from apexlib import ApexConfig, plan_budget
     from apexlib.analysis import budget
 
     if calibrate:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         asked["flops_per_second"] = budget.calibrate(device, getattr(torch, asked["dtype"]))
-    table = plan_budget(model, apex and ApexConfig.from_json(apex), methods=method, **asked).set_index("method").T
+    config = apex and apexlib.ApexConfig.from_json(apex)
+    table = apexlib.plan_budget(model, config, methods=method, **asked).set_index("method").T
     print(table.to_string(float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"))
 
 
 def _verify(*, folder: Path) -> int:
-    from apexlib import verify_folder
-
-    checks = verify_folder(folder)
+    checks = apexlib.verify_folder(folder)
     for row in checks.itertuples():
         print(f"{'ok    ' if row.passed else 'FAILED'}  {row.check:<12}{row.file}  {row.detail}".rstrip())
     return 0 if checks["passed"].all() else 1

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -53,13 +53,7 @@ class OutOfTimeError(TimeoutError):
 
 
 def run_trials(
-    run: Run,
-    trials: Sequence[Trial],
-    folder: Path,
-    *,
-    workers: int | None = None,
-    threads: int = 1,
-    seconds: float | None = None,
+    run: Run, trials: Sequence[Trial], folder: Path, *, workers: int | None = None, threads: int = 1
 ) -> list[dict[str, Any]]:
     """Call `run(folder=…, **settings)` for each trial that is not up to date; return all results, in order.
 
@@ -69,9 +63,9 @@ def run_trials(
     `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. A
     trial that fails lets the others finish, then raises RuntimeError.
 
-    After `seconds`, or at a sooner deadline from outside, no trial is started and OutOfTimeError is raised. `run` may
-    ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its folder what it has
-    written, and can go on; any other, one that failed too, starts in an empty folder.
+    After the deadline no trial is started and OutOfTimeError is raised. `run` may ask `time_left` and leave by
+    `Interrupted`. A trial that left so, or was killed, finds in its folder what it has written, and can go on; any
+    other, one that failed too, starts in an empty folder.
     """
     names = [trial.name for trial in trials]
     if repeated := {name for name in names if names.count(name) > 1}:
@@ -80,11 +74,9 @@ def run_trials(
     due = [call for call in calls if _written(RESULT, *call[2:]) is None]
     workers = workers or default_workers()
     bar = {"total": len(calls), "initial": len(calls) - len(due), "disable": hide_progress(), "leave": False}
-    with _deadline(seconds):
-        one_by_one = (_finish(*call) for call in due if not _late())
-        done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers, threads), desc="trials", **bar)
-        failures = [error for error in done if error]
-    if failures:
+    one_by_one = (_finish(*call) for call in due if not _late())
+    done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers, threads), desc="trials", **bar)
+    if failures := [error for error in done if error]:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
     results = [_written(RESULT, *call[2:]) for call in calls]
     if left := [name for name, result in zip(names, results, strict=True) if result is None]:
@@ -96,19 +88,6 @@ def time_left() -> float | None:
     """Seconds until the deadline that the environment variable `APEXLIB_DEADLINE` gives; None without one."""
     deadline = os.environ.get(DEADLINE)
     return float(deadline) - time.time() if deadline else None
-
-
-@contextmanager
-def _deadline(seconds: float | None) -> Iterator[None]:
-    """Inside the block, here and in processes started there, the deadline is in `seconds` if it is not sooner."""
-    before = os.environ.get(DEADLINE)
-    if seconds is not None:
-        os.environ[DEADLINE] = str(min(time.time() + seconds, float(before or "inf")))
-    try:
-        yield
-    finally:
-        os.environ.pop(DEADLINE, None)
-        os.environ |= {} if before is None else {DEADLINE: before}
 
 
 def _late() -> bool:
