@@ -36,9 +36,13 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
     Only what is named here is recorded: no environment variable, user or host name.
     """
+    here = Path(__file__).resolve().parent
+    commit = git(here, "rev-parse", "HEAD")
+    changed = git(here, "status", "--porcelain", "--", ".", "../notebooks", "../requirements.lock") if commit else None
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_commit(),
+        "commit": commit,  # of the source that is running
+        "source_modified": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": _device(),
@@ -47,19 +51,13 @@ def provenance(**facts: Any) -> dict[str, Any]:
     }
 
 
-def _commit() -> dict[str, Any]:
-    """Commit of the source that is running, and whether library or notebooks differ from it."""
-
-    def git(*arguments: str) -> str | None:
-        # without a lock on the index: killed in there, git would leave it, and the repository be locked to its owner
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments]
-        with suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-        return None
-
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--", ".", "../notebooks", "../requirements.lock") if commit else None
-    return {"commit": commit, "source_modified": None if changed is None else bool(changed)}
+def git(folder: Path, *arguments: str) -> str | None:
+    """What a command of git prints in `folder`; None where git cannot tell."""
+    # without a lock on the index: killed in there, git would leave it, and the repository be locked to its owner
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.rstrip()
+    return None
 
 
 def _device() -> str:

@@ -77,10 +77,8 @@ def masked_models(trained: pd.DataFrame, model: str | None, parts: int) -> pd.Da
     Columns: `model`, `seed` (the part, where there is one model), `path`, and `part` of so many `parts` of the text.
     """
     if model is not None:
-        numbers = list(range(parts))
-        return pd.DataFrame(
-            {"model": Path(model).name, "seed": numbers, "path": model, "part": numbers, "parts": parts}
-        )
+        part = range(parts)
+        return pd.DataFrame({"model": Path(model).name, "seed": part, "path": model, "part": part, "parts": parts})
     final = trained[trained["is_final"]].sort_values("parameters")
     return final[final["model"] == final["model"].iloc[-1]].assign(part=0, parts=1)
 

@@ -2,7 +2,6 @@
 
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apexlib.files import clear_partial, content_hash, exclusive, file_hash, read_object, write_json
-from apexlib.provenance import provenance
+from apexlib.provenance import git, provenance
 from apexlib.suite.dependencies import LIBRARY, code_of_source, normalised
 from apexlib.suite.execution import duration, execute, say, stamps
 from apexlib.suite.folders import folders, project_root
@@ -103,10 +102,9 @@ class _State:
         self.notebooks: dict[str, dict[str, Any]] = {}
         self.files: dict[str, list[Any]] = {}
         with suppress(FileNotFoundError, ValueError, KeyError):
-            stored = read_object(path)
-            notebooks, files = stored["notebooks"], stored["files"]
-            if stored["sha256"] == content_hash(_STATE_FORMAT, notebooks, files):  # else damaged: it counts as nothing
-                self.notebooks, self.files = notebooks, files
+            found = read_object(path)
+            if found["sha256"] == content_hash(_STATE_FORMAT, found["notebooks"], found["files"]):  # else damaged
+                self.notebooks, self.files = found["notebooks"], found["files"]
 
     def save(self) -> None:
         seal = content_hash(_STATE_FORMAT, self.notebooks, self.files)
@@ -188,13 +186,9 @@ class _Job:
 
     def edited(self) -> list[str]:
         """Name the notebooks that differ from those committed; none where git cannot tell."""
-        # without a lock on the index: killed in there, git would leave it
-        status = ["git", "--no-optional-locks", "status", "--porcelain", "-z", "--untracked-files=no", "--"]
-        status += [str(notebook.path) for notebook in self.notebooks.values()]
-        with suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(status, cwd=self.root, capture_output=True, text=True, timeout=20, check=True)
-            return sorted(Path(line[3:]).stem for line in found.stdout.split("\0") if line)
-        return []
+        paths = [str(notebook.path) for notebook in self.notebooks.values()]
+        found = git(self.root, "status", "--porcelain", "-z", "--untracked-files=no", "--", *paths) or ""
+        return sorted(Path(line[3:]).stem for line in found.split("\0") if line)
 
     def inputs(self, notebook: Notebook) -> dict[str, Any]:
         """Collect everything the notebook's results depend on, under names that a user knows."""
