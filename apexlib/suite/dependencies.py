@@ -4,7 +4,7 @@ Files are parsed, never imported. A definition is a function, a class or an assi
 uses are followed: in its module, through imports, and as attributes of modules. The other statements of a module
 (`register(…)`, `TABLE[…] = …`) belong to all that imports it, and so does what a decorator or a base class of the
 library may enter in a registry. Where a name is only known when the code runs, the whole module or package counts.
-A tree (`Part`) has no docstrings, comments, formatting and messages: they decide no number.
+The text of a `Part` has no docstrings, comments, formatting and messages: they decide no number.
 """
 
 import ast
@@ -102,10 +102,9 @@ class _Library:
         """Parse a module of the library; None for any other name."""
         if name not in self.modules:
             path = self.path(name)
-            files = ((path / "__init__.py", name), (Path(f"{path}.py"), name.rpartition(".")[0]))
-            found = [(*way, way[0].stat()) for way in files if name.split(".")[0] in self.roots and way[0].is_file()]
-            read = [_read(name, package, file, about.st_size, about.st_mtime_ns) for file, package, about in found[:1]]
-            self.modules[name] = read[0] if read else None
+            files = {path / "__init__.py": name, Path(f"{path}.py"): name.rpartition(".")[0]}
+            file = next(filter(Path.is_file, files), None) if name.split(".")[0] in self.roots else None
+            self.modules[name] = file and _read(name, files[file], file, file.stat().st_size, file.stat().st_mtime_ns)
         return self.modules[name]
 
     def path(self, name: str) -> Path:
@@ -126,7 +125,7 @@ class _Library:
         found = found.union(*map(self.loaded, read.loads), *map(self.find, [*stars, *asked]))
         if part == _REST:
             found |= {(name, each) for each in module.statements if self.enters(module, each)}
-        return f"{read.tree or ''}{sorted(origins) or ''}", found
+        return f"{read.text}{sorted(origins) or ''}", found
 
     def everything(self, name: str) -> Found:
         """Lead to all parts of a module, to what it imports, and to the modules of a package."""
@@ -176,7 +175,7 @@ class _Library:
             for base in map(chain_of, getattr(node, "bases", ())):
                 for where, what in self.resolve(module, base, {}) - {(module.name, name)} if base else ():
                     above = self.module(where)
-                    if "__init_subclass__" in repr(above.parts[what].tree) or self.enters(above, what):
+                    if "__init_subclass__" in above.parts[what].text or self.enters(above, what):
                         return True
         return False
 
@@ -187,7 +186,7 @@ def normalised(source: str | Sequence[str]) -> str:
     >>> normalised("x = f( 1 )  # why") == normalised(["x = f(1)"]) != normalised("x = f(2)")
     True
     """
-    return repr(Part(parsed(source).body).tree)
+    return Part(parsed(source).body).text
 
 
 def parsed(source: str | Sequence[str]) -> ast.Module:
@@ -216,8 +215,8 @@ def defined(node: ast.stmt) -> list[str]:
     return [each.id for each in inner if isinstance(each, ast.Name)] if only_names else []
 
 
-class Part(ast.NodeVisitor):
-    """Statements, read once: as a `tree` of what decides numbers, with what they use.
+class Part(ast.NodeTransformer):
+    """Statements, read once: as a `text` of what decides numbers, with what they use.
 
     Annotations count where something may ask for them: of variables and fields, and under a decorator.
     """
@@ -228,35 +227,26 @@ class Part(ast.NodeVisitor):
         self.imports: dict[str, Target] = {}  # by the names that they bind
         self.loads: set[str] = set()  # modules, or names in them, that imports load
         self.asked: set[str | None] = set()  # modules loaded by a value that is their name; None: it is not known
-        self.tree = self._field(list(statements))
+        kept = [self.visit(each) for each in statements]
+        self.text = "\n".join(ast.dump(each) for each in kept if each)
 
-    def generic_visit(self, node: ast.AST) -> tuple[Any, ...]:
-        return (type(node).__name__, *(self._field(value) for _, value in ast.iter_fields(node)))
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
-    def _field(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [kept for each in value if (kept := self._field(each)) != ""]
-        return self.visit(value) if isinstance(value, ast.AST) else value
-
-    def visit_Expr(self, node: ast.Expr) -> Any:
-        return "" if isinstance(node.value, ast.Constant) else self.generic_visit(node)
-
-    def visit_Import(self, node: ast.Import) -> str:
+    def visit_Import(self, node: ast.Import) -> None:  # what it binds counts where it is used
         for each in node.names:
             top = each.name.split(".")[0]
             self.loads.add(each.name)
             self.imports[each.asname or top] = (each.name if each.asname else top,)
-        return ""  # what it binds counts where it is used
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> str:
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         around = self.package.rsplit(".", node.level - 1)[:1] if node.level else []
         module = ".".join([*around, *filter(None, [node.module])])
         for each in node.names:
             self.loads.add(f"{module}.{each.name}")
             self.imports[f"* {module}" if each.name == "*" else each.asname or each.name] = (module, each.name)
-        return ""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Any:
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         if not node.decorator_list:
             node.returns = None
             for each in ast.walk(node.args):
@@ -265,21 +255,21 @@ class Part(ast.NodeVisitor):
 
     visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
 
-    def visit_Name(self, node: ast.Name | ast.Attribute) -> Any:
+    def visit_Name(self, node: ast.Name | ast.Attribute) -> ast.AST:
         if not (chain := chain_of(node)):
             return self.generic_visit(node)
         self.chains.add(chain)
         self.asked |= {None for name in chain if name in (*_IMPORTERS, "__subclasses__")}
-        return ".".join(chain)
+        return node
 
     visit_Attribute = visit_Name  # noqa: N815
 
-    def visit_Raise(self, node: ast.Raise) -> Any:
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if isinstance(node.exc, ast.Call):
             _leave_out_text(node.exc)
         return self.generic_visit(node)
 
-    def visit_Call(self, node: ast.Call) -> Any:
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         *before, name = chain = chain_of(node.func) or ("",)
         if (name in _LOGS and "log" in "".join(before[-1:]).lower()) or chain == ("warnings", "warn"):
             node.args, node.keywords = [], []
@@ -287,10 +277,12 @@ class Part(ast.NodeVisitor):
             _leave_out_text(node)
         elif node.args and (name in _IMPORTERS or chain == (*_LOADED, "get")):
             self._ask(node.args[0])
-            return (name, self._field([*node.args, *node.keywords]))
+            for each in (*node.args, *node.keywords):
+                self.visit(each)
+            return node
         return self.generic_visit(node)
 
-    def visit_Subscript(self, node: ast.Subscript) -> Any:
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         if chain_of(node.value) == _LOADED:
             self._ask(node.slice)
         return self.generic_visit(node)

@@ -192,11 +192,11 @@ class _Job:
 
     def inputs(self, notebook: Notebook) -> dict[str, Any]:
         """Collect everything the notebook's results depend on, under names that a user knows."""
-        trees = [tree for cell in notebook.cells if (tree := normalised(cell)) != normalised("")]
+        texts = filter(None, map(normalised, notebook.cells))
         values = resolve(notebook, self.profile, self.settings)
         package = self.root / "apexlib"  # that its kernel will import
         return {
-            **{f"code cell {number}": content_hash(tree) for number, tree in enumerate(trees, 2)},
+            **{f"code cell {number}": content_hash(text) for number, text in enumerate(texts, 2)},
             **{f"parameter {name}": value for name, value in values.items()},
             "what it writes": content_hash(notebook.writes),
             **{path: self.state.hash(path) for path in notebook.needs},
