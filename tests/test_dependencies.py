@@ -235,6 +235,15 @@ class Made(metaclass=Meta):
 def count():
     return [kind.number for kind in Kind.known]
 """,
+    "based.py": """
+import lib.tables
+
+class Based(lib.tables.Base):
+    number = 97
+
+def run():
+    return 1
+""",
     "relative.py": """
 import typing
 from . import modules
@@ -348,6 +357,7 @@ ELSEWHERE = {
     "a subclass that its base enters in a list": ("subclasses.count", "subclasses.py", "number = 94", "number = 95"),
     "a function that a package hands on by a table": ("tabled.run", "handed.py", "x + 10", "x - 10"),
     "where a package finds a name": ("tabled.run", "tables/__init__.py", '": "handed"', '": "lazy"'),
+    "a class whose base is known when it runs": ("based.run", "based.py", "number = 97", "number = 98"),
     "names of another package that change places": (
         "swapped.both",
         "swapped.py",

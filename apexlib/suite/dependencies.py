@@ -172,10 +172,10 @@ class _Library:
             marks += [each.value for each in getattr(node, "keywords", ())]  # a metaclass
             if any(self.resolve(module, names, {}) for names in Part(marks).chains):
                 return True
-            for base in map(chain_of, getattr(node, "bases", ())):
-                for where, what in self.resolve(module, base, {}) - {(module.name, name)} if base else ():
+            for base in Part(getattr(node, "bases", ())).chains:
+                for where, what in self.resolve(module, base, {}) - {(module.name, name)}:
                     above = self.module(where)
-                    if "__init_subclass__" in above.parts[what].text or self.enters(above, what):
+                    if what == _ALL or "__init_subclass__" in above.parts[what].text or self.enters(above, what):
                         return True
         return False
 

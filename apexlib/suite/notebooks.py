@@ -23,7 +23,6 @@ _KINDS |= {"list[int]": list[int], "list[float]": list[float], "list[str]": list
 _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}, or one of them `| None`"
 _KINDS |= {f"{name} | None": kind | None for name, kind in _KINDS.items()}
 
-
 _MOST_YAML = 1_000_000  # bytes
 
 
