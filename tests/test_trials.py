@@ -21,7 +21,7 @@ from apexlib.training.interruption import Stop
 
 def stored(run, trial, folder):
     """The result of a trial that is up to date, None for any other."""
-    return trials._written(trials.RESULT, folder / trial.name, trials._key(run, trial))
+    return trials._written(folder / trial.name, trials._key(run, trial)).get("result")
 
 
 def square(folder, number, fail=False, die=False):
@@ -183,7 +183,8 @@ def test_a_run_that_left_for_want_of_time_goes_on_where_it_was(workers, tmp_path
     (result,) = run_trials(patient, [trial], tmp_path, workers=workers)
     assert result["count"] == 3
     assert 0 < result["left"] < 60
-    assert not (tmp_path / "p" / trials.BEGUN).exists()
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["count", trials.RESULT]
+    assert stored(patient, trial, tmp_path) == result
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):

@@ -22,8 +22,7 @@ from apexlib.progress import hide_progress
 from apexlib.provenance import provenance
 from apexlib.suite.dependencies import code_of
 
-RESULT = "trial.json"
-BEGUN = "begun.json"  # holds the key of a trial that has not finished
+RESULT = "trial.json"  # holds the key of a trial that has begun, and its result once it has finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
 
 _GRACE = 60.0  # seconds that a process has to save, once its parent is gone
@@ -71,14 +70,14 @@ def run_trials(
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"trials {sorted(repeated)}: need a name of its own for each")
     calls = [(run, trial, Path(folder) / trial.name, _key(run, trial)) for trial in trials]
-    due = [call for call in calls if _written(RESULT, *call[2:]) is None]
+    due = [call for call in calls if "result" not in _written(*call[2:])]
     workers = workers or default_workers()
     bar = {"total": len(calls), "initial": len(calls) - len(due), "disable": hide_progress(), "leave": False}
     one_by_one = (_finish(*call) for call in due if not _late())
     done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers, threads), desc="trials", **bar)
     if failures := [error for error in done if error]:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
-    results = [_written(RESULT, *call[2:]) for call in calls]
+    results = [_written(*call[2:]).get("result") for call in calls]
     if left := [name for name, result in zip(names, results, strict=True) if result is None]:
         raise OutOfTimeError(left, len(trials))
     return results
@@ -103,13 +102,12 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _written(name: str, folder: Path, key: str) -> Any:
-    """Read the result that a file of a trial holds; None if it was not written under `key`."""
-    with suppress(OSError, ValueError, KeyError):
-        content = read_object(folder / name)
-        if content["key"] == key:
-            return content["result"]
-    return None
+def _written(folder: Path, key: str) -> dict[str, Any]:
+    """Read what the file of a trial holds; {} if it was not written under `key`."""
+    with suppress(OSError, ValueError):
+        if (content := read_object(folder / RESULT)).get("key") == key:
+            return content
+    return {}
 
 
 def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterator[str]:
@@ -149,15 +147,15 @@ def _worker(threads: int) -> None:
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
     """Run one trial, in a clean folder unless it has begun before, and keep its result; return what went wrong."""
     with _busy:
-        if _written(BEGUN, folder, key) is None:
+        if not _written(folder, key):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_json({"key": key, "result": "not yet"}, folder / BEGUN)
+            write_json({"key": key}, folder / RESULT)
         began = time.monotonic()
         try:
             result = run(folder=folder, **trial.settings)
         except Exception as error:  # whatever stopped this trial, the others may still run
-            (folder / BEGUN).unlink(missing_ok=True)  # it may be what lies there
+            (folder / RESULT).unlink(missing_ok=True)  # it may be what lies there
             return f"{trial.name}: {type(error).__name__}: {error}"
         except KeyboardInterrupt as stop:
             from apexlib.training.interruption import TIME_IS_OVER  # loads torch, as whoever left by it has
@@ -167,7 +165,6 @@ def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
             return ""  # without a result it counts as left
         facts = provenance(seconds=round(time.monotonic() - began, 1), settings=dict(trial.settings))
         write_json({"key": key, "result": result, **facts}, folder / RESULT)
-        (folder / BEGUN).unlink(missing_ok=True)
         return ""
 
 
