@@ -3,16 +3,16 @@
 import os
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Iterate over `items` under a progress bar, unless `hide_progress()`."""
-    return tqdm(items, desc=description, total=total, disable=hide_progress(), leave=False)
+def progress(items: Iterable[T], description: str, **options: Any) -> Iterable[T]:
+    """Iterate over `items` under a progress bar, with `options` of tqdm, unless `hide_progress()`."""
+    return tqdm(items, desc=description, disable=hide_progress(), leave=False, **options)
 
 
 def hide_progress() -> bool:

@@ -15,10 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from apexlib.files import content_hash, file_hash, read_object, write_json
-from apexlib.progress import hide_progress
+from apexlib.progress import progress
 from apexlib.provenance import provenance
 from apexlib.suite.dependencies import code_of
 
@@ -72,9 +70,8 @@ def run_trials(
     calls = [(run, trial, Path(folder) / trial.name, _key(run, trial)) for trial in trials]
     due = [call for call in calls if "result" not in _written(*call[2:])]
     workers = workers or default_workers()
-    bar = {"total": len(calls), "initial": len(calls) - len(due), "disable": hide_progress(), "leave": False}
-    one_by_one = (_finish(*call) for call in due if not _late())
-    done = tqdm(one_by_one if workers == 1 else _side_by_side(due, workers, threads), desc="trials", **bar)
+    runs = (_finish(*call) for call in due if not _late()) if workers == 1 else _side_by_side(due, workers, threads)
+    done = progress(runs, "trials", total=len(calls), initial=len(calls) - len(due))
     if failures := [error for error in done if error]:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
     results = [_written(*call[2:]).get("result") for call in calls]
