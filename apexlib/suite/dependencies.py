@@ -216,10 +216,7 @@ def defined(node: ast.stmt) -> list[str]:
 
 
 class Part(ast.NodeTransformer):
-    """Statements, read once: as a `text` of what decides numbers, with what they use.
-
-    Annotations count where something may ask for them: of variables and fields, and under a decorator.
-    """
+    """Statements, read once: as a `text` of what decides numbers, with what they use."""
 
     def __init__(self, statements: Sequence[ast.AST], package: str = "") -> None:
         self.package = package  # in which relative imports start
@@ -247,7 +244,7 @@ class Part(ast.NodeTransformer):
             self.imports[f"* {module}" if each.name == "*" else each.asname or each.name] = (module, each.name)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
-        if not node.decorator_list:
+        if not node.decorator_list:  # else, as of variables and fields, something may ask for annotations
             node.returns = None
             for each in ast.walk(node.args):
                 each.annotation = None

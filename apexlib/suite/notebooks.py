@@ -192,10 +192,7 @@ class Profile(_ProfileFile):
     name: str  # of its file
 
     def read_notebooks(self, folder: Path) -> dict[str, Notebook]:
-        """Read the notebooks of this profile, `NN_name` each, in order; each path must have one, earlier, writer.
-
-        Whatever else lies in `folder` is not looked into.
-        """
+        """Read the notebooks of this profile, no others, in order; each path must have one, earlier, writer."""
         known = [path.stem for path in folder.glob("[0-9][0-9]_*.ipynb")]
         if strange := [name for name in self.notebooks if name not in known]:
             raise unknown("notebook", strange[0], known, f"profile {self.name}")

@@ -111,10 +111,7 @@ class _State:
         write_json({"sha256": seal, "notebooks": self.notebooks, "files": self.files}, self.path)
 
     def hash(self, path: str) -> str | None:
-        """Hash a file, or names and contents of a folder; None if there is none.
-
-        Bytes are read only if size or time of change differ from those last seen.
-        """
+        """Hash a file, or names and contents of a folder, read again only if size or time changed; None if absent."""
         found = stamps(self.root, path)
         for name, stamp in found.items():
             if self.files.get(name, [])[:-1] != stamp:

@@ -31,14 +31,11 @@ Run = Callable[..., dict[str, Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: its name, which names its folder too, and the keyword arguments of the run function, as JSON holds them.
-
-    `reads` are files and folders on whose bytes the result depends.
-    """
+    """One run: its name, which names its folder too, and the keyword arguments of the run function."""
 
     name: str
-    settings: Mapping[str, Any]
-    reads: tuple[Path, ...] = ()
+    settings: Mapping[str, Any]  # as JSON holds them
+    reads: tuple[Path, ...] = ()  # files and folders on whose bytes the result depends
 
 
 class OutOfTimeError(TimeoutError):
@@ -123,10 +120,7 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
 
 
 def _worker(threads: int) -> None:
-    """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order.
-
-    A training saves before it ends, if it can within `_GRACE`.
-    """
+    """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
     import torch
 
@@ -135,7 +129,7 @@ def _worker(threads: int) -> None:
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()
         os.kill(os.getpid(), signal.SIGTERM)
-        _busy.acquire(timeout=_GRACE)
+        _busy.acquire(timeout=_GRACE)  # a training saves before it ends, if it can
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
