@@ -61,10 +61,8 @@ class _Module:
         while waiting:
             node = waiting.pop(0)
             test = ast.unparse(node.test) if isinstance(node, ast.If) else ""
-            if test.rpartition(".")[2] == "TYPE_CHECKING":
+            if test.rpartition(".")[2] == "TYPE_CHECKING" or test == "__name__ == '__main__'":
                 self.imports |= Part(node.body, package).imports
-                waiting[:0] = node.orelse
-            elif test == "__name__ == '__main__'":
                 waiting[:0] = node.orelse
             else:
                 for part in defined(node) or [_REST]:
