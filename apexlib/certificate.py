@@ -123,8 +123,8 @@ def _drift(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
     difference = (new - old).abs()
     if not difference.isfinite().all():
         raise ValueError("logits are not finite before fusing and casting or after it; nothing was saved")
-    drift = {"max": difference.max(), "mean": difference.mean(), "largest_logit": old.abs().max()}
-    return {name: value.item() for name, value in drift.items()} | {"tokens": len(old)}
+    sizes = {"max": difference.max().item(), "mean": difference.mean().item(), "largest_logit": old.abs().max().item()}
+    return sizes | {"tokens": len(old)}
 
 
 @torch.no_grad()

@@ -117,12 +117,10 @@ def expand(
     check_weights(model, [name for _, _, slots in planned for name in slots], list(whole))
     # all that an expanded model remembers of itself: which parameters trained before, a check, and how it is saved
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    hook = model.base_model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
-    model._expansion = {"trained": trained, "hook": hook}
+    model._expansion = trained, model.base_model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
     model.save_pretrained = partial(_save_plain, model)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
+        parameter.requires_grad_(False).grad = None
     try:
         for part, layer, slots in planned:
             _expand_component(model, part, layer, slots, operator, generator)
@@ -190,10 +188,9 @@ class Mixer(nn.Module):
 
 
 def _refuse_cache(model: nn.Module, _: tuple, inputs: dict[str, Any]) -> None:
-    cache = inputs.get("past_key_values")
-    if model.training and cache is not None and cache.get_seq_length():
-        what = f"past_key_values of {cache.get_seq_length()} tokens: may number heads in another order"
-        raise ValueError(f"{what} than an expanded model in training; need an empty cache, or model.eval()")
+    if model.training and (cache := inputs.get("past_key_values")) is not None and (tokens := cache.get_seq_length()):
+        what = f"past_key_values of {tokens} tokens: may number heads in another order than an expanded model"
+        raise ValueError(f"{what} in training; need an empty cache, or model.eval()")
 
 
 def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> PreTrainedModel:
@@ -202,11 +199,10 @@ def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> Pre
     for module in model.modules():
         for name in [name for name, child in module.named_children() if isinstance(child, Mixer)]:
             delattr(module, name)
-    model._expansion["hook"].remove()
-    for name, trained in model._expansion["trained"].items():
-        parameter = model.get_parameter(name)
-        parameter.requires_grad_(trained)
-        parameter.grad = None
+    trained, hook = model._expansion
+    hook.remove()
+    for name, before in trained.items():
+        model.get_parameter(name).requires_grad_(before).grad = None
     del model._expansion, model.save_pretrained
     return model
 

@@ -143,9 +143,8 @@ class FusedFFN(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         gate, up, down, activation = (self.get_submodule(name) for name in self.names)
         in_torch_func = torch._C._are_functorch_transforms_active()
-        if not down.training or torch.compiler.is_compiling() or in_torch_func:
-            return super().forward(*inputs, **named)
-        if any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
+        plain = not down.training or torch.compiler.is_compiling() or in_torch_func
+        if plain or any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
         dtype, device = down.frozen.dtype, x.device.type
@@ -159,7 +158,7 @@ class FusedFFN(nn.Module):
         rows = x.to(dtype).flatten(0, -2)
         output = GatedFFN.apply(rows, _ACTIVATIONS[type(activation)], keep, sums, bias, *_flat(parts))
         for squares in sums:
-            squares.report()
+            squares.observer.take_squares(torch.cat(squares.sums))
         return output.unflatten(0, x.shape[:-1])
 
     def __reduce__(self) -> tuple:  # its class is made on the fly; copy and pickle know the plain one
@@ -197,9 +196,6 @@ class _SquareSums:
         if of_product == self.observer.of_product:
             values = values if self.tokens is None else values[self.tokens[rows].to(values.device)]
             self.sums[number] += values.to(wide(values.dtype)).square().sum(0)
-
-    def report(self) -> None:
-        self.observer.take_squares(torch.cat(self.sums))
 
 
 def _has_other_hooks(module: nn.Module, observers: list[ChannelObserver]) -> bool:
