@@ -111,7 +111,7 @@ def instruction_scores(
     asked = pd.Series([example for example in examples(chat, "test") if "answer" in example])
     by_choice = asked.map(lambda example: "choices" in example)
     writing = {"max_new_tokens": chat["max_new_tokens"], "extract": final_answer}
-    every = {"batch_size": 512 if torch.cuda.is_available() else 64, "quiet": True}
+    every = {"batch_size": 512 if torch.cuda.is_available() else 256, "quiet": True}
     tables = [
         score(model, tokenizer, rows.tolist(), **every, **options).set_axis(rows.index)
         for rows, score, options in ((asked[by_choice], multiple_choice, {}), (asked[~by_choice], exact_match, writing))
