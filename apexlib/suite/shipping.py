@@ -10,16 +10,15 @@ import pandas as pd
 import torch
 from jinja2 import StrictUndefined, Template
 
-from apexlib import perplexity
 from apexlib.files import atomic_folder, write_json
 from apexlib.provenance import provenance, save_table
 from apexlib.suite.bases import REFERENCES, reference_losses
 from apexlib.suite.inputs import load_model, load_tokenizer, text_blocks
-from apexlib.text.datasets import PackedTokens, batches
+from apexlib.suite.runs import text_loss
+from apexlib.text.datasets import PackedTokens
 from apexlib.training.checkpoints import checkpoint_folder
 
 PROMPTS = ("def mean(values):\n", "import os\n\n\nclass ", "The function returns ")
-_CARD = Path(__file__).with_name("card.md")
 
 
 def ship_base(
@@ -39,22 +38,23 @@ def ship_base(
     what `evaluation_table` finds on the held-out text of `corpora`, each with words on what it is, and README.md all
     of it for people. `train` is what n-gram models may count.
     """
-    tokenizer, named = load_tokenizer(str(checkpoint_folder(run, last))), {}
-    for step in (last, *weaker):
-        named["model" if step == last else f"step {step}"] = str(checkpoint_folder(run, step))
-    evaluation = evaluation_table(named, train, list(corpora), blocks=blocks)
+    paths = {step: str(checkpoint_folder(run, step)) for step in (last, *weaker)}
+    models = {"model" if step == last else f"step {step}": path for step, path in paths.items()}
+    tokenizer = load_tokenizer(paths[last])
+    evaluation = evaluation_table(models, train, list(corpora), blocks=blocks)
     with atomic_folder(folder, replace=True) as temporary:
-        for step in (last, *weaker):
+        for step, path in paths.items():
             place = temporary if step == last else checkpoint_folder(temporary, step)
-            model = load_model(str(checkpoint_folder(run, step)), dtype=torch.bfloat16)
+            model = load_model(path, dtype=torch.bfloat16)
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
         facts = provenance(settings=dict(settings), parameters=model.num_parameters())
         write_json(facts, temporary / "training.json")
         save_table(evaluation, "evaluation", temporary)
-        said = {"rows": _rows(evaluation), "facts": facts, "corpora": corpora, "name": folder.name, "weaker": weaker}
-        said["samples"] = {prompt: continuation(named["model"], prompt) for prompt in PROMPTS}
-        card = Template(_CARD.read_text(encoding="utf-8"), trim_blocks=True, undefined=StrictUndefined).render(said)
+        said = {"evaluation": evaluation, "facts": facts, "corpora": corpora, "name": folder.name, "weaker": weaker}
+        said["samples"] = {prompt: continuation(paths[last], prompt) for prompt in PROMPTS}
+        card = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+        card = Template(card, trim_blocks=True, undefined=StrictUndefined).render(said)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return evaluation
 
@@ -70,14 +70,11 @@ def evaluation_table(
     rows, context = [], train.blocks.shape[1]
     tokenizer = load_tokenizer(next(iter(models.values())))
     for corpus in corpora:
-        held_out = text_blocks(tokenizer, corpus, "valid", context)
-        tokens = held_out.blocks[:blocks]
+        tokens = text_blocks(tokenizer, corpus, "valid", context).blocks[:blocks]
         text = "".join(tokenizer.batch_decode(tokens.tolist())).encode()
         per_byte = tokens.size / len(text) / math.log(2)
-        losses = {
-            name: float(perplexity(load_model(path), batches(held_out, 16, limit=blocks), quiet=True)["loss"])
-            for name, path in models.items()
-        }
+        asked = {"corpus": corpus, "context": context, "blocks": blocks}
+        losses = {name: text_loss(load_model(path), tokenizer, **asked) for name, path in models.items()}
         losses |= reference_losses(list(REFERENCES), train, tokens, len(tokenizer))
         rows += [(corpus, name, loss, loss * per_byte) for name, loss in losses.items()]
         packed = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
@@ -85,21 +82,10 @@ def evaluation_table(
     return pd.DataFrame(rows, columns=["corpus", "predictor", "loss", "bits_per_byte"])
 
 
-def continuation(model: str, prompt: str, *, tokens: int = 60, seed: int = 0) -> str:
+def continuation(model: str, prompt: str, *, tokens: int = 60) -> str:
     """What a model writes after a prompt, drawn at temperature 0.7 from the likeliest tokens."""
     tokenizer, network = load_tokenizer(model), load_model(model, dtype=torch.float32)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     given = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(network.device)
     options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "pad_token_id": tokenizer.pad_token_id}
     return tokenizer.decode(network.generate(**given, max_new_tokens=tokens, **options)[0], skip_special_tokens=True)
-
-
-def _rows(evaluation: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """An evaluation for people: each predictor with a cell per corpus."""
-    cells = evaluation.assign(
-        cell=[
-            f"{row.bits_per_byte:.3f}" + ("" if math.isnan(row.loss) else f" ({row.loss:.3f})")
-            for row in evaluation.itertuples()
-        ]
-    )
-    return [(name, part["cell"].tolist()) for name, part in cells.groupby("predictor", sort=False)]
