@@ -119,9 +119,10 @@ def claims_table(
             own["limits"] = f"{claim.limits} {noise}"
         decided = decide(values, margin=claim.margin, needs=claim.needs, goal=claim.goal)
         rows.append(claim.model_dump() | decided | own)
-    table = pd.DataFrame(rows, columns=[name for name in COLUMNS if name != "together"])
-    table["together"] = table["verdict"].where(_holm(table["p"]) | (table["n"] == 0), "undecided")
-    return table[COLUMNS]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    ordered = table["p"].sort_values()  # NaN last
+    holds = (ordered * (ordered.count() - np.arange(len(ordered)))).cummax() < SIMULTANEOUS
+    return table.assign(together=table["verdict"].where(holds | (table["n"] == 0), "undecided"))
 
 
 def repeated(claims: pd.DataFrame, other: Path) -> pd.DataFrame:
@@ -129,10 +130,8 @@ def repeated(claims: pd.DataFrame, other: Path) -> pd.DataFrame:
 
     `other` is the folder of a run of the same profile on other kernels, threads or machine.
     """
-    found: dict[str, str] = {}
-    if (Path(other) / "claims.csv").is_file():
-        rows = read_table(Path(other), "claims", ["claim", "verdict"])
-        found = dict(zip(rows["claim"], rows["verdict"], strict=True))
+    there = (Path(other) / "claims.csv").is_file()
+    found = read_table(Path(other), "claims", ["claim", "verdict"]).set_index("claim")["verdict"] if there else {}
     return claims.assign(elsewhere=[found.get(name, "") for name in claims["claim"]])
 
 
@@ -187,13 +186,6 @@ def _error(values: np.ndarray, above: float, below: float) -> float:
     if spread == 0:
         return float(distance <= 0)
     return float(min(1.0, 2 * t.sf(distance / spread, freedom)))
-
-
-def _holm(p: pd.Series) -> pd.Series:
-    """Whether each is small enough if all together may err with probability `SIMULTANEOUS`."""
-    ordered = p.sort_values()  # NaN last
-    steps = ordered * (p.count() - np.arange(len(p)))
-    return (steps.cummax() < SIMULTANEOUS).reindex(p.index)
 
 
 def measured(row: Any) -> str:

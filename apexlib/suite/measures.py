@@ -16,8 +16,8 @@ def masking_gap(results: Path, *, component: str, fraction: float, more: str, le
     """Increase of loss with `fraction` of units masked in the order `more`, less that in the order `less`."""
     table = read_table(results, "masking", ["component", "order", "fraction", "seed", "increase"])
     table = table[(table["component"] == component) & np.isclose(table["fraction"], fraction)]
-    increase = table.groupby(["order", "seed"])["increase"].mean()  # over random draws
-    increase = increase.unstack("order").reindex(columns=[more, less])
+    increase = table.pivot_table(index="seed", columns="order", values="increase")  # mean over random draws
+    increase = increase.reindex(columns=[more, less])
     return increase[more] - increase[less]
 
 
@@ -30,8 +30,9 @@ def evens_with_training(results: Path, *, component: str) -> pd.Series:
 
 def evens_with_size(results: Path, *, component: str) -> pd.Series:
     """Coefficient of variation of the smallest model at the end of training, less that of the largest."""
-    models = _imbalance(results, component)
-    return _at(models[0], 1.0) - _at(models[-1], 1.0) if len(models) > 1 else pd.Series(dtype=float)
+    ends = [rows[rows["tokens"] == rows["tokens"].max()] for rows in _imbalance(results, component)]
+    spread = [rows.set_index("seed")["cv"] for rows in ends]
+    return spread[0] - spread[-1] if len(spread) > 1 else pd.Series(dtype=float)
 
 
 def lead(results: Path, *, table: str, of: str, over: str, column: str) -> pd.Series:
@@ -152,16 +153,10 @@ def _imbalance(results: Path, component: str) -> list[pd.DataFrame]:
     table = read_table(results, "imbalance", ["component", "model", "tokens", "seed", "cv"])
     table = table[table["component"] == component]
     cv = table.groupby(["model", "tokens", "seed"], as_index=False, sort=False)["cv"].mean()
-    sizes = read_table(results, "models", ["model", "parameters"]).drop_duplicates("model").sort_values("parameters")
-    known = cv["model"].isin(sizes["model"]).all() and cv["tokens"].max() > 0
-    models = [cv[cv["model"] == name] for name in sizes["model"]] if known else []
-    return [rows for rows in models if len(rows)]
-
-
-def _at(rows: pd.DataFrame, share: float) -> pd.Series:
-    """The coefficient of variation per seed after about `share` of a model's training."""
-    near = rows["tokens"].iloc[(rows["tokens"] - share * rows["tokens"].max()).abs().argmin()]
-    return rows[rows["tokens"] == near].set_index("seed")["cv"]
+    sizes = read_table(results, "models", ["model", "parameters"]).drop_duplicates("model").set_index("model")
+    cv["parameters"] = cv["model"].map(sizes["parameters"])
+    known = cv["parameters"].notna().all() and cv["tokens"].max() > 0
+    return [rows for _, rows in cv.groupby(["parameters", "model"])] if known else []
 
 
 _OTHERS = (matched, step_time, share_off, stages_flatten, tokens_saved, rank_correlation)
