@@ -6,7 +6,7 @@ share data, order, schedule and evaluation, and differ by their `Variant` and it
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,7 @@ from apexlib.suite.variants import VARIANTS
 
 
 def grid_trials(
-    variants: Iterable[str],
-    learning_rates: Sequence[float],
-    seeds: Sequence[int],
-    bases: Mapping[int, Path],
-    **settings,
+    variants: Sequence[str], rates: Sequence[float], seeds: Sequence[int], bases: Mapping[int, Path], **settings: Any
 ) -> list[Trial]:
     """Make a trial for every variant, learning rate and seed, each starting from the base model of its seed.
 
@@ -44,7 +40,7 @@ def grid_trials(
             reads=(Path(locate(bases[seed])), *files),
         )
         for variant in variants
-        for rate in learning_rates
+        for rate in rates
         for seed in seeds
     ]
 
@@ -106,12 +102,7 @@ def compare(
 
 
 def choose_rates(runs: pd.DataFrame) -> dict[str, float]:
-    """Choose for each method the learning rate of the lowest mean validation loss, over the seeds that have all rates.
-
-    >>> runs = pd.DataFrame({"method": "full", "learning_rate": [0.1, 0.2], "seed": 0, "valid_loss": [2.0, 1.0]})
-    >>> choose_rates(runs)
-    {'full': 0.2}
-    """
+    """Choose the learning rate of each method's lowest mean validation loss, over the seeds that have all rates."""
     pivot = {"index": "seed", "columns": "learning_rate", "values": "valid_loss"}
     tables = {method: part.pivot_table(**pivot).dropna() for method, part in runs.groupby("method", sort=False)}
     return {method: float(table.mean().idxmin()) for method, table in tables.items()}
@@ -125,7 +116,7 @@ def rates_table(rates: pd.DataFrame) -> pd.DataFrame:
     return table.assign(chosen=best, at_the_end=best.isin(ends))
 
 
-def gate_table(tuning: Comparison, *, base_rate: float, full: str, unigram: float | None = None) -> pd.DataFrame:
+def gate_table(tuning: Comparison, *, base_rate: float, full: str, unigram: float) -> pd.DataFrame:
     """Whether a comparison is one of fine-tuning: what has to hold, of which method (or "all"), and whether it does.
 
     Each method's choice of a rate lies inside the grid, by the mean of at least three seeds, and, unless it trains few
@@ -134,16 +125,14 @@ def gate_table(tuning: Comparison, *, base_rate: float, full: str, unigram: floa
     half a nat or more below `unigram`, that of token frequencies. Columns: `method`, `condition`, `value`, `least`,
     `most`, `holds`.
     """
-    grid = tuning.runs.merge(tuning.rates[["method", "learning_rate"]])
-    seeds = grid.groupby(["method", "learning_rate"])["seed"].nunique().groupby("method").max().min()
+    seeds = tuning.runs.groupby(["method", "learning_rate"])["seed"].nunique().groupby("method").max().min()
     chosen = tuning.runs[tuning.runs["chosen"] & (tuning.runs["method"] == full)]
+    gap = unigram - chosen["retention_loss"].mean()
     rows = [
         ("all", "seeds that choose", seeds, 3, math.inf),
         ("all", f"update of {full}, in units of the weights", chosen["update_norm"].mean(), 0, 0.1),
+        ("all", f"loss of {full} on the base's text below unigram, nats", gap, 0.5, math.inf),
     ]
-    if unigram is not None:
-        gap = unigram - chosen["retention_loss"].mean()
-        rows.append(("all", f"loss of {full} on the base's text below unigram, nats", gap, 0.5, math.inf))
     rungs = sorted(tuning.rates["learning_rate"].unique())
     for method, rate in tuning.rates[tuning.rates["chosen"]].set_index("method")["learning_rate"].items():
         rows.append((method, "place of the rate in the grid", rungs.index(rate) + 1, 2, len(rungs) - 1))

@@ -110,14 +110,11 @@ def instruction_scores(
         scores[name] = float(perplexity(model, held_out, quiet=True)["loss"])
     asked = pd.Series([example for example in examples(chat, "test") if "answer" in example])
     by_choice = asked.map(lambda example: "choices" in example)
-    writing = {"max_new_tokens": chat["max_new_tokens"], "extract": final_answer}
     every = {"batch_size": 512 if torch.cuda.is_available() else 256, "quiet": True}
-    tables = [
-        score(model, tokenizer, rows.tolist(), **every, **options).set_axis(rows.index)
-        for rows, score, options in ((asked[by_choice], multiple_choice, {}), (asked[~by_choice], exact_match, writing))
-        if len(rows)
-    ]
-    answers = pd.concat(tables).sort_index()
+    writing = {"max_new_tokens": chat["max_new_tokens"], "extract": final_answer}
+    chosen = multiple_choice(model, tokenizer, asked[by_choice].tolist(), **every).set_axis(asked.index[by_choice])
+    written = exact_match(model, tokenizer, asked[~by_choice].tolist(), **every, **writing)
+    answers = pd.concat([chosen, written.set_axis(asked.index[~by_choice])]).sort_index()
     families = answers.groupby("family")["correct"].agg(["mean", "size"])
     return {
         **scores,
@@ -148,13 +145,11 @@ def continued_run(
     points = {"eval_strategy": "steps", "eval_steps": max(1, steps // evaluations), "per_device_eval_batch_size": 16}
     record, cost = _train(model, data, folder, lr_scheduler_type="constant_with_warmup", **points, **training)
     seen = record.log.dropna(subset=["eval_loss"])
-    curve = [start] + [
-        {"tokens": int(step) * tokens, "loss": float(loss)}
-        for step, loss in zip(seen["step"], seen["eval_loss"], strict=True)
-    ]
+    curve = pd.DataFrame({"tokens": seen["step"].astype(int) * tokens, "loss": seen["eval_loss"]})
     cost |= movement(load_model(base, dtype=torch.float32), record.model)
-    losses = (text_loss(record.model, tokenizer, **each) for each in (text, retention))
-    return cost | {"curve": curve} | dict(zip(("valid_loss", "retention_loss"), losses, strict=True))
+    cost["valid_loss"] = text_loss(record.model, tokenizer, **text)
+    cost["retention_loss"] = text_loss(record.model, tokenizer, **retention)
+    return cost | {"curve": [start, *curve.to_dict("records")]}
 
 
 def text_loss(
