@@ -46,11 +46,14 @@ def claims() -> str:
     """The ledger's verdicts on the default run, and under other kernels."""
     table = claims_table(RESULTS)
     beside = repeated(table, RESULTS.with_name("cpu-avx2"))
-    turned = beside.loc[(beside["elsewhere"] != beside["verdict"]), ["number", "elsewhere"]].itertuples(index=False)
-    said = ", ".join(f"{number} ({verdict or 'not run'})" for number, verdict in turned) or "none"
+    turned = beside.loc[beside["elsewhere"] != beside["verdict"], ["number", "elsewhere"]].itertuples(index=False)
+    said = ", ".join(f"{number} ({verdict})" for number, verdict in turned) or "none"
+    other = f"Verdicts that differ when the same run uses other kernels: {said}."
+    if not beside["elsewhere"].any():
+        other = "The same run has not been made on other kernels yet."
     counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
     lost = table.loc[(table["together"] != table["verdict"]), "number"].tolist()
-    lines = [f"{len(table)} claims: {counts}. Verdicts that differ when the same run uses other kernels: {said}.", ""]
+    lines = [f"{len(table)} claims: {counts}. {other}", ""]
     lines += ["| | claim | the paper | here: mean [95 % interval]; margin | n | verdict |", "|---|---|---|---|---|---|"]
     for row in table.itertuples():
         here = f"{measured(row)}; {row.margin:g}"
