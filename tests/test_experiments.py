@@ -151,6 +151,7 @@ def test_the_gate_lets_fine_tuning_through_and_nothing_else():
         adapters = RUNS.assign(method="lora")  # of which that is not asked
         assert "rate, in units of the base's" not in gate(adapters, base_rate=base_rate)
     assert gate(RUNS[RUNS["seed"] < 2]) == {"seeds that choose"}
+    assert gate(RUNS[(RUNS["seed"] < 2) | RUNS["chosen"]]) == {"seeds that choose"}  # a third came after the choice
     assert gate(RUNS.assign(update_norm=0.11)) == {"update of full, in units of the weights"}
     assert gate(unigram=2.6) == {"loss of full on the base's text below unigram, nats"}
     for rate in (1e-4, 4e-4):

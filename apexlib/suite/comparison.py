@@ -125,7 +125,7 @@ def gate_table(tuning: Comparison, *, base_rate: float, full: str, unigram: floa
     half a nat or more below `unigram`, that of token frequencies. Columns: `method`, `condition`, `value`, `least`,
     `most`, `holds`.
     """
-    seeds = tuning.runs.groupby(["method", "learning_rate"])["seed"].nunique().groupby("method").max().min()
+    seeds = tuning.runs.groupby(["method", "learning_rate"])["seed"].nunique().min()
     chosen = tuning.runs[tuning.runs["chosen"] & (tuning.runs["method"] == full)]
     gap = unigram - chosen["retention_loss"].mean()
     rows = [
