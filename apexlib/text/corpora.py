@@ -47,6 +47,10 @@ def load_corpus(
 
     Where nothing else is said, about 90 % of documents are train, 5 % valid, 5 % test. Blank documents, repetitions and
     library files that do not decode are left out, and counted in the log. `cache` is a folder that keeps docstrings.
+
+    >>> documents = load_corpus("stdlib-code", split="valid")
+    >>> any("import " in document for document in documents)
+    True
     """
     source = _locate(source, EMBEDDED, revision, subset)
     if source in EMBEDDED:
@@ -80,6 +84,9 @@ def load_chat(
     Several files are mixed in an order by hash; a question that a held-out file asks is left out of the others. Rows
     hold `messages`, or alpaca's `instruction`, `input` and `output`. An optional system message comes first, then user
     and assistant take turns, the assistant last; a row that differs is an error that names it.
+
+    >>> load_chat(limit=1)[0]["messages"][-1]["role"]
+    'assistant'
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: need at least one conversation, or None for all")

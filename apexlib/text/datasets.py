@@ -151,7 +151,12 @@ def collate(
 def batches(
     dataset: Dataset, batch_size: int, *, collator: Callable | None = None, limit: int | None = None
 ) -> list[Item]:
-    """Batch the first `limit` items (default: all) in order; the last batch may be smaller."""
+    """Batch the first `limit` items (default: all) in order; the last batch may be smaller.
+
+    >>> blocks = PackedTokens(np.arange(20, dtype=np.int32), length=4)
+    >>> [batch["input_ids"].shape[0] for batch in batches(blocks, 2)]
+    [2, 2, 1]
+    """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size={batch_size}, limit={limit}: need at least one item")
     if collator is None and isinstance(dataset, ChatTokens):
