@@ -220,7 +220,10 @@ def rendered(text: str) -> str:
     for name in re.findall(r"<!-- (\w+): made by `make readme` -->", text):
         start, end = f"<!-- {name}: made by `make readme` -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)
-        text = f"{before}{start}{SECTIONS[name]()}\n{end}{rest.partition(end)[2]}"
+        _, ends, after = rest.partition(end)
+        if not ends or start in rest:
+            raise ValueError(f"section {name!r}: need one, that ends")
+        text = f"{before}{start}{SECTIONS[name]()}\n{end}{after}"
     return text
 
 

@@ -110,9 +110,16 @@ def test_a_page_names_files_that_exist(page):
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:apexlib|notebooks|data|figures)/[\w/.]*)`", text)
     linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert len(named) + len(linked) > (20 if page.name == "README.md" else -1)
+    assert len(named) + len(linked) > 20 or page.name != "README.md"
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert [name for name in linked if not (page.parent / name).exists()] == []
+
+
+def test_a_page_without_the_end_of_a_section_is_refused():
+    start = "<!-- reliability: made by `make readme` -->\n"
+    for text in (f"{start}lost", f"{start}<!-- end of reliability -->\n" * 2):
+        with pytest.raises(ValueError, match="section 'reliability': need one, that ends"):
+            rendered(text)
 
 
 def test_the_readme_is_short():

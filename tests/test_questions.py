@@ -64,6 +64,11 @@ def test_the_answer_of_a_text_is_what_follows_its_last_mark_or_all_of_it():
     assert final_answer(" two") == "two"
 
 
+def test_a_letter_that_is_a_choice_too_needs_somebody_who_says_which():
+    with pytest.raises(ValueError, match="'A' is a letter and a choice; the assistant says ''"):
+        scored({"task": "arc_easy", "messages": [], "answer": "A", "choices": ["b", "A"]})
+
+
 def test_an_answer_that_no_choice_has_is_refused():
     with pytest.raises(ValueError, match="'C' is neither one of the choices"):
         scored({"task": "arc_easy", "messages": [], "answer": "C", "choices": ["a", "b"]})

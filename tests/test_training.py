@@ -363,6 +363,7 @@ class Failing(Trainer):
 def test_the_first_of_tensors_that_is_not_finite_is_named():
     tensors = {"a": torch.ones(2), "b": torch.tensor([1.0, math.nan]), "c": torch.ones(1)}
     assert first_not_finite(tensors.items()) == "b"
+    assert first_not_finite([("large", torch.full((4,), 1e30))]) is None  # though its squares are infinite
 
 
 def test_a_loss_that_is_not_finite_names_the_step(tiny_model, tmp_path):

@@ -123,7 +123,7 @@ def scored(example: Mapping[str, Any]) -> dict[str, Any]:
         if not is_letter and answer not in choices:
             raise ValueError(f"{task}: answer {answer!r} is neither one of the choices {choices} nor its letter")
         if is_letter and answer in choices:
-            said = row["messages"][-1]["content"].strip()
+            said = "".join(message["content"] for message in row["messages"][-1:]).strip()
             is_letter = said == lettered[answer]
             if not is_letter and said != answer:
                 need = f"the assistant says {said!r}, need {lettered[answer]!r} or {answer!r}"
