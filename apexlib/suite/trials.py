@@ -105,9 +105,16 @@ def _written(folder: Path, key: str) -> dict[str, Any]:
 
 
 def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterator[str]:
+    if not calls:
+        return
     waiting, running = list(calls), dict[Future, str]()
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(threads,)) as pool:
+    if "forkserver" in multiprocessing.get_all_start_methods():  # imports once; a plain fork loses torch's threads
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([calls[0][0].__module__])
+    else:
+        context = multiprocessing.get_context("spawn")
+    arguments = (threads, dict(os.environ))  # a server keeps the environment that it started with
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=arguments) as pool:
         while running or (waiting and not _late()):
             while waiting and len(running) < workers and not _late():
                 call = waiting.pop(0)
@@ -119,8 +126,9 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
                 yield f"{name}: its process died ({error}); out of memory?" if error else future.result()
 
 
-def _worker(threads: int) -> None:
+def _worker(threads: int, environment: Mapping[str, str]) -> None:
     """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order."""
+    os.environ.update(environment)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
     import torch
 
