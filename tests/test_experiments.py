@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,7 @@ from apexlib.suite.comparison import (
     above_first,
     beside_untouched,
     choose_rates,
+    chosen_runs,
     compare,
     curves_table,
     gate_table,
@@ -32,7 +35,14 @@ from apexlib.suite.comparison import (
 )
 from apexlib.suite.folders import locate, relative
 from apexlib.suite.inputs import conversations, data_files, documents, examples, text_blocks
-from apexlib.suite.runs import continued_run, instruction_run, instruction_setting, pretraining_run, untouched_run
+from apexlib.suite.runs import (
+    answers_run,
+    continued_run,
+    instruction_run,
+    instruction_setting,
+    pretraining_run,
+    untouched_run,
+)
 from apexlib.suite.variants import VARIANTS
 from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, pack
@@ -108,7 +118,7 @@ def test_a_variant_has_its_rates_in_units_of_its_own(settings, tmp_path, monkeyp
     one = instruction_run(folder=tmp_path / "one", variant="full", chat=CHAT, **settings)
     two = instruction_run(folder=tmp_path / "two", variant="twice", chat=CHAT, **half)
     assert one["update_norm"] > 0
-    assert {name: one[name] for name in ("update_norm", "valid_loss", "answer_loss")}.items() <= two.items()
+    assert {name: one[name] for name in ("update_norm", "valid_loss", "retention_loss")}.items() <= two.items()
 
 
 def test_what_is_compared_trains_as_much():
@@ -221,9 +231,11 @@ def test_an_instruction_run_measures_the_model_it_leaves(variant, settings, base
     result = instruction_run(folder=tmp_path, variant=variant, chat=CHAT, **settings)
     last = sorted(tmp_path.glob("stage-*"))[-1]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(last), AutoTokenizer.from_pretrained(base)
-    test, _ = encode_chat(skills("test", 28, difficulties=[1]), tokenizer, max_length=64)
-    loss = perplexity(model, batches(test, 7, collator=collate(tokenizer.pad_token_id)), quiet=True)["loss"]
-    assert result["answer_loss"] == pytest.approx(loss, rel=1e-5)
+    result |= answers_run(folder=tmp_path, model=str(last), chat=CHAT, **settings)
+    for split, name in (("valid", "valid_loss"), ("test", "answer_loss")):
+        tokens, _ = encode_chat(skills(split, CHAT[split], difficulties=[1]), tokenizer, max_length=64)
+        loss = perplexity(model, batches(tokens, 7, collator=collate(tokenizer.pad_token_id)), quiet=True)["loss"]
+        assert result[name] == pytest.approx(loss, rel=1e-5)
     shares = [share for share, _ in result["families"].values()]
     assert result["exact_match"] == pytest.approx(np.mean(shares))
     assert sum(result["correct"]) == pytest.approx(sum(share * count for share, count in result["families"].values()))
@@ -235,6 +247,12 @@ def test_an_instruction_run_measures_the_model_it_leaves(variant, settings, base
     assert result.get("by_operator", 0.5) > 0
     start = untouched_run(folder=tmp_path, base=settings["base"], chat=CHAT, retention=settings["retention"])
     assert result["answer_loss"] < start["answer_loss"]
+    assert start.keys() | {"trainable", "seconds_per_step", "peak_memory_mb", "by_operator"} >= result.keys()
+
+
+def test_without_tokens_to_write_only_the_loss_on_answers_is_measured(base, tmp_path):
+    chat = CHAT | {"max_new_tokens": 0}
+    assert answers_run(folder=tmp_path, model=str(base), base=str(base), chat=chat).keys() == {"answer_loss"}
 
 
 def test_the_same_run_twice_gives_the_same_numbers(settings, tmp_path):
@@ -325,13 +343,26 @@ def fake(folder, variant, learning_rate, seed, base):
     return {"valid_loss": abs(learning_rate - (0.1 if variant == "full" else 0.2)) + seed, "text": "not a number"}
 
 
-def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, monkeypatch):
+def fake_measure(folder, model, variant, learning_rate, seed, base):
+    """A measure that a folder of a model can bear."""
+    with (folder.parent.parent / "measured").open("a") as calls:
+        calls.write(f"{folder.parent.name}\n")
+    assert Path(model).name == "stage-0"
+    assert Path(model).is_dir()
+    return {"score": 10 * seed + learning_rate}
+
+
+@pytest.fixture
+def given_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "default_workers", lambda: 1)
     monkeypatch.chdir(tmp_path)
-    given = {"bases": {0: tmp_path / "b", 1: tmp_path / "b"}, "folder": tmp_path, "grid_seeds": [0]}
-    found = compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given)
+    return {"bases": dict.fromkeys((0, 1), tmp_path / "b"), "folder": tmp_path, "grid_seeds": [0]}
+
+
+def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, given_runs):
+    found = compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given_runs)
     runs = found.runs.set_index(["method", "seed", "learning_rate"])["chosen"]
-    assert runs[runs].index.tolist() == [("full", 0, 0.1), ("apex", 0, 0.2), ("full", 1, 0.1), ("apex", 1, 0.2)]
+    assert runs[runs].index.tolist() == [("full", 0, 0.1), ("full", 1, 0.1), ("apex", 0, 0.2), ("apex", 1, 0.2)]
     assert len(runs) == 6
     kept = {path.parent.name for path in tmp_path.glob("*/stage-0")}
     assert kept == {"full-lr0.1-seed0", "apex-lr0.2-seed0", "full-lr0.1-seed1", "apex-lr0.2-seed1"}
@@ -339,13 +370,49 @@ def test_compare_finishes_the_chosen_rate_and_keeps_its_models_only(tmp_path, mo
     assert found.rates.loc[found.rates["chosen"], "loss"].tolist() == [0, 0]
 
     before = (tmp_path / "calls").read_text()
-    assert compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given).runs.equals(found.runs)
+    assert compare(fake, ["full", "apex"], learning_rates=[0.1, 0.2], **given_runs).runs.equals(found.runs)
     assert (tmp_path / "calls").read_text() == before
     # another grid makes another rate the best one: its model was removed, so that run is made again
-    other = compare(fake, ["apex"], learning_rates=[0.1], **given)
-    assert (tmp_path / "calls").read_text()[len(before) :].split() == ["apex-lr0.1-seed1", "apex-lr0.1-seed0"]
+    other = compare(fake, ["apex"], learning_rates=[0.1], **given_runs)
+    assert (tmp_path / "calls").read_text()[len(before) :].split() == ["apex-lr0.1-seed0", "apex-lr0.1-seed1"]
     assert sorted(other.runs["seed"]) == [0, 1]
     assert other.runs["chosen"].all()
+
+
+def test_compare_measures_the_chosen_runs_once_and_again_when_they_are_made_again(tmp_path, given_runs):
+    asked = {"learning_rates": [0.1, 0.2], "measure": fake_measure, **given_runs}
+    runs = compare(fake, ["full", "apex"], **asked).runs
+    assert runs["score"].notna().equals(runs["chosen"])
+    chosen = runs[runs["chosen"]]
+    assert chosen["score"].tolist() == pytest.approx((10 * chosen["seed"] + chosen["learning_rate"]).tolist())
+    measured = (tmp_path / "measured").read_text().split()
+    assert measured == ["full-lr0.1-seed0", "full-lr0.1-seed1", "apex-lr0.2-seed0", "apex-lr0.2-seed1"]
+    assert compare(fake, ["full", "apex"], **asked).runs.equals(runs)
+    assert (tmp_path / "measured").read_text().split() == measured
+    shutil.rmtree(tmp_path / "full-lr0.1-seed1")
+    assert compare(fake, ["full", "apex"], **asked).runs.equals(runs)
+    assert (tmp_path / "measured").read_text().split() == [*measured, "full-lr0.1-seed1"]
+
+
+def test_a_variant_that_shares_a_rate_has_no_grid_and_a_method_may_have_fewer_seeds(given_runs):
+    asked = {"learning_rates": [0.1, 0.2], "seeds_of": {"restart": [1]}, **given_runs}
+    found = compare(fake, ["restart", "full"], **asked)
+    assert set(found.rates["method"]) == {"full"}
+    runs = found.runs[found.runs["method"] == "restart"]
+    assert runs[["seed", "learning_rate", "chosen"]].to_numpy().tolist() == [[1, 0.1, True]]
+    alone = compare(fake, ["restart"], **asked)  # without the other it chooses for itself
+    assert alone.rates["learning_rate"].tolist() == [0.1, 0.2]
+
+
+def test_analyses_of_runs_use_the_seeds_that_all_methods_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [(method, seed, True, "models") for method in ("base", "apex", "full") for seed in range(3)]
+    rows = [row for row in rows if row[:2] != ("full", 2)] + [("full", 2, False, "models")]
+    Path("models").mkdir()
+    pd.DataFrame(rows, columns=["method", "seed", "chosen", "path"]).to_csv("instruction.csv", index=False)
+    found = chosen_runs(tmp_path)
+    assert found["seed"].tolist() == [0, 1] * 3
+    assert found["base"].map(Path).map(Path.is_dir).all()
 
 
 @pytest.fixture

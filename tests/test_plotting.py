@@ -65,7 +65,7 @@ def rates():
 
 
 def trade_off():
-    return rates().rename(columns={"loss": "answer_loss"}).assign(retention_loss=[3.0, 4.0, 5.0, 6.0])
+    return rates().rename(columns={"loss": "valid_loss"}).assign(retention_loss=[3.0, 4.0, 5.0, 6.0])
 
 
 def constructed():

@@ -17,7 +17,7 @@ from apexlib import ExpansionPlan, biography
 from apexlib.suite.folders import home, locate, relative
 from apexlib.suite.inputs import data_files
 from apexlib.suite.runs import untouched_run
-from apexlib.suite.trials import Trial, run_trials
+from apexlib.suite.trials import RESULT, Trial, run_trials
 from apexlib.suite.variants import VARIANTS
 
 
@@ -30,8 +30,6 @@ def grid_trials(
     >>> [trial.name for trial in trials]
     ['full-lr0.001-seed0', 'full-lr0.001-seed1', 'apex-lr0.001-seed0', 'apex-lr0.001-seed1']
     """
-    if unknown := [name for name in variants if name not in VARIANTS]:
-        raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
     files = data_files(settings)
     return [
         Trial(
@@ -39,10 +37,17 @@ def grid_trials(
             {"variant": variant, "learning_rate": rate, "seed": seed, "base": str(bases[seed]), **settings},
             reads=(Path(locate(bases[seed])), *files),
         )
-        for variant in variants
+        for variant in _known(variants)
         for rate in rates
         for seed in seeds
     ]
+
+
+def _known(variants: Sequence[str]) -> Sequence[str]:
+    """Refuse names that are no variants."""
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    return variants
 
 
 def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
@@ -72,33 +77,50 @@ def compare(
     *,
     learning_rates: Sequence[float],
     grid_seeds: Sequence[int],
-    keep_models: bool = True,
+    seeds_of: Mapping[str, Sequence[int]] | None = None,
+    measure: Callable[..., dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on the other seeds of `bases`.
+    """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on its other seeds.
 
-    `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Models are kept (`keep_models`) of
-    the runs at the chosen rates only.
+    `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Seeds are those of `bases`, but for
+    variants that `seeds_of` names. A variant that shares the rate of another one of `variants` (`rate_of`) has no grid.
+    Models are kept of the runs at the chosen rates only; each is given to `measure`, such as `answers_run`, with the
+    settings of its run, and what that returns is part of the run's result.
     """
-    grid = grid_trials(variants, learning_rates, grid_seeds, bases, **settings)
+    seeds_of, folder = dict(seeds_of or {}), Path(folder)
+    leader = {name: of if (of := VARIANTS[name].rate_of) in variants else name for name in _known(variants)}
+    grid = grid_trials([n for n in variants if leader[n] == n], learning_rates, grid_seeds, bases, **settings)
     on_grid = runs_table(grid, run_trials(run, grid, folder), folder)
-    best = choose_rates(on_grid)
-    others = [seed for seed in bases if seed not in grid_seeds]
-    more = [trial for name in variants for trial in grid_trials([name], [best[name]], others, bases, **settings)]
-    at_the_best = on_grid["learning_rate"] == on_grid["method"].map(best)
-    for path in on_grid.loc[at_the_best & keep_models, "path"]:
-        if not list(Path(locate(path)).glob("stage-*")):  # removed, when another rate was the chosen one
-            shutil.rmtree(locate(path))  # the run is made again
-    results = run_trials(run, [*more, *grid], folder)
-    results = [*results[len(more) :], *results[: len(more)]]
-    runs = runs_table([*grid, *more], results, folder)
-    runs["chosen"] = runs["learning_rate"] == runs["method"].map(best)
-    for path in runs.loc[~(runs["chosen"] & keep_models), "path"]:
-        for stage in Path(locate(path)).glob("stage-*"):
+    best, chosen = choose_rates(on_grid), []
+    for name in variants:
+        seeds = seeds_of.get(name, [*bases])
+        chosen += grid_trials([name], [best[leader[name]]], seeds, bases, **settings)
+    for trial in chosen:
+        if not list((folder / trial.name).glob("stage-*")):  # removed, when another rate was the chosen one
+            shutil.rmtree(folder / trial.name, ignore_errors=True)  # the run is made again
+    results = run_trials(run, chosen, folder)
+    if measure:
+        found = run_trials(measure, [_after(trial, folder) for trial in chosen], folder)
+        results = [result | more for result, more in zip(results, found, strict=True)]
+    kept = {trial.name for trial in chosen}
+    others = [trial for trial in grid if trial.name not in kept]
+    for trial in others:
+        for stage in (folder / trial.name).glob("stage-*"):
             shutil.rmtree(stage)
+    results += run_trials(run, others, folder)
+    runs = runs_table([*chosen, *others], results, folder)
+    runs["chosen"] = [*[True] * len(chosen), *[False] * len(others)]
     rates = on_grid.groupby(["method", "learning_rate"], as_index=False, sort=False)["valid_loss"].mean()
     rates["chosen"] = rates["learning_rate"] == rates["method"].map(best)
     return Comparison(runs, dict(zip(runs["path"], results, strict=True)), rates.rename(columns={"valid_loss": "loss"}))
+
+
+def _after(trial: Trial, folder: Path) -> Trial:
+    """A trial on what another has trained: it lies in its folder and goes with it."""
+    run = folder / trial.name
+    model = {"model": relative(stages_of(run)[-1])}
+    return Trial(f"{trial.name}/measured", {**trial.settings, **model}, (run / RESULT,))
 
 
 def choose_rates(runs: pd.DataFrame) -> dict[str, float]:
@@ -206,17 +228,18 @@ def tokens_to_reach(curve: pd.DataFrame, loss: float) -> float:
 
 
 def chosen_runs(results: Path) -> pd.DataFrame:
-    """Read the chosen runs of notebook 03, base models among them; all must still have their models.
+    """Read the chosen runs of notebook 03 on the seeds that all methods have; all must still have their models.
 
-    `base` is the base model of a run's seed; where the seed has none, the first.
+    `base` is the base model of a run's seed.
     """
     runs = pd.read_csv(results / "instruction.csv").query("chosen").reset_index(drop=True)
     if runs["method"].eq("base").all() or not runs["method"].eq("base").any():
         raise ValueError("instruction.csv: need the base and at least one chosen run")
     if gone := [path for path in runs["path"] if not Path(locate(path)).is_dir()]:
         raise FileNotFoundError(f"{gone[0]}: a chosen run has lost its models; run notebook 03 again")
+    runs = runs[runs.groupby("seed")["method"].transform("nunique") == runs["method"].nunique()].reset_index(drop=True)
     bases = runs[runs["method"] == "base"].set_index("seed")["path"]
-    return runs.assign(base=[locate(bases.get(seed, bases.iloc[0])) for seed in runs["seed"]])
+    return runs.assign(base=runs["seed"].map(bases).map(locate))
 
 
 def stages_of(path: str) -> list[Path]:

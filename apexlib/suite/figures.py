@@ -131,14 +131,14 @@ def weight(table: pd.DataFrame, ax: Axes) -> None:
 
 
 def trade_off(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `answer_loss` against `retention_loss`, a line per `method`; those `chosen` filled, the lowest large.
+    """Draw `valid_loss` against `retention_loss`, a line per `method`; those `chosen` filled, the lowest large.
 
-    A row without `answer_loss` is a level of `retention_loss`, named by its method; one that is far to the right is
+    A row without `valid_loss` is a level of `retention_loss`, named by its method; one that is far to the right is
     told at the edge.
     """
-    is_level = table["answer_loss"].isna()
+    is_level = table["valid_loss"].isna()
     for method, rows, look in groups(table[~is_level], "method", sort_by="learning_rate"):
-        points, chosen = rows[["retention_loss", "answer_loss"]].to_numpy().T, rows["chosen"].to_numpy(bool)
+        points, chosen = rows[["retention_loss", "valid_loss"]].to_numpy().T, rows["chosen"].to_numpy(bool)
         ax.plot(*points, **look, linewidth=0.9, label=method, mfc="white")
         ax.plot(*points[:, :1], **look, mfc="white", ms=7, linestyle="none")
         ax.plot(*points[:, chosen], **look, ms=7 if chosen[0] else None, linestyle="none")

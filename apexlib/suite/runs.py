@@ -56,12 +56,12 @@ def pretraining_run(
 
 
 def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Settings, **training: Any) -> dict[str, Any]:
-    """Tune the base model on conversations by one variant and measure what it learnt and what it forgot.
+    """Tune the base model on conversations by one variant and measure its losses; `answers_run` goes on with its model.
 
     `chat`: `source`, `train`, `valid` and `test` (numbers of examples), `difficulties` (of skills), `max_length`,
     `max_new_tokens`. `retention`: `corpus`, `context`, `blocks`, text of the kind the base was trained on.
     `training`: `variant`, `learning_rate`, `seed`, `steps`, `batch_size`, `stages`, `assessment_samples`.
-    Returns `instruction_scores`, the `movement` from the base and the cost of training, as JSON holds them; the stages'
+    Returns `instruction_losses`, the `movement` from the base and the cost of training, as JSON holds them; the stages'
     models stay in `folder`.
     """
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
@@ -69,7 +69,7 @@ def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Setti
     data["data_collator"] = collate(pad_token(tokenizer), multiple_of=8 if torch.cuda.is_available() else None)
     record, cost = _train(model, data, folder, lr_scheduler_type="cosine", **training)
     cost |= movement(load_model(base, dtype=torch.float32), record.model)
-    return cost | instruction_scores(record.model, tokenizer, chat=chat, retention=retention)
+    return cost | instruction_losses(record.model, tokenizer, chat=chat, retention=retention)
 
 
 def instruction_setting(parameters: Settings) -> dict[str, Any]:
@@ -88,40 +88,48 @@ def instruction_data(chat: Settings, retention: Settings) -> dict[str, str]:
 
 
 def untouched_run(*, folder: Path, base: str, chat: Settings, retention: Settings) -> dict[str, Any]:
-    """Measure the base model as `instruction_run` measures a tuned one."""
+    """Measure the base model as `instruction_run` and `answers_run` measure a tuned one."""
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
-    return movement(model, model) | instruction_scores(model, tokenizer, chat=chat, retention=retention)
+    losses = instruction_losses(model, tokenizer, chat=chat, retention=retention)
+    return movement(model, model) | losses | answers_run(folder=folder, model=base, base=base, chat=chat)
 
 
-def instruction_scores(
+def instruction_losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, chat: Settings, retention: Settings
-) -> dict[str, Any]:
-    """Measure a model on held-out conversations and on text of the kind its base was trained on.
+) -> dict[str, float]:
+    """Losses by which rates are chosen and compared, in nats per token.
 
-    `valid_loss` and `answer_loss` (nats per token of the answers of the validation and the test split), `families`
-    (share of right answers and number of examples, per family of the test split), `exact_match` (mean of the shares),
-    `correct` (one 0 or 1 per example of the test split), `retention_loss` (nats per token). An example with
-    `choices` is right where the likeliest is the answer; any other where the final answer that the model writes is.
+    `valid_loss`, on the answers of the validation split; `retention_loss`, on text of the kind that the base was
+    trained on.
     """
-    scores: dict[str, Any] = {}
-    for split, name in (("valid", "valid_loss"), ("test", "answer_loss")):
-        by_length = sorted(conversations(tokenizer, chat, split), key=lambda item: len(item["input_ids"]))
-        held_out = batches(by_length, 64, collator=collate(pad_token(tokenizer)))
-        scores[name] = float(perplexity(model, held_out, quiet=True)["loss"])
+    losses = {"valid_loss": answer_loss(model, tokenizer, chat, "valid")}
+    return losses | {"retention_loss": text_loss(model, tokenizer, **retention)}
+
+
+def answers_run(*, folder: Path, model: str, base: str, chat: Settings, **_: Any) -> dict[str, Any]:
+    """Measure a tuned model (`model`, a folder) on the test split of conversations; `base` has its tokenizer.
+
+    `answer_loss` (nats per token of the answers) and, unless `max_new_tokens` is 0, `families` (share of right answers
+    and number of examples, per family), `exact_match` (mean of the shares), `correct` (one 0 or 1 per example). An
+    example with `choices` is right where the likeliest is the answer; any other where the final answer that the model
+    writes is.
+    """
+    tuned, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(base)
+    loss = {"answer_loss": answer_loss(tuned, tokenizer, chat, "test")}
+    if not chat["max_new_tokens"]:
+        return loss
     asked = pd.Series([example for example in examples(chat, "test") if "answer" in example])
     by_choice = asked.map(lambda example: "choices" in example)
     every = {"batch_size": 512 if torch.cuda.is_available() else 256, "quiet": True}
     writing = {"max_new_tokens": chat["max_new_tokens"], "extract": final_answer}
-    chosen = multiple_choice(model, tokenizer, asked[by_choice].tolist(), **every).set_axis(asked.index[by_choice])
-    written = exact_match(model, tokenizer, asked[~by_choice].tolist(), **every, **writing)
+    chosen = multiple_choice(tuned, tokenizer, asked[by_choice].tolist(), **every).set_axis(asked.index[by_choice])
+    written = exact_match(tuned, tokenizer, asked[~by_choice].tolist(), **every, **writing)
     answers = pd.concat([chosen, written.set_axis(asked.index[~by_choice])]).sort_index()
     families = answers.groupby("family")["correct"].agg(["mean", "size"])
-    return {
-        **scores,
+    return loss | {
         "exact_match": float(families["mean"].mean()),
         "families": {name: [float(share), int(count)] for name, share, count in families.itertuples()},
         "correct": answers["correct"].astype(int).tolist(),
-        "retention_loss": text_loss(model, tokenizer, **retention),
     }
 
 
@@ -150,6 +158,13 @@ def continued_run(
     cost["valid_loss"] = text_loss(record.model, tokenizer, **text)
     cost["retention_loss"] = text_loss(record.model, tokenizer, **retention)
     return cost | {"curve": [start, *curve.to_dict("records")]}
+
+
+def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat: Settings, split: str) -> float:
+    """Loss on the answers of a split of conversations, in nats per token."""
+    by_length = sorted(conversations(tokenizer, chat, split), key=lambda item: len(item["input_ids"]))
+    held_out = batches(by_length, 64, collator=collate(pad_token(tokenizer)))
+    return float(perplexity(model, held_out, quiet=True)["loss"])
 
 
 def text_loss(

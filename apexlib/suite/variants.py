@@ -21,6 +21,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)  # of `method_of`
     share: float | None = None  # of the parameters that train: what LoRA of the nearest rank trains
     rate: float = 1.0  # its learning rates, in units of those of a comparison
+    rate_of: str | None = None  # a variant whose chosen rate it takes, where both are compared
 
     def config(self, *, stages: int, seed: int, samples: int, shape: PretrainedConfig) -> ApexConfig:
         """Settings of a run; a variant's own number of stages goes before `stages`. A share needs the model's shape."""
@@ -51,11 +52,12 @@ def _half(**changes: Any) -> Variant:
 VARIANTS: dict[str, Variant] = {
     # "direct": the rows of "apex", without operators
     **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0)) for name in METHODS},
+    "restart": Variant("restart", _HALF, _ALIKE, rate_of="full"),
     **{f"{name}-2.4%": Variant(name, options=_ALIKE, share=0.024, rate=rate) for name, rate in _SMALL.items()},
     "operator-2.4%": Variant("apex", {"train_rows": False}, share=0.024, rate=30.0),  # rows stay
     # continued pre-training: every weight trains, and APEX has operators on top
     "full-all": Variant("full"),
-    "restart-all": Variant("restart"),
+    "restart-all": Variant("restart", rate_of="full-all"),
     "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
     # ablations of "apex", one thing changed each
     **{name: _half(strategy=name) for name in ("random", "reversed", "magnitude")},
