@@ -1,5 +1,6 @@
 """The parts of README and docs that are made from results: `make readme` writes them, a test compares them."""
 
+import ast
 import json
 import re
 import warnings
@@ -203,8 +204,26 @@ def reliability() -> str:
     return "\n".join(lines)
 
 
+def cases() -> str:
+    """What works, what is refused: the cases that tests say they try, `@pytest.mark.case(what, outcome)`."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for mark in getattr(node, "decorator_list", ()):
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.case":
+                    what, outcome = map(ast.literal_eval, mark.args)
+                    found.append((what, outcome, f"[{path.stem.removeprefix('test_')}](../tests/{path.name})"))
+    order = ["works", "partly", "refused"]
+    rows = [
+        f"| {what} | {outcome} | {where} |"
+        for what, outcome, where in sorted(found, key=lambda row: order.index(row[1]))
+    ]
+    return "\n".join([f"{len(rows)} cases.", "", "| | | tried in |", "|---|---|---|", *rows])
+
+
 SECTIONS = {
     "bottom": bottom,
+    "cases": cases,
     "claims": claims,
     "performance": performance,
     "reliability": reliability,

@@ -33,6 +33,7 @@ def test_the_slots_of_a_layer_cover_each_weight_once(variant, tiny_model):
         assert torch.cat(indices).sort().values.tolist() == list(range(size)), module
 
 
+@pytest.mark.case("Gemma 3 with pictures, by its text part", "works")
 def test_the_multimodal_gemma3_is_covered_by_its_text_part(batch):
     text = build("gemma3").config
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -42,6 +43,7 @@ def test_the_multimodal_gemma3_is_covered_by_its_text_part(batch):
     assert len(table) == 2 * (2 + 24)
 
 
+@pytest.mark.case("decoders: any other model type, hybrids, MLA, state spaces", "refused")
 def test_an_unknown_model_type_raises_and_lists_the_known():
     model = BertLMHeadModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
     with pytest.raises(ValueError, match="model type 'bert' is not supported; known: apertus, arcee"):
@@ -99,6 +101,7 @@ def test_modules_that_contradict_the_config_are_refused(tiny_model):
         model_components(model)
 
 
+@pytest.mark.case("a model in a wrapper (PEFT, DDP)", "refused")
 def test_a_wrapped_model_is_refused_with_advice(tiny_model):
     model = tiny_model("llama")
     wrapped = torch.nn.Module()
@@ -107,6 +110,7 @@ def test_a_wrapped_model_is_refused_with_advice(tiny_model):
         model_components(wrapped)
 
 
+@pytest.mark.case("mixtures of experts: their attention; experts are no units", "partly")
 def test_experts_are_announced_as_not_covered(tiny_model):
     with pytest.warns(UserWarning, match="mixtral: the experts' channels are not units here"):
         parts = model_components(tiny_model("mixtral"))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from typing import get_args
 
 import pandas as pd
@@ -114,6 +115,7 @@ LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
 LAUNCH += ["-m", "apexlib", "train"]
 
 
+@pytest.mark.case("data parallel training, `accelerate launch --num_processes 2`", "works")
 def test_two_processes_train_what_one_trains(folder, tmp_path):
     """Data parallel under `accelerate launch`, on two CPU processes: the same plans, the same weights to 1e-6."""
     assert main(["train", settings(folder, tmp_path / "one", 4)]) == 0
@@ -156,6 +158,27 @@ def test_an_interrupted_training_is_resumed_by_the_command_line(folder, tmp_path
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "cut ü"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert main(["train", file, "--overwrite"]) == 0
+
+
+@pytest.mark.case("`python -m apexlib train settings.yaml --set training.seed=1`", "works")
+def test_settings_of_a_file_are_overridden_from_the_command_line(folder, tmp_path, capsys):
+    file = settings(folder, tmp_path / "out", 4)
+    changes = {"method": "full", "training.learning_rate": "2e-3", "apex.stages": "3", "training.max_steps": "3"}
+    given = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+    assert main(["train", file, *given]) == 0
+    told = json.loads((tmp_path / "out" / "log.json").read_text())["settings"]
+    assert (told["method"], told["apex"]["stages"]) == ("full", 3)
+    assert (told["training"]["learning_rate"], told["training"]["max_steps"]) == (2e-3, 3)
+    assert pd.read_csv(tmp_path / "out" / "log.csv")["step"].max() == 3
+    for wrong, said in {"method": "need NAME=VALUE", "model.x=1": "need a mapping at model"}.items():
+        assert main(["train", file, "--set", wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_command_line_says_its_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"apexlib {metadata.version('apexlib')}\n"
 
 
 @pytest.mark.slow

@@ -61,6 +61,8 @@ GIVEN = {
 }
 
 
+@pytest.mark.case("data: a `datasets.Dataset` of lists, as torch, ragged, with further columns", "works")
+@pytest.mark.case("data: a list of examples; a tokenizer or a collator alone", "works")
 @pytest.mark.parametrize("method", ["apex", "full", "direct"])
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
 def test_data_as_the_trainer_takes_it(given, method, tokenizer, tmp_path):
@@ -90,6 +92,8 @@ class Stream(IterableDataset):
             yield {"input_ids": self.ids[row], "labels": self.ids[row]}
 
 
+@pytest.mark.case("data: an `IterableDataset` with `max_steps`, in its own order", "works")
+@pytest.mark.case("data: an `IterableDataset` without `max_steps`", "refused")
 def test_a_stream_is_read_in_its_own_order(tmp_path):
     seen = []
 
@@ -107,6 +111,7 @@ def test_a_stream_is_read_in_its_own_order(tmp_path):
         train_in_stages(build("llama", vocab_size=64), stream, args, SMALL)
 
 
+@pytest.mark.case("data: a stream that ends before the run does: it starts again", "works")
 def test_a_stream_that_ends_starts_again_and_is_read_forwards_only():
     stream = Stream(rows(), 5)
     streamed = Streamed(stream, 8)
@@ -128,6 +133,7 @@ class Listening(TrainerCallback):
         self.stages += 1
 
 
+@pytest.mark.case("`callbacks`, `compute_metrics`, several evaluation sets by name", "works")
 def test_loggers_hear_the_steps_of_the_whole_run(tmp_path):
     listening = Listening()
     options = {"callbacks": [listening], "compute_metrics": lambda found: {"rows": len(found.predictions)}}
@@ -138,6 +144,7 @@ def test_loggers_hear_the_steps_of_the_whole_run(tmp_path):
     assert listening.stages == 2
 
 
+@pytest.mark.case("`EarlyStoppingCallback`: it ends the run, not a stage", "works")
 def test_a_callback_that_stops_ends_the_run_not_a_stage(tmp_path):
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", learning_rate=10.0)
     options = {"eval_dataset": Blocks(size=8, start=7), "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)]}
@@ -163,6 +170,7 @@ def test_the_best_so_far_is_that_of_the_run(tmp_path):
     assert best[3] <= best[2]
 
 
+@pytest.mark.case("`optimizer_cls_and_kwargs`: any optimizer class, given the method's parameter groups", "works")
 def test_the_optimizer_of_ones_choice_gets_the_groups_of_the_method(tmp_path):
     class Noting(TrainerCallback):
         def on_step_end(self, args, state, control, optimizer, **_):
@@ -176,7 +184,6 @@ def test_the_optimizer_of_ones_choice_gets_the_groups_of_the_method(tmp_path):
 
 
 NOT_HONOURED = {
-    "load_best_model_at_end": ({"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}, {}),
     "push_to_hub": ({"push_to_hub": True}, {}),
     "train_sampling_strategy": ({"train_sampling_strategy": "group_by_length"}, {}),
     "optimizers": ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}),
@@ -185,6 +192,9 @@ NOT_HONOURED = {
 }
 
 
+@pytest.mark.case("`push_to_hub`: push the model that is returned", "refused")
+@pytest.mark.case('`train_sampling_strategy="group_by_length"`', "refused")
+@pytest.mark.case("`optimizers` made for the plain model; `model_init`; `peft_config`", "refused")
 @pytest.mark.parametrize("name", NOT_HONOURED)
 def test_what_is_not_honoured_is_refused_by_name(name, tmp_path):
     changes, options = NOT_HONOURED[name]
@@ -199,6 +209,7 @@ def test_an_option_that_nobody_takes_is_refused_by_name(tmp_path):
         train_in_stages(build("llama"), Blocks(), arguments(tmp_path), SMALL, lora_rnak=3)
 
 
+@pytest.mark.case("FSDP, DeepSpeed and Megatron, by arguments or from the environment", "refused")
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
 def test_sharding_that_comes_from_the_environment_is_refused(name, tmp_path, monkeypatch):
     args = arguments(tmp_path)
@@ -230,6 +241,7 @@ def conversations():
     return datasets.Dataset.from_list([{"messages": each["messages"]} for each in skills("train", 64)])
 
 
+@pytest.mark.case("TRL: `SFTTrainer` on messages, with `assistant_only_loss`, with packing", "works")
 @pytest.mark.parametrize("changes", [{}, {"assistant_only_loss": True}, {"packing": True}], ids=str)
 def test_sft_on_conversations(changes, tokenizer, tmp_path):
     record = sft(tokenizer, tmp_path, conversations(), **changes)
@@ -238,6 +250,7 @@ def test_sft_on_conversations(changes, tokenizer, tmp_path):
     assert len(record.plans) == 2
 
 
+@pytest.mark.case("TRL: `SFTTrainer` on text, on prompts with completions", "works")
 def test_sft_on_text_and_on_prompts_with_completions(tokenizer, tmp_path):
     text = datasets.Dataset.from_dict({"text": [f"one two {n} " * 5 for n in range(64)]})
     assert len(sft(tokenizer, tmp_path / "text", text).plans) == 2
@@ -253,6 +266,7 @@ def test_the_data_of_trl_are_prepared_once(tokenizer, tmp_path, monkeypatch):
     assert prepared == [1]
 
 
+@pytest.mark.case("TRL: `DPOTrainer` on preferences", "works")
 def test_dpo_on_preferences(tokenizer, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed")
     chat = [each["messages"] for each in skills("train", 64)]

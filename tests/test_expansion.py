@@ -531,6 +531,7 @@ def test_a_state_loads_into_a_model_expanded_by_the_same_plan_or_one_of_the_same
         assert_same_state(fuse(loaded), state(fuse(copy.deepcopy(model))))
 
 
+@pytest.mark.case("a cache of keys and values filled in evaluation, used in training", "refused")
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox"])
 def test_a_cache_that_numbers_heads_otherwise_is_refused_in_training(variant, batch):
     model = expanded(variant)
@@ -549,6 +550,7 @@ def test_a_cache_that_numbers_heads_otherwise_is_refused_in_training(variant, ba
     assert hooks == []
 
 
+@pytest.mark.case("`copy.deepcopy` and pickling of an expanded model", "works")
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_is_independent_and_whole(clone, dtype, batch):
@@ -566,6 +568,9 @@ def test_a_copy_is_independent_and_whole(clone, dtype, batch):
     assert torch.equal(logits(fuse(twin), batch), fused)
 
 
+@pytest.mark.case(
+    "`save_pretrained` of an expanded model, by any Trainer: the plain model, tied weights and bfloat16 too", "works"
+)
 @pytest.mark.parametrize(
     ("variant", "dtype"), [(v, torch.float32) for v in VARIANTS] + [(v, torch.bfloat16) for v in EACH_PROJECTION]
 )
@@ -612,6 +617,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.case("a fused folder where only `transformers` is installed", "works")
 def test_a_fused_folder_loads_where_apexlib_is_not_installed(tmp_path, batch):
     folders = []
     for variant in ("llama", "gemma", "gpt2", "phi3", "opt", "olmo2"):
@@ -629,6 +635,7 @@ def test_a_fused_folder_loads_where_apexlib_is_not_installed(tmp_path, batch):
 # precision
 
 
+@pytest.mark.case("a model in float16 or bfloat16: rows and operators train in float32", "works")
 @pytest.mark.parametrize(
     ("variant", "dtype"), [(variant, torch.bfloat16) for variant in VARIANTS] + [("llama", torch.float16)]
 )
@@ -724,6 +731,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant, reentrant, train_em
         assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.case("`torch.compile`, the training step in one graph", "works")
 @pytest.mark.parametrize("variant", ["llama", "phi3", "gpt2", "gpt_neox"])
 def test_torch_compile_takes_the_training_step_in_one_graph(variant, batch):
     """With the aot_eager backend: the same tracing as inductor's, without minutes of code generation."""
@@ -906,6 +914,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.case("quantised, pruned, patched or shared weights: one line, and the model as it was", "refused")
 @pytest.mark.parametrize("spoil", SPOILED)
 def test_models_that_cannot_be_expanded_are_left_alone(spoil):
     model = build("llama")
@@ -922,6 +931,7 @@ def test_models_that_cannot_be_expanded_are_left_alone(spoil):
         assert tensor.is_meta or torch.equal(after[name].nan_to_num(), tensor.nan_to_num())
 
 
+@pytest.mark.case("weights that are sharded already (`DTensor`)", "refused")
 def test_a_sharded_tensor_is_refused():
     class Shard(torch.Tensor):
         pass

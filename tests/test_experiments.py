@@ -24,7 +24,6 @@ from apexlib.suite.comparison import (
     above_first,
     beside_untouched,
     choose_rates,
-    chosen_runs,
     compare,
     curves_table,
     gate_table,
@@ -48,7 +47,7 @@ from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, pack
 from apexlib.text.skills import skills, skills_text
 from apexlib.text.tokenizer import train_tokenizer
-from apexlib.training.interruption import Interrupted
+from apexlib.training.interruption import TIME_IS_OVER, Interrupted
 from apexlib.training.methods import METHODS, method_of
 
 CHAT = {"source": "skills", "train": 40, "valid": 14, "test": 28, "difficulties": [1]}
@@ -394,25 +393,29 @@ def test_compare_measures_the_chosen_runs_once_and_again_when_they_are_made_agai
     assert (tmp_path / "measured").read_text().split() == [*measured, "full-lr0.1-seed1"]
 
 
-def test_a_variant_that_shares_a_rate_has_no_grid_and_a_method_may_have_fewer_seeds(given_runs):
-    asked = {"learning_rates": [0.1, 0.2], "seeds_of": {"restart": [1]}, **given_runs}
+def halting(folder, variant, learning_rate, seed, base):
+    """A run that leaves when the time is over, for the first time."""
+    if seed == 1 and not (folder / "state").exists():
+        (folder / "state").touch()
+        raise Interrupted(TIME_IS_OVER, "after step 1")
+    return fake(folder, variant, learning_rate, seed, base)
+
+
+def test_a_run_of_another_seed_that_ran_out_of_time_goes_on(tmp_path, given_runs):
+    with pytest.raises(trials.OutOfTimeError, match=r"1 of 2 trials are left: full-lr0\.1-seed1"):
+        compare(halting, ["full"], learning_rates=[0.1], **given_runs)
+    compare(halting, ["full"], learning_rates=[0.1], **given_runs)
+    assert (tmp_path / "full-lr0.1-seed1" / "state").exists()
+
+
+def test_a_variant_that_has_the_rate_of_another_needs_no_grid(given_runs):
+    asked = {"learning_rates": [0.1, 0.2], **given_runs}
     found = compare(fake, ["restart", "full"], **asked)
     assert set(found.rates["method"]) == {"full"}
     runs = found.runs[found.runs["method"] == "restart"]
-    assert runs[["seed", "learning_rate", "chosen"]].to_numpy().tolist() == [[1, 0.1, True]]
+    assert runs[["seed", "learning_rate", "chosen"]].to_numpy().tolist() == [[0, 0.1, True], [1, 0.1, True]]
     alone = compare(fake, ["restart"], **asked)  # without the other it chooses for itself
     assert alone.rates["learning_rate"].tolist() == [0.1, 0.2]
-
-
-def test_analyses_of_runs_use_the_seeds_that_all_methods_have(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = [(method, seed, True, "models") for method in ("base", "apex", "full") for seed in range(3)]
-    rows = [row for row in rows if row[:2] != ("full", 2)] + [("full", 2, False, "models")]
-    Path("models").mkdir()
-    pd.DataFrame(rows, columns=["method", "seed", "chosen", "path"]).to_csv("instruction.csv", index=False)
-    found = chosen_runs(tmp_path)
-    assert found["seed"].tolist() == [0, 1] * 3
-    assert found["base"].map(Path).map(Path.is_dir).all()
 
 
 @pytest.fixture

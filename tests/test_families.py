@@ -9,6 +9,7 @@ from apexlib.analysis.family_check import check_family
 from apexlib.architectures import FAMILIES, Family, register_family
 
 
+@pytest.mark.case("decoders: every model type of [this table](models.md)", "works")
 @pytest.mark.filterwarnings("ignore:.*the experts' channels are not units here")
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"gemma3"}))  # that one is gemma3_text beside a picture
 def test_a_family_obeys_the_laws(model_type):
@@ -36,6 +37,7 @@ def test_a_row_that_is_wrong_is_refused(case, monkeypatch):
         check_family(smallest(model_type))
 
 
+@pytest.mark.case("decoders: one of your own, `register_family` and `check_family`", "works")
 def test_a_family_from_outside_is_checked_before_it_is_used(monkeypatch):
     monkeypatch.delitem(FAMILIES, "granite")
     with pytest.raises(ValueError, match="model type 'granite' is not supported"):

@@ -35,6 +35,7 @@ def foreign(tmp_path):
     return folder
 
 
+@pytest.mark.case("code in a model folder (`auto_map`)", "refused")
 @pytest.mark.parametrize(
     "command",
     [
@@ -66,6 +67,7 @@ def test_models_tokenizers_and_configurations_are_loaded_in_one_way():
     assert [call.partition(":")[0] for call in calls] == ["apexlib/files.py"], calls
 
 
+@pytest.mark.case("pickled weights", "refused")
 def test_weights_that_are_pickled_are_refused(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -98,6 +98,7 @@ def test_the_clean_environment_is_clean(clean_python, module):
     assert "ModuleNotFoundError" in done.stderr
 
 
+@pytest.mark.case("a plain `pip install`, without the notebooks' packages: looking, expanding, training", "works")
 def test_the_readmes_example_runs_on_a_plain_install(clean_python, tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     example = next(code for code in re.findall(r"```python\n(.*?)```", text, flags=re.S) if "masking_curve" in code)

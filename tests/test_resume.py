@@ -83,6 +83,7 @@ def test_a_run_resumes_at_every_step(step, whole, tmp_path):
     assert not list(tmp_path.glob("step-*")), "states inside stages go when their stage is saved"
 
 
+@pytest.mark.case("`resume=True` after a crash, to the same bits, for every method", "works")
 @pytest.mark.parametrize("method", long(METHODS, "lora"))
 def test_every_method_resumes(method, tmp_path):
     options = {"method": method, "save_steps": 2}
@@ -109,10 +110,12 @@ CHANGES = [
     {"bf16": True, "use_cpu": True, "gradient_checkpointing": True},
     {"eval_on_start": True, "eval_strategy": "epoch", "logging_steps": 3},
     {"save_strategy": "no"},
+    {"train_sampling_strategy": "sequential"},
+    {"load_best_model_at_end": True, "eval_steps": 1, "learning_rate": 0.3},
 ]
 
 
-@pytest.mark.parametrize("changes", long(CHANGES, CHANGES[0], CHANGES[3], CHANGES[6], CHANGES[8]), ids=str)
+@pytest.mark.parametrize("changes", long(CHANGES, CHANGES[0], CHANGES[3], CHANGES[6], CHANGES[8], CHANGES[-1]), ids=str)
 def test_every_kind_of_state_is_restored(changes, tmp_path):
     resumed = crash_and_resume(tmp_path / "a", 5, **changes)
     assert digest(resumed) == digest(run(tmp_path / "b", trainer_class=Fragile, **changes))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.analysis.budget import plan_budget
+from apexlib.evaluation import in_evaluation, perplexity
 from apexlib.expansion import expand, fuse, is_expanded
 from apexlib.inspection import parameter_groups
 from apexlib.plan import ApexConfig, ExpansionPlan
@@ -68,6 +69,7 @@ def changed(record, base):
     return {name for name, value in record.model.state_dict().items() if not torch.equal(value, start[name])}
 
 
+@pytest.mark.case("evaluation, logs and saves by steps, by epochs, as a share of the run", "works")
 @pytest.mark.parametrize(
     "when",
     [
@@ -234,6 +236,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(method, tiny_mod
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
+@pytest.mark.case("gradient accumulation", "works")
 @pytest.mark.parametrize(("method", "balance"), [("apex", 0.0), ("apex", 0.1), ("full", 0.0)])
 def test_accumulating_four_equals_a_batch_of_four(method, balance, tiny_model, tmp_path, monkeypatch):
     # the balance term is not linear in the batch, so its four parts are made equal: the same example four times
@@ -298,6 +301,7 @@ def test_every_ablation_runs(changes, tiny_model, tmp_path):
     assert changed(record, tiny_model("llama"))
 
 
+@pytest.mark.case("bf16 autocast with gradient checkpointing, with and without reentry", "works")
 @pytest.mark.parametrize("kind", [True, False])
 def test_checkpointing_and_autocast_train(kind, tiny_model, tmp_path):
     options = {
@@ -425,6 +429,11 @@ def test_statistics_that_would_rank_nan_are_refused(tiny_model, tmp_path):
         train_in_stages(model, Blocks(), arguments(tmp_path), SMALL)
 
 
+@pytest.mark.case('`load_best_model_at_end` and kept steps under "lora"', "refused")
+@pytest.mark.case("a schedule that asks for the loss, `reduce_lr_on_plateau`", "refused")
+@pytest.mark.case(
+    "an example in training and in evaluation; a step without labels; data that are not tokenised", "refused"
+)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -442,8 +451,11 @@ def test_statistics_that_would_rank_nan_are_refused(tiny_model, tmp_path):
         ({"dataset": only_the_first_labelled(Blocks())}, "train_dataset: no label of step 1 .*; 64 of 64"),
         ({"dataset": [{"text": "a"}] * 64}, "train_dataset: example 0 has no input_ids but text: need it tokenised"),
         ({"checkpoints": [0, 7, -1], "method": "full"}, r"checkpoints \[-1, 7\]: need steps from 0 to 6"),
-        ({"checkpoints": [2]}, "checkpoints: the model of Apex is not plain while it trains; need none"),
         ({"checkpoints": [2], "method": "lora"}, "checkpoints: the model of Lora is not plain while it trains"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no", "method": "lora"},
+            "load_best_model_at_end: the model of Lora is not plain while it trains",
+        ),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, "need one that depends on the step"),
     ],
     ids=lambda value: str(value)[:30],
@@ -454,26 +466,80 @@ def test_what_cannot_be_done_is_refused_before_training(changes, message, tiny_m
     assert not list(tmp_path.glob("new/stage-*"))
 
 
-def test_plain_models_are_kept_after_the_steps_asked_for_in_every_stage(tiny_model, tmp_path):
+def logits(model, ids):
+    with in_evaluation(model):
+        return model(input_ids=ids, use_cache=False).logits.clone()
+
+
+@pytest.mark.parametrize("method", ["apex", "hft"])
+def test_plain_models_are_kept_after_the_steps_asked_for_in_every_stage(method, tiny_model, tmp_path):
     class Noting(Trainer):
         def training_step(self, *given, **named):
-            weights[len(weights)] = self.model.lm_head.weight.detach().clone()
+            outputs[len(outputs)] = logits(self.model, ids)
             return super().training_step(*given, **named)
 
-    weights = {}
-    record = run(tiny_model, tmp_path, "hft", checkpoints=[0, 2, 3, 5, 6], trainer_class=Noting)
-    weights[6] = record.model.lm_head.weight
+    outputs, ids = {}, torch.arange(8)[None]
+    record = run(tiny_model, tmp_path, method, checkpoints=[0, 2, 3, 5, 6], trainer_class=Noting)
+    outputs[6] = logits(record.model, ids)
     assert sorted(path.name for path in tmp_path.glob("st*-*")) == [
         *("stage-0", "stage-1"),
         *(f"step-{step:05d}" for step in (0, 2, 3, 5, 6)),
     ]
     for step in (0, 2, 3, 5, 6):
         kept = AutoModelForCausalLM.from_pretrained(checkpoint_folder(tmp_path, step))
-        assert torch.equal(kept.lm_head.weight, weights[step]), step
+        assert_close(logits(kept, ids), outputs[step], rtol=0, atol=1e-5, msg=str(step))
     model = tiny_model("llama")
     args = arguments(tmp_path)
-    train_in_stages(model, Blocks(), args, SMALL, method="hft", overwrite=True)
+    train_in_stages(model, Blocks(), args, SMALL, method=method, overwrite=True)
     assert sorted(path.name for path in tmp_path.glob("st*-*")) == ["stage-0", "stage-1"]
+
+
+class WorseAndWorse(Trainer):
+    """From step 4 of the run on, every step ruins the model."""
+
+    def training_step(self, *given, **named):
+        loss = super().training_step(*given, **named)
+        if self.run_step >= 4:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.mul_(3)
+        return loss
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+BEST |= {"save_steps": 1, "eval_dataset": Blocks(size=8, start=7)}
+
+
+@pytest.mark.case("`load_best_model_at_end`: the best of all stages", "works")
+@pytest.mark.parametrize("method", ["apex", "hft"])
+def test_the_best_model_of_all_stages_is_the_one_returned(method, tiny_model, tmp_path):
+    record = run(tiny_model, tmp_path, method, trainer_class=WorseAndWorse, **BEST)
+    losses = record.log["eval_loss"].dropna()
+    assert losses.min() < losses.iloc[-1] - 0.1
+    batch = [BEST["eval_dataset"][row] for row in range(8)]
+    found = perplexity(record.model, [{name: torch.stack([each[name] for each in batch]) for name in batch[0]}])
+    assert found["loss"] == pytest.approx(losses.min(), abs=1e-4)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "best").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in record.model.state_dict().items())
+    model = tiny_model("llama")
+    train_in_stages(model, Blocks(), arguments(tmp_path), SMALL, method=method, overwrite=True)
+    assert not (tmp_path / "best").exists()
+
+
+def test_where_nothing_was_evaluated_the_last_model_is_returned_with_a_warning(tiny_model, tmp_path):
+    never = BEST | {"eval_steps": 10, "save_steps": 10}
+    with pytest.warns(RuntimeWarning, match=r"load_best_model_at_end: .*best has no manifest\.json; the last model is"):
+        record = run(tiny_model, tmp_path, **never)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "stage-1").state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in record.model.state_dict().items())
+
+
+@pytest.mark.case('`train_sampling_strategy="sequential"`', "works")
+def test_data_may_keep_its_own_order(tiny_model, tmp_path):
+    data = Blocks(size=16)
+    config = ApexConfig(**(vars(SMALL) | {"assessment_samples": 4}))
+    run(tiny_model, tmp_path, dataset=data, config=config, train_sampling_strategy="sequential")
+    assert data.read[-6 * 4 :] == [row % 16 for row in range(6 * 4)]
 
 
 class BitFit(Method):
@@ -485,6 +551,7 @@ class BitFit(Method):
         return model
 
 
+@pytest.mark.case("a method of one's own, `METHODS['bitfit'] = BitFit`", "works")
 def test_a_method_from_outside_is_trained_planned_and_measured(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "bitfit", BitFit)
     record = run(tiny_model, tmp_path, "bitfit", checkpoints=[3])
@@ -524,6 +591,7 @@ def test_time_per_step_leaves_out_what_is_no_step(tiny_model, tmp_path, monkeypa
     assert record.seconds_per_step == 10  # the clock is read twice a step
 
 
+@pytest.mark.case("a loop of one's own, without a Trainer", "works")
 def test_ten_lines_without_a_trainer_do_the_same_as_one_stage(tiny_model, tmp_path):
     config = ApexConfig(**(vars(SMALL) | {"stages": 1}))
     record = run(tiny_model, tmp_path, config=config, lr_scheduler_type="constant", max_grad_norm=0.0)
@@ -544,6 +612,7 @@ def test_ten_lines_without_a_trainer_do_the_same_as_one_stage(tiny_model, tmp_pa
         assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.case("TensorBoard, by the steps of the whole run", "works")
 def test_tensorboard_listens_by_the_trainers_own_option(tiny_model, tmp_path, monkeypatch):
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
@@ -606,6 +675,7 @@ def test_frozen_parameters_that_change_are_reported(tiny_model, tmp_path):
         run(tiny_model, tmp_path, trainer_class=Careless)
 
 
+@pytest.mark.case("a model in bfloat16 whose steps round away: trained, saved, reported", "works")
 @pytest.mark.parametrize("method", ["full", "hft", "gmt"])
 def test_a_half_precision_model_whose_norms_round_away_keeps_its_training(method, tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.bfloat16)

@@ -5,7 +5,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +42,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     described = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     look = {"description": described.pop("description"), "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m apexlib", **look)
+    parser.add_argument("--version", action="version", version=f"apexlib {metadata.version('apexlib')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     if given[:1] == ["plan"]:
         from apexlib.training.methods import Name  # loads torch
@@ -80,18 +83,12 @@ def _reproduce(
     *, profile: str, settings: list[str], claims: list[int], budget: float, dry_run: bool, listing: bool, **chosen: Any
 ) -> int:
     from apexlib.suite import runner
-    from apexlib.suite.notebooks import load_yaml
 
-    root, values = runner.find_root(), {}
+    root = runner.find_root()
     if listing:
         print(*_listing(profile, root), sep="\n")
         return 0
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals or "." not in key:
-            raise ValueError(f"--set {text}: need NOTEBOOK.PARAMETER=VALUE")
-        values[key] = load_yaml(value, f"--set {text}")
-    chosen |= {"claims": claims, "root": root, "settings": values}
+    chosen |= {"claims": claims, "root": root, "settings": _assigned(settings, "NOTEBOOK.PARAMETER=VALUE")}
     if dry_run:
         steps = runner.plan_profile(profile, **chosen)
         width = max(len(step.notebook) for step in steps)
@@ -112,6 +109,19 @@ def _reproduce(
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
     return _show_verdicts(claims, profile, root) if claims else 0
+
+
+def _assigned(texts: Sequence[str], need: str) -> dict[str, Any]:
+    """Read settings given as NAME=VALUE, the value in YAML."""
+    from apexlib.suite.notebooks import load_yaml
+
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key.count(".") < need.count("."):
+            raise ValueError(f"--set {text}: need {need}")
+        values[key] = load_yaml(value, f"--set {text}")
+    return values
 
 
 def _terminate(*_: Any) -> None:
@@ -192,12 +202,12 @@ def _weights(model: str, revision: str | None) -> Any:
     return pretrained(AutoModelForCausalLM, model, revision=revision, dtype="auto")
 
 
-def _train(*, settings: Path, **again: bool) -> None:
+def _train(*, settings: Path, changes: list[str], **again: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
     from apexlib.evaluation import pad_token
 
-    given = _settings(settings)
+    given = _settings(settings, _assigned(changes, "NAME=VALUE"))
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))
     tokenizer = pretrained(AutoTokenizer, given["model"], revision=given["revision"])
     report = collator = None
@@ -221,8 +231,8 @@ def _train(*, settings: Path, **again: bool) -> None:
                 print(apexlib.save_table(table, name, folder, **facts))
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """Read a training file: what it may say, with defaults, and nothing else."""
+def _settings(path: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a training file: what it may say, with defaults, and nothing else; `changes` has dotted names."""
     from pydantic import Field
 
     from apexlib.suite.notebooks import Strict, load_yaml, validated
@@ -238,7 +248,15 @@ def _settings(path: Path) -> dict[str, Any]:
         apex: dict[str, Any] = Field(default_factory=dict)
         training: dict[str, Any]
 
-    settings = dict(validated(Settings, load_yaml(path, str(path)), str(path)))
+    found = load_yaml(path, str(path))
+    for name, value in (changes or {}).items():
+        *above, last = name.split(".")
+        try:
+            part = reduce(lambda part, key: part.setdefault(key, {}), above, found)
+            part[last] = value
+        except (AttributeError, TypeError):
+            raise ValueError(f"--set {name}: need a mapping at {'.'.join(above) or path}") from None
+    settings = dict(validated(Settings, found, str(path)))
     if "output_dir" not in settings["training"]:
         raise ValueError(f"{path}, training: need output_dir")
     return settings

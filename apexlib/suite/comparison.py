@@ -30,6 +30,8 @@ def grid_trials(
     >>> [trial.name for trial in trials]
     ['full-lr0.001-seed0', 'full-lr0.001-seed1', 'apex-lr0.001-seed0', 'apex-lr0.001-seed1']
     """
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
     files = data_files(settings)
     return [
         Trial(
@@ -37,17 +39,10 @@ def grid_trials(
             {"variant": variant, "learning_rate": rate, "seed": seed, "base": str(bases[seed]), **settings},
             reads=(Path(locate(bases[seed])), *files),
         )
-        for variant in _known(variants)
+        for variant in variants
         for rate in rates
         for seed in seeds
     ]
-
-
-def _known(variants: Sequence[str]) -> Sequence[str]:
-    """Refuse names that are no variants."""
-    if unknown := [name for name in variants if name not in VARIANTS]:
-        raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
-    return variants
 
 
 def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
@@ -77,34 +72,33 @@ def compare(
     *,
     learning_rates: Sequence[float],
     grid_seeds: Sequence[int],
-    seeds_of: Mapping[str, Sequence[int]] | None = None,
     measure: Callable[..., dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Comparison:
     """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on its other seeds.
 
-    `run` is `instruction_run` or `continued_run`, `settings` its further arguments. Seeds are those of `bases`, but for
-    variants that `seeds_of` names. A variant that shares the rate of another one of `variants` (`rate_of`) has no grid.
+    `run` is `instruction_run` or `continued_run`, `settings` its further arguments; seeds are those of `bases`. A
+    variant that has the rate of another one of `variants` (`rate_of`) needs no grid.
     Models are kept of the runs at the chosen rates only; each is given to `measure`, such as `answers_run`, with the
     settings of its run, and what that returns is part of the run's result.
     """
-    seeds_of, folder = dict(seeds_of or {}), Path(folder)
-    leader = {name: of if (of := VARIANTS[name].rate_of) in variants else name for name in _known(variants)}
+    folder = Path(folder)
+    followed = {name: getattr(VARIANTS.get(name), "rate_of", None) for name in variants}
+    leader = {name: of if of in variants else name for name, of in followed.items()}
     grid = grid_trials([n for n in variants if leader[n] == n], learning_rates, grid_seeds, bases, **settings)
     on_grid = runs_table(grid, run_trials(run, grid, folder), folder)
     best, chosen = choose_rates(on_grid), []
     for name in variants:
-        seeds = seeds_of.get(name, [*bases])
-        chosen += grid_trials([name], [best[leader[name]]], seeds, bases, **settings)
-    for trial in chosen:
-        if not list((folder / trial.name).glob("stage-*")):  # removed, when another rate was the chosen one
-            shutil.rmtree(folder / trial.name, ignore_errors=True)  # the run is made again
+        chosen += grid_trials([name], [best[leader[name]]], [*bases], bases, **settings)
+    names = {trial.name for trial in chosen}
+    for run_folder in (folder / trial.name for trial in grid if trial.name in names):
+        if not list(run_folder.glob("stage-*")):  # removed, when another rate was the chosen one
+            shutil.rmtree(run_folder)  # the run is made again
     results = run_trials(run, chosen, folder)
     if measure:
         found = run_trials(measure, [_after(trial, folder) for trial in chosen], folder)
         results = [result | more for result, more in zip(results, found, strict=True)]
-    kept = {trial.name for trial in chosen}
-    others = [trial for trial in grid if trial.name not in kept]
+    others = [trial for trial in grid if trial.name not in names]
     for trial in others:
         for stage in (folder / trial.name).glob("stage-*"):
             shutil.rmtree(stage)
@@ -228,18 +222,17 @@ def tokens_to_reach(curve: pd.DataFrame, loss: float) -> float:
 
 
 def chosen_runs(results: Path) -> pd.DataFrame:
-    """Read the chosen runs of notebook 03 on the seeds that all methods have; all must still have their models.
+    """Read the chosen runs of notebook 03, base models among them; all must still have their models.
 
-    `base` is the base model of a run's seed.
+    `base` is the base model of a run's seed; where the seed has none, the first.
     """
     runs = pd.read_csv(results / "instruction.csv").query("chosen").reset_index(drop=True)
     if runs["method"].eq("base").all() or not runs["method"].eq("base").any():
         raise ValueError("instruction.csv: need the base and at least one chosen run")
     if gone := [path for path in runs["path"] if not Path(locate(path)).is_dir()]:
         raise FileNotFoundError(f"{gone[0]}: a chosen run has lost its models; run notebook 03 again")
-    runs = runs[runs.groupby("seed")["method"].transform("nunique") == runs["method"].nunique()].reset_index(drop=True)
     bases = runs[runs["method"] == "base"].set_index("seed")["path"]
-    return runs.assign(base=runs["seed"].map(bases).map(locate))
+    return runs.assign(base=[locate(bases.get(seed, bases.iloc[0])) for seed in runs["seed"]])
 
 
 def stages_of(path: str) -> list[Path]:

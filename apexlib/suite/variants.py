@@ -42,18 +42,21 @@ class Variant:
 _ALIKE = {"matrices_only": True, "lora_scale": 8.0}
 _HALF = {"direct_heads": 0.5, "direct_channels": 0.5, "train_embeddings": False}
 _RATES = {"apex": 2.0, "direct": 2.0, "hft": 2.0, "lora": 2.0}
+_RATE_OF = {"restart": "full", "gmt": "full", "direct": "apex", "direct-2.4%": "apex-2.4%"}  # each one thing changed
 _SMALL = {"apex": 30.0, "direct": 30.0, "lora": 6.0}
 
 
 def _half(**changes: Any) -> Variant:
-    return Variant("apex", _HALF | changes, rate=_RATES["apex"])
+    return Variant("apex", _HALF | changes, rate=_RATES["apex"], rate_of="apex")
 
 
 VARIANTS: dict[str, Variant] = {
     # "direct": the rows of "apex", without operators
-    **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0)) for name in METHODS},
-    "restart": Variant("restart", _HALF, _ALIKE, rate_of="full"),
-    **{f"{name}-2.4%": Variant(name, options=_ALIKE, share=0.024, rate=rate) for name, rate in _SMALL.items()},
+    **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0), rate_of=_RATE_OF.get(name)) for name in METHODS},
+    **{
+        f"{name}-2.4%": Variant(name, options=_ALIKE, share=0.024, rate=rate, rate_of=_RATE_OF.get(f"{name}-2.4%"))
+        for name, rate in _SMALL.items()
+    },
     "operator-2.4%": Variant("apex", {"train_rows": False}, share=0.024, rate=30.0),  # rows stay
     # continued pre-training: every weight trains, and APEX has operators on top
     "full-all": Variant("full"),
@@ -61,7 +64,7 @@ VARIANTS: dict[str, Variant] = {
     "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
     # ablations of "apex", one thing changed each
     **{name: _half(strategy=name) for name in ("random", "reversed", "magnitude")},
-    "no-operator": Variant("direct", _HALF, rate=_RATES["direct"]),
+    "no-operator": Variant("direct", _HALF, rate=_RATES["direct"], rate_of="apex"),
     **{name: _half(operator=name) for name in OPERATORS if name != "monarch"},
     **{f"stages-{stages}": _half(stages=stages) for stages in (1, 2, 3, 4)},
     "halve": _half(stages=3, halve_fraction=True),  # one thing changed from "stages-3"

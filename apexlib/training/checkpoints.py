@@ -2,8 +2,8 @@
 
 A run's folder holds `run.json`, what the run is made of; `stage-s`, the plain model that stage s left; `step-s-n`, the
 state n steps into stage s, from which a run that ended there goes on; and, where they are asked for, `step-00040` and
-the like, the plain model after so many steps of the run. A stage that ends with one of these is not saved twice: its
-folder holds the rest.
+the like, the plain model after so many steps of the run, or `best`, that of the best evaluation. A stage that ends with
+a step that is kept is not saved twice: its folder holds the rest.
 """
 
 import json
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from apexlib.files import atomic_folder, clear_partial, file_hash, read_hashes, read_object, remove_folder, write_json
 from apexlib.provenance import provenance
 
-MANIFEST, RUN = "manifest.json", "run.json"
+MANIFEST, RUN, BEST = "manifest.json", "run.json", "best"
 _FORMAT = 1
 _STATE = re.compile(r"stage-(?P<done>\d{1,9})|step-(?P<stage>\d{1,9})-(?P<step>\d{1,9})")
 _CHECKPOINT = re.compile(r"step-\d{5,9}")
@@ -77,7 +77,7 @@ class RunFolder:
         clear_partial(self.path)
         if overwrite:
             (self.path / RUN).unlink(missing_ok=True)
-            for folder in [*self._found(), *self._named(_CHECKPOINT)]:
+            for folder in [*self._found(), *self._named(_CHECKPOINT), self.path / BEST]:
                 remove_folder(folder)
         if not (found := self._found()) and not (self.path / RUN).exists():
             write_json({"format": _FORMAT, "identity": identity, "provenance": provenance()}, self.path / RUN)

@@ -16,14 +16,13 @@ _BY_STEP = str.split(
     "warmup_stable_decay polynomial inverse_sqrt"
 )
 _NOT_HONOURED = {  # arguments that a run takes at few values only, and what to do instead
-    "load_best_model_at_end": ((False,), "each stage, and each step in `checkpoints`, leaves a model to choose from"),
     "push_to_hub": ((False,), "push the model once it is trained, model.push_to_hub(...)"),
-    "train_sampling_strategy": (("random", "sequential"), "a run's order is one permutation an epoch"),
+    "train_sampling_strategy": (("random", "sequential"), "batches of equal lengths are not made"),
 }
 _DECISIVE = str.split(
     "per_device_train_batch_size gradient_accumulation_steps world_size seed data_seed learning_rate lr_scheduler_type "
     "lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "max_grad_norm bf16 fp16 gradient_checkpointing label_smoothing_factor neftune_noise_alpha "
+    "max_grad_norm bf16 fp16 gradient_checkpointing label_smoothing_factor neftune_noise_alpha train_sampling_strategy "
     "average_tokens_across_devices dataloader_drop_last"
 )
 
@@ -48,8 +47,9 @@ def decisive_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def check_run(args: TrainingArguments, method: Method, kept: Collection[int]) -> None:
     """Refuse arguments that a run cannot honour; `kept`: the steps after which a plain model is kept."""
-    if kept and not method.plain:
-        raise ValueError(f"checkpoints: the model of {type(method).__name__} is not plain while it trains; need none")
+    for name, asked in (("checkpoints", kept), ("load_best_model_at_end", args.load_best_model_at_end)):
+        if asked and not method.plain:
+            raise ValueError(f"{name}: the model of {type(method).__name__} is not plain while it trains; need none")
     if (schedule := SchedulerType(args.lr_scheduler_type).value) not in _BY_STEP:
         need = f"one that depends on the step alone: {', '.join(_BY_STEP)}"
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")

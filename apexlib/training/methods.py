@@ -29,7 +29,7 @@ class Method:
 
     staged = False  # whether it starts afresh at each stage; otherwise its one stage is the whole run
     assesses = False  # whether it needs activation statistics, which `plan(statistics, stage)` makes a plan of
-    plain = True  # whether its model stays plain while it trains, and can be saved at any step
+    plain = True  # whether `save_pretrained` of what it trains writes a plain model at any step
 
     config: ApexConfig
     _: KW_ONLY
@@ -63,7 +63,6 @@ class Apex(Method):
 
     staged = True
     assesses = True
-    plain = False
 
     def plan(self, statistics: pd.DataFrame, stage: int) -> ExpansionPlan:
         """Choose the units of the next stage and keep the plan."""
@@ -152,7 +151,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gmt": GradientMask,
     "direct": Direct,
 }
-Name = Literal[*METHODS]
+Name = Literal["apex", "full", "restart", "lora", "hft", "gmt", "direct"]  # written out, for type checkers
 
 
 def method_of(name: Name, config: ApexConfig, **options: Any) -> Method:

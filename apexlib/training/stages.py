@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
-from apexlib.training.checkpoints import Progress, RunFolder, position, save_plain
+from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain
 from apexlib.training.checks import check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.data import Streamed, check_data, prepare
 from apexlib.training.interruption import Stop
@@ -61,11 +61,12 @@ def train_in_stages(
     """Train `model` in place by `method`, stage by stage: assess, select, expand, train, fuse.
 
     `args` speaks of the whole run: its steps (or epochs) are cut into `config.stages` equal parts, its learning-rate
-    schedule runs once over all of them, and its data order, drawn from `args.data_seed` or `args.seed`, is one shuffled
-    order of which every stage takes the next slice. The first stage assesses `config.assessment_samples` examples in a
-    pass without training; each later one uses what was gathered while the stage before it trained. Every stage has a
-    fresh optimizer, and warms up anew, for as many steps as the run does, below what the schedule says. Methods without
-    stages ("full", "lora", "gmt") run the same steps on the same data as one.
+    schedule runs once over all of them, and its data order, shuffled by `args.data_seed` or `args.seed` (or that of the
+    data, if `train_sampling_strategy` is "sequential"), is one order of which every stage takes the next slice. The
+    first stage assesses `config.assessment_samples` examples in a pass without training; each later one uses what was
+    gathered while the stage before it trained. Every stage has a fresh optimizer, and warms up anew, for as many steps
+    as the run does, below what the schedule says. Methods without stages ("full", "lora", "gmt") run the same steps on
+    the same data as one.
 
     `trainer_class` is any subclass of `Trainer`; it prepares the data once, for assessment and all stages, so that
     TRL's take messages, text or preferences. For a stock Trainer, examples are tokenised: mappings with `input_ids`
@@ -75,8 +76,9 @@ def train_in_stages(
 
     Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`. Inside a
     stage, `args.save_strategy`, `save_steps` and `save_total_limit` say when its state is saved and how many are kept,
-    until the stage ends. After the steps `checkpoints` of the whole run (0: before training), a model that is plain
-    while it trains goes to `args.output_dir/step-00040` and the like; `stage-s` has no second copy of it.
+    until the stage ends. After the steps `checkpoints` of the whole run (0: before training), the plain model goes to
+    `args.output_dir/step-00040` and the like; `stage-s` has no second copy of it. `args.load_best_model_at_end` keeps
+    that of the best evaluation of all stages in `args.output_dir/best` and returns it. Neither is there for "lora".
 
     `resume` goes on from the newest complete state, to the same bits as without a break, given the same base model,
     data and settings; it starts where there is none. Without it a folder that holds a run is refused, unless
@@ -109,6 +111,8 @@ def train_in_stages(
             stop.check(f"after stage {stage}")
             if run.folder.progress.ended:
                 break
+        if args.load_best_model_at_end:
+            run.load_best()
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(required[name])
     return run.record()
@@ -134,7 +138,8 @@ class _Run:
         if outside := sorted(step for step in kept if not 0 <= step <= steps):
             raise ValueError(f"checkpoints {outside}: need steps from 0 to {steps}")
         seed, count = args.seed if args.data_seed is None else args.data_seed, steps * self.per_step
-        self.data, self.order = data, list(range(count)) if streamed else data_order(size, count, seed)
+        in_order = streamed or args.train_sampling_strategy == "sequential"
+        self.data, self.order = data, data_order(size, count, None if in_order else seed)
         self.borders = [round(steps * stage / stages) for stage in range(stages + 1)]
         self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
@@ -239,6 +244,14 @@ class _Run:
             self.folder.progress.save(folder)
         self.folder.forget_steps()
 
+    def load_best(self) -> None:
+        """Go back to the model of the best evaluation."""
+        if why := fault(best := self.folder.path / BEST):
+            said = f"load_best_model_at_end: {best} {why}; the last model is returned"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
+        else:
+            _load_plain(self.model, best)
+
     def record(self) -> TrainingRecord:
         """Sum up the finished run."""
         done = self.folder.progress
@@ -252,8 +265,10 @@ class _Run:
         return TrainingRecord(self.model, log[[*named, *others]], plans, statistics, trainable, median(done.seconds))
 
 
-def data_order(size: int, count: int, seed: int) -> list[int]:
-    """Draw the order of a whole run: `count` indices, epoch after epoch, each a permutation of `size` examples."""
+def data_order(size: int, count: int, seed: int | None) -> list[int]:
+    """List the rows of a whole run, `count` of them: each epoch, with a seed, is a permutation of `size` examples."""
+    if seed is None:
+        return [row % size for row in range(count)]
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
     return torch.cat(epochs)[:count].tolist()

@@ -148,6 +148,12 @@ class StageTraining(TrainerCallback):
             self.save_state(evaluated=False)
             raise
 
+    def _determine_best_metric(self, *given: Any, **named: Any) -> bool:
+        best = super()._determine_best_metric(*given, **named)
+        if best and self.args.load_best_model_at_end:
+            self._keep_plain(self.stage.folder.path / checkpoints.BEST)
+        return best
+
     def log(self, *given: Any, **named: Any) -> None:
         """Log by the steps of the whole run, to every logger."""
         self.state.global_step += self.stage.start
@@ -179,7 +185,7 @@ class StageTraining(TrainerCallback):
             self._total_loss_scalar, self._globalstep_last_logged = self.own["total_loss"], self.saved["last_logged"]
             if not self.saved["evaluated"]:  # it was cut short
                 _set_random_state(self.own["random"])
-                self._evaluate(None, None, skip_scheduler=True)
+                self._determine_best_metric(self._evaluate(None, None, skip_scheduler=True), None)
                 self.own["random"] = _random_state()
         if self.run_step == 0:
             self._keep_if_asked()
@@ -233,10 +239,13 @@ class StageTraining(TrainerCallback):
 
     def _keep_if_asked(self) -> None:
         if self.run_step in self.stage.folder.kept:
-            self.check_weights()
-            if self.args.should_save:
-                with self.stage.folder.complete(checkpoint_folder(self.stage.folder.path, self.run_step)) as folder:
-                    checkpoints.save_plain(self.model, self.processing_class, folder)
+            self._keep_plain(checkpoint_folder(self.stage.folder.path, self.run_step))
+
+    def _keep_plain(self, kept: Path) -> None:
+        self.check_weights()
+        if self.args.should_save:
+            with self.stage.folder.complete(kept) as folder:
+                checkpoints.save_plain(self.model, self.processing_class, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # then the stage is saved
