@@ -1,0 +1,123 @@
+"""An atlas of units: every head or channel of every layer in one picture, one of them in words, and a plan of some."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from ipywidgets import BoundedIntText, Dropdown, IntRangeSlider, SelectionSlider, Text
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from apexlib.analysis.difference import biography
+from apexlib.analysis.masked_losses import Mask, Masking
+from apexlib.analysis.unit_ranks import KEYS, Statistics, UnitRanks
+from apexlib.explore.panel import ROLES, View, numbers, tokens_html
+from apexlib.plan import ApexConfig, ExpansionPlan
+
+_COLOURS = {  # of a map: column, its unit
+    "activation": "activation (squared norm per token, log₁₀)",
+    "rank_score": "rank score (batches in the Top-K less in the Min-K)",
+    "role": "role in the plan",
+    "movement": "movement ‖Δw‖ / ‖w‖",
+}
+_AROUND = 14  # tokens before and after one that drives a unit
+
+
+class Units(View):
+    """See all units at one or several checkpoints, by name, and one of them at work; those chosen are a `plan`.
+
+    They are chosen by ranks, or by hand in the layer shown: "1, 4 > 0, 7", sources > targets. `movement` is a
+    `weight_difference`. With a `model`, its `tokenizer` and a `text`, as in `Masks`, one sees what masking a unit alone
+    costs, and the passages that drive it.
+    """
+
+    def __init__(
+        self, statistics: Statistics, plan: ExpansionPlan | None = None, movement: Any = None, **at_work: Any
+    ) -> None:
+        self.state = state = UnitRanks(statistics, movement)
+        self.masking = Masking(statistics=state.first, **at_work) if at_work else None
+        self.given, self.by_hand, self._here, sizes = plan, {}, (), state.units.items()
+        self.start = {name: (0, max(1, int(ApexConfig.fraction * count))) for name, count in sizes}
+        super().__init__(
+            (9.0, 3.0),
+            checkpoint=SelectionSlider(options=list(state.statistics), disabled=len(state.statistics) == 1),
+            component=Dropdown(options=list(state.units), value=list(state.units)[-1]),
+            colour=Dropdown(options=list(_COLOURS)[: 3 if movement is None else 4]),
+            layer=Dropdown(options=state.layers),
+            unit=BoundedIntText(max=max(state.units.values())),
+            **{f"{name}_ranks": IntRangeSlider(value=self.start[name], max=n // 2) for name, n in sizes},
+            by_hand=Text(placeholder="sources > targets"),
+        )
+
+    @property
+    def plan(self) -> ExpansionPlan:
+        """The plan given, until ranks or units are chosen; then that of these."""
+        ranks, sizes = {name: self[f"{name}_ranks"] for name in self.start}, self.state.units
+        if self.given and ranks == self.start and not any(self.by_hand.values()):
+            return self.given
+        texts = ((here, text.partition(">")[::2]) for here, text in self.by_hand.items() if text)
+        by_hand = {here: [numbers(part, sizes[here[1]], here[1]) for part in parts] for here, parts in texts}
+        return self.state.plan(self["checkpoint"], ranks, by_hand)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The units at the checkpoint: those of `UnitRanks.table`, with their `role` in the plan."""
+        roles = biography([self.plan])[[*KEYS, "role"]]
+        return self.state.table(self["checkpoint"]).merge(roles, how="left", on=KEYS).fillna({"role": "frozen"})
+
+    def adapt(self) -> None:
+        here = self["layer"], self["component"]
+        if here != self._here:  # each layer has its own text
+            self._here, self.controls["by_hand"].value = here, self.by_hand.get(here, "")
+        self.by_hand[here] = self["by_hand"]
+        self.controls["unit"].max = self.state.units[self["component"]] - 1
+
+    def draw(self, figure: Figure) -> str:
+        (layer, component), unit, colour = self._here, self["unit"], self["colour"]
+        units = self.table.query("component == @component")
+        atlas, profile = figure.subplots(1, 2, width_ratios=(3, 2))
+        _draw_map(units, colour, atlas)
+        atlas.plot(unit, self.state.layers.index(layer), "s", ms=9, mfc="none", mec="black")
+        atlas.set(xlabel=f"{component}, as numbered in the model", ylabel="layer", title=_COLOURS[colour])
+        own = units.query("layer == @layer").sort_values("rank")
+        for role, these in own.groupby("role", sort=False):
+            name, shade = ROLES[role]
+            profile.plot(these["rank"], these["activation"], ".", color=shade, label=name)
+        one = own.set_index("unit").loc[unit]
+        profile.plot(one["rank"], one["activation"], "s", ms=9, mfc="none", mec="black")
+        profile.set(yscale="log", xlabel=f"rank in layer {layer}", ylabel="activation (squared norm per token)")
+        profile.legend()
+        told = ", ".join(f"{name} {one[name]:.4g}" for name in ("activation", "rank_score", "movement") if name in one)
+        words = f"<b>layer {layer}, {component} {unit}</b>: {told}, rank {one['rank']} of {len(own)}, "
+        return words + ROLES[one["role"]][0] + (self._passages(layer, component, unit) if self.masking else "")
+
+    def _passages(self, layer: int, component: str, unit: int) -> str:
+        """Say what masking a unit alone costs, and show the text around the tokens at which it is largest."""
+        masking = self.masking
+        cost = masking.loss(Mask(component, "by hand", ((layer, (unit,)),))) - masking.loss()
+        sizes = [each[:, unit] for each in masking.outputs(component, layer)]
+        html = f"; masking it alone: {cost:+.4f} nats per token. Where its output is largest (red: how large):"
+        for row in sorted(range(len(sizes)), key=lambda row: -sizes[row].max())[:3]:
+            place = int(sizes[row].argmax())
+            part = slice(max(0, place - _AROUND), place + _AROUND)
+            pieces = map(masking.tokenizer.decode, masking.rows[row][0][part, None])
+            values = sizes[row][part].tolist()
+            told = zip(pieces, values, map("{:.3g}".format, values), strict=True)
+            html += tokens_html(told, sizes[row].max(), place - part.start)
+        return html
+
+
+def _draw_map(units: pd.DataFrame, colour: str, ax: Axes) -> None:
+    """Draw one column of all units of a component, a row per layer."""
+    matrix = units.pivot(index="layer", columns="unit", values=colour)
+    if colour == "role":
+        shades = ListedColormap([shade for _, shade in ROLES.values()])
+        ax.imshow(matrix.map(list(ROLES).index), cmap=shades, vmin=0, vmax=len(ROLES) - 1)
+    else:
+        matrix = np.log10(matrix.clip(lower=1e-8)) if colour == "activation" else matrix
+        most = matrix.abs().max(axis=None) if colour == "rank_score" else None
+        image = ax.imshow(matrix, cmap="RdBu_r" if most else "viridis", vmin=most and -most, vmax=most)
+        ax.figure.colorbar(image, ax=ax, pad=0.02)
+    ax.set_yticks(range(len(matrix)), matrix.index)
+    ax.grid(visible=False)

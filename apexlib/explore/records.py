@@ -1,0 +1,108 @@
+"""The records of runs: a claim with its interval and verdict, and any measure of any method at any learning rate."""
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from ipywidgets import Dropdown, SelectMultiple, Text
+from matplotlib.figure import Figure
+
+from apexlib.explore.panel import BLUE, DOTTED, GREEN, GREY, RED, View
+
+VERDICTS = {"reproduced": GREEN, "opposite": RED, "no difference": BLUE}  # the others: GREY
+
+
+class Records:
+    """The tables of a run."""
+
+    def __init__(self, source: str | Path | Mapping[str, pd.DataFrame]) -> None:
+        if not isinstance(source, Mapping):
+            source = {name: pd.read_csv(Path(source) / f"{name}.csv") for name in ("claims", "instruction")}
+        if missing := {"claims", "instruction"} - set(source):
+            raise ValueError(f"tables {', '.join(source) or 'none'}: need {' and '.join(sorted(missing))} too")
+        self.claims, self.runs = source["claims"], source["instruction"]
+        self.values = source.get("values", pd.DataFrame(columns=["claim", "seed", "value"]))
+        self.measures = [name for name in self.runs.select_dtypes("number") if name not in ("learning_rate", "seed")]
+
+    def chosen(self, verdict: str, words: str) -> pd.DataFrame:
+        """Claims of a verdict ("all": any) whose texts have every word."""
+        claims = self.claims if verdict == "all" else self.claims[self.claims["verdict"] == verdict]
+        texts = claims.select_dtypes(exclude="number").astype(str).agg(" ".join, axis=1).str.lower()
+        return claims[[all(word in text for word in words.lower().split()) for text in texts]]
+
+    def chart(self, measure: str, methods: tuple[str, ...]) -> pd.DataFrame:
+        """Mean and range over seeds of a measure: `method`, `learning_rate`, `mean`, `min`, `max`, `count`."""
+        runs = self.runs[self.runs["method"].isin(methods)].groupby(["method", "learning_rate"], sort=False)
+        return runs[measure].agg(["mean", "min", "max", "count"]).reset_index()
+
+
+class Runs(View):
+    """Look through the ledger of claims, `table`, and the runs by method and learning rate, `chart`.
+
+    `results` is a folder with `claims.csv` and `instruction.csv`, or these tables by name, with `values` (`claim`,
+    `seed`, `value`) where there are any.
+    """
+
+    def __init__(self, results: str | Path | Mapping[str, pd.DataFrame]) -> None:
+        self.state = state = Records(results)
+        methods = state.runs["method"].unique().tolist()
+        super().__init__(
+            (9.0, 3.4),
+            verdict=Dropdown(options=["all", *state.claims["verdict"].unique()]),
+            words=Text(placeholder="LoRA forgets"),
+            claim=Dropdown(options=_options(state.claims)),
+            measure=Dropdown(options=state.measures),
+            methods=SelectMultiple(options=methods, value=[name for name in methods if name != "base"][:6], rows=5),
+        )
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The claims that the filter leaves."""
+        return self.state.chosen(self["verdict"], self["words"])
+
+    def adapt(self) -> None:
+        if (names := self.table["claim"].tolist()) and names != [value for _, value in self.controls["claim"].options]:
+            kept = self["claim"]
+            self.controls["claim"].options = _options(self.table)
+            self.controls["claim"].value = kept if kept in names else names[0]
+
+    def draw(self, figure: Figure) -> str:
+        if self.table.empty:
+            raise ValueError(f"verdict {self['verdict']!r}, words {self['words']!r}: no claim has them; need others")
+        claim = self.table.set_index("claim").loc[self["claim"]]
+        left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+        values = self.state.values.query("claim == @claim.name")["value"]
+        left.axvspan(claim["goal"] - claim["margin"], claim["goal"] + claim["margin"], color="0.9", label="± margin")
+        left.axvline(claim["goal"], **DOTTED)
+        if len(values):
+            left.plot(values, np.full(len(values), 0.5), "o", mfc="none", color="0.4", label="a seed each")
+        if np.isfinite(claim["mean"]):
+            ends, colour = np.abs(claim[["low", "high"]] - claim["mean"]), VERDICTS.get(claim["verdict"], GREY)
+            look = {"fmt": "o", "capsize": 4, "color": colour, "label": "mean, 95 % interval"}
+            left.errorbar(claim["mean"], 1, xerr=[[end] for end in ends], **look)
+        left.set(ylim=(0, 2.4), yticks=[], xlabel=claim["unit"], title=f"claim {claim['number']}: {claim['verdict']}")
+        left.legend(loc="upper left")
+        for number, (method, rows) in enumerate(self.chart.groupby("method", sort=False)):
+            if (rows["learning_rate"] == 0).all():  # the base, untrained
+                right.axhline(rows["mean"].iloc[0], **DOTTED, label=method)
+                continue
+            ends, at = [rows["mean"] - rows["min"], rows["max"] - rows["mean"]], rows["learning_rate"] * 1.03**number
+            right.errorbar(at, rows["mean"], yerr=ends, marker="os^Dv"[number % 5], capsize=2, lw=1, label=method)
+        right.set(xscale="log", xlabel="learning rate (range over seeds)", ylabel=self["measure"])
+        right.legend(ncols=2)
+        told = {name: escape(str(claim[name])) for name in ("rule", "because", "limits", "source")}
+        lines = "".join(f"<br><b>{name}:</b> {words}" for name, words in told.items())
+        number = f"{claim['mean']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}] {claim['unit']}, n = {claim['n']}"
+        return f"<b>{escape(claim['statement'])}</b><br>{number}: <b>{claim['verdict']}</b>{lines}"
+
+    @property
+    def chart(self) -> pd.DataFrame:
+        """What the chart shows: `Records.chart`."""
+        return self.state.chart(self["measure"], self["methods"])
+
+
+def _options(claims: pd.DataFrame) -> list[tuple[str, str]]:
+    """Name each claim in a list by its number and the start of its statement."""
+    return [(f"{row.number}: {row.statement:.70}", row.claim) for row in claims.itertuples()]
