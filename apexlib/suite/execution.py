@@ -57,6 +57,7 @@ def execute(
                 progress_bar=False,
                 kernel_manager_class=_own_kernel(root, copy.parent / ".ipython", log, follower, environment),
                 timeout_func=lambda cell: max(0.1, follower.ends_by - time.monotonic()),  # 0 would mean no limit
+                store_widget_state=False,  # a view is kept as its picture
                 iopub_timeout=60,  # for output still under way at the end of a cell; the default is too short
                 on_cell_start=follower.cell_starts,
                 on_cell_executed=follower.cell_ends,

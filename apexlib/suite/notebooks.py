@@ -123,6 +123,7 @@ class Notebook(_Declaration):
     path: Path
     parameters: dict[str, Parameter]
     cells: tuple[str, ...]  # the code after the parameters
+    deciding: tuple[str, ...]  # those that results depend on: all but views, which have the tag "explore"
 
 
 def read_notebook(path: Path, profile: str) -> Notebook:
@@ -132,6 +133,7 @@ def read_notebook(path: Path, profile: str) -> Notebook:
         code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
         marked = code and "parameters" in code[0]["metadata"].get("tags", [])
         first, *cells = ["".join(cell["source"]) for cell in code] or [""]
+        views = ["explore" in cell["metadata"].get("tags", []) for cell in code[1:]]
         metadata = json.loads(json.dumps(content["metadata"].get("apexlib")).replace("{profile}", profile))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ReproduceError(f"{path.name}: need a notebook of format 4 ({type(error).__name__}: {error})") from None
@@ -139,7 +141,9 @@ def read_notebook(path: Path, profile: str) -> Notebook:
         raise ReproduceError(f"{path.name}: need the tag 'parameters' on the first code cell")
     declared = validated(_Declaration, metadata, f"{path.name}, metadata apexlib")
     parameters = _parameters(first, f"{path.name}, parameters cell")
-    return Notebook(**dict(declared), name=path.stem, path=path, parameters=parameters, cells=tuple(cells))
+    deciding = tuple(cell for cell, is_view in zip(cells, views, strict=True) if not is_view)
+    code = {"parameters": parameters, "cells": tuple(cells), "deciding": deciding}
+    return Notebook(**dict(declared), name=path.stem, path=path, **code)
 
 
 def writer_of(path: str, notebooks: Mapping[str, Notebook]) -> str | None:

@@ -189,7 +189,7 @@ class _Job:
 
     def inputs(self, notebook: Notebook) -> dict[str, Any]:
         """Collect everything the notebook's results depend on, under names that a user knows."""
-        texts = filter(None, map(normalised, notebook.cells))
+        texts = filter(None, map(normalised, notebook.deciding))
         values = resolve(notebook, self.profile, self.settings)
         package = self.root / "apexlib"  # that its kernel will import
         return {
@@ -197,7 +197,7 @@ class _Job:
             **{f"parameter {name}": value for name, value in values.items()},
             "what it writes": content_hash(notebook.writes),
             **{path: self.state.hash(path) for path in notebook.needs},
-            **code_of_source(notebook.cells, package if package.is_dir() else LIBRARY),
+            **code_of_source(notebook.deciding, package if package.is_dir() else LIBRARY),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
             "Python": platform.python_version(),
         }
