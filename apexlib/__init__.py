@@ -6,9 +6,8 @@ Expand:   select, ApexConfig, ExpansionPlan, LayerPlan, expand, trainable_table,
 Train:    train_in_stages, TrainingRecord, pretrain
 Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table,
           operator_share
-Explore:  from apexlib import explore; explore.masks, explore.units, explore.spectrum, explore.runs, all on the screen
 Read:     load_corpus, load_chat, train_tokenizer, pack, encode_chat, collate, batches
-Record:   claims_table, save_table, draw_figure, save_figure, write_overview
+Record:   claims_table, save_table, draw_figure, save_figure, write_overview; on the screen: explore, a module
 
 The imports below tell where each name lives, to editors and type checkers; it is imported when it is first used, so
 that `import apexlib` costs nothing and a table can be plotted without torch.

@@ -190,7 +190,7 @@ def moved(view, **values):
     """What a view shows after controls were moved."""
     for name, value in values.items():
         view.controls[name].value = value
-    return view.picture.value, view.words.value, view.said.value
+    return b"".join(map(bytes, (each.value for each in view.pictures))), view.words.value, view.said.value
 
 
 def follows(view, **values):

@@ -30,6 +30,12 @@ class UnitRanks:
             return table
         return table.merge(self.movement[[*KEYS, "relative"]].rename(columns={"relative": "movement"}), on=KEYS)
 
+    def limits(self, component: str, column: str) -> tuple[float, float]:
+        """Least and greatest magnitude above zero of a column at any checkpoint."""
+        tables = pd.concat([self.table(name) for name in self.statistics])
+        values = tables.loc[tables["component"] == component, column].abs()
+        return float(values[values > 0].min()), float(values.max())
+
     def plan(
         self,
         checkpoint: str,

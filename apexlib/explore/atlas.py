@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from ipywidgets import BoundedIntText, Dropdown, IntRangeSlider, SelectionSlider, Text
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 
 from apexlib.analysis.difference import biography
 from apexlib.analysis.masked_losses import Mask, Masking
@@ -16,11 +14,12 @@ from apexlib.explore.panel import ROLES, View, numbers, tokens_html
 from apexlib.plan import ApexConfig, ExpansionPlan
 
 _COLOURS = {  # of a map: column, its unit
-    "activation": "activation (squared norm per token, log₁₀)",
+    "activation": "activation (squared norm per token)",
     "rank_score": "rank score (batches in the Top-K less in the Min-K)",
     "role": "role in the plan",
     "movement": "movement ‖Δw‖ / ‖w‖",
 }
+_AS_IT_IS = {"aspect": "auto", "interpolation": "nearest"}
 _AROUND = 14  # tokens before and after one that drives a unit
 
 
@@ -40,7 +39,6 @@ class Units(View):
         self.given, self.by_hand, self._here, sizes = plan, {}, (), state.units.items()
         self.start = {name: (0, max(1, int(ApexConfig.fraction * count))) for name, count in sizes}
         super().__init__(
-            (9.0, 3.0),
             checkpoint=SelectionSlider(options=list(state.statistics), disabled=len(state.statistics) == 1),
             component=Dropdown(options=list(state.units), value=list(state.units)[-1]),
             colour=Dropdown(options=list(_COLOURS)[: 3 if movement is None else 4]),
@@ -73,17 +71,15 @@ class Units(View):
         self.by_hand[here] = self["by_hand"]
         self.controls["unit"].max = self.state.units[self["component"]] - 1
 
-    def draw(self, figure: Figure) -> str:
+    def draw(self, atlas: Axes, profile: Axes) -> str:
         (layer, component), unit, colour = self._here, self["unit"], self["colour"]
         units = self.table.query("component == @component")
-        atlas, profile = figure.subplots(1, 2, width_ratios=(3, 2))
-        _draw_map(units, colour, atlas)
+        _draw_map(units, colour, self.state, atlas)
         atlas.plot(unit, self.state.layers.index(layer), "s", ms=9, mfc="none", mec="black")
         atlas.set(xlabel=f"{component}, as numbered in the model", ylabel="layer", title=_COLOURS[colour])
         own = units.query("layer == @layer").sort_values("rank")
         for role, these in own.groupby("role", sort=False):
-            name, shade = ROLES[role]
-            profile.plot(these["rank"], these["activation"], ".", color=shade, label=name)
+            profile.plot(these["rank"], these["activation"], ".", color=ROLES[role][1], label=ROLES[role][0])
         one = own.set_index("unit").loc[unit]
         profile.plot(one["rank"], one["activation"], "s", ms=9, mfc="none", mec="black")
         profile.set(yscale="log", xlabel=f"rank in layer {layer}", ylabel="activation (squared norm per token)")
@@ -108,16 +104,17 @@ class Units(View):
         return html
 
 
-def _draw_map(units: pd.DataFrame, colour: str, ax: Axes) -> None:
-    """Draw one column of all units of a component, a row per layer."""
+def _draw_map(units: pd.DataFrame, colour: str, state: UnitRanks, ax: Axes) -> None:
+    """Draw one column of all units of a component, a row per layer, in colours that all checkpoints share."""
     matrix = units.pivot(index="layer", columns="unit", values=colour)
     if colour == "role":
         shades = ListedColormap([shade for _, shade in ROLES.values()])
-        ax.imshow(matrix.map(list(ROLES).index), cmap=shades, vmin=0, vmax=len(ROLES) - 1)
+        ax.imshow(matrix.map(list(ROLES).index), **_AS_IT_IS, cmap=shades, vmin=0, vmax=len(ROLES) - 1)
     else:
-        matrix = np.log10(matrix.clip(lower=1e-8)) if colour == "activation" else matrix
-        most = matrix.abs().max(axis=None) if colour == "rank_score" else None
-        image = ax.imshow(matrix, cmap="RdBu_r" if most else "viridis", vmin=most and -most, vmax=most)
+        low, high = state.limits(units["component"].iloc[0], colour)
+        norms = {"activation": LogNorm(low, high, clip=True), "rank_score": Normalize(-high, high)}
+        cmap = "RdBu_r" if colour == "rank_score" else "viridis"
+        image = ax.imshow(matrix, **_AS_IT_IS, cmap=cmap, norm=norms.get(colour, Normalize(0, high)))
         ax.figure.colorbar(image, ax=ax, pad=0.02)
     ax.set_yticks(range(len(matrix)), matrix.index)
     ax.grid(visible=False)

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from ipywidgets import BoundedIntText, Dropdown, FloatSlider, SelectMultiple, Text
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,9 +33,9 @@ class Masks(View):
             order=Dropdown(options=list(_COLOURS)),
             share=FloatSlider(0.1, max=1, step=0.01, readout_format=".0%"),
             by_hand=Text(placeholder="0, 2-3"),
-            layers=SelectMultiple(options=list(layers), value=list(layers), rows=min(6, len(layers))),
             sequence=BoundedIntText(max=len(state.rows) - 1),
             after_token=BoundedIntText(16, max=max(len(ids) for ids, _ in state.rows) - 1),
+            layers=SelectMultiple(options=list(layers), value=list(layers), rows=min(6, len(layers))),
         )
 
     @property
@@ -55,10 +54,9 @@ class Masks(View):
         self.controls["share"].disabled = self["order"] == "by hand"
         self.controls["after_token"].max = len(self.state.rows[self["sequence"]][0]) - 1
 
-    def draw(self, figure: Figure) -> str:
+    def draw(self, curve: Axes, likely: Axes) -> str:
         state, mask, row, place = self.state, self.mask, self["sequence"], self["after_token"]
         base, loss, *others = (state.loss(each) for each in (NOTHING, mask, *state.random_like(mask)))
-        curve, likely = figure.subplots(1, 2, width_ratios=(3, 2))
         _draw_curve(state.table, mask, curve)
         curve.axhline(base, **DOTTED)
         before, after = (state.logits(state.rows[row][0][: place + 1], each)[-1] for each in (NOTHING, mask))

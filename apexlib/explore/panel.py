@@ -1,4 +1,4 @@
-"""What every view is made of: controls, and below them a picture and words that follow the controls."""
+"""What every view is made of: controls, and below them pictures and words that follow the controls."""
 
 from base64 import b64encode
 from collections.abc import Iterable
@@ -7,9 +7,14 @@ from io import BytesIO
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from ipywidgets import HTML, HBox, Image, Layout, ValueWidget, VBox
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 RED, BLUE, GREEN, GREY = "#d55e00", "#0173b2", "#029e73", "0.6"  # told apart with any colour vision
 ROLES = {  # role of a unit in a plan: its name in a legend, colour; those of the suite's figures
@@ -19,32 +24,30 @@ ROLES = {  # role of a unit in a plan: its name in a legend, colour; those of th
     "frozen": ("frozen", "0.85"),
 }
 DOTTED = {"color": "0.4", "linewidth": 0.9, "linestyle": ":"}  # a level to compare with
-_STYLE = {"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7.5, "legend.frameon": False, "axes.grid": True}
+_STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "axes.grid": True}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.35, "grid.linewidth": 0.5}
-_CYCLE = f"{BLUE} #de8f05 {GREEN} {RED} #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9"
-_STYLE |= {"axes.prop_cycle": mpl.cycler(color=_CYCLE.split())}
-_STYLE |= {"lines.linewidth": 1.3, "lines.markersize": 4, "image.aspect": "auto", "image.interpolation": "nearest"}
+_CYCLE = f"{BLUE} #de8f05 {GREEN} {RED} #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
+_STYLE |= {"lines.linewidth": 1.3, "lines.markersize": 4, "axes.prop_cycle": mpl.cycler(color=_CYCLE)}
 
 
 class View(VBox):
-    """Controls by name, a picture and words; a subclass draws them.
+    """Controls by name, pictures side by side or, where there is no room, one below the other, and words.
 
-    What cannot be shown is said in one line, and the picture before it stays. Where no front end runs, the view is
-    displayed as its picture.
+    A subclass draws. What cannot be shown is said in one line, and the pictures before it stay. Where no front end
+    runs, the view is displayed as one picture.
     """
 
-    def __init__(self, size: tuple[float, float] = (9.0, 3.2), **controls: ValueWidget) -> None:
+    def __init__(self, widths: tuple[float, ...] = (5.4, 3.8), height: float = 3.1, **controls: ValueWidget) -> None:
         super().__init__()
-        self.controls, self.size, self._busy = controls, size, False
-        width = f"{100 * size[0]:.0f}px"
-        self.said = HTML(layout=Layout(min_height="1.8em"))  # has its place, so that nothing jumps
-        self.picture = Image(format="png", layout=Layout(width=width, max_width="100%"))
-        self.words = HTML(layout=Layout(max_width=width))
-        row = HBox(list(controls.values()), layout=Layout(flex_flow="row wrap", align_items="flex-start"))
-        self.children = (row, self.said, self.picture, self.words)
+        self.controls, self.widths, self.height, self._busy = controls, widths, height, False
+        self.said, self.words = HTML(layout=Layout(min_height="1.8em")), HTML()  # has its place, so that nothing jumps
+        layouts = [Layout(width=f"{100 * width:.0f}px", max_width="100%") for width in widths]
+        self.pictures = [Image(format="png", layout=layout) for layout in layouts]
+        rows = [HBox(row, layout=Layout(flex_flow="row wrap")) for row in (list(controls.values()), self.pictures)]
+        self.children = (rows[0], self.said, rows[1], self.words)
         for name, control in controls.items():
             control.description = control.description or name.replace("_", " ")
-            control.continuous_update = False
+            control.continuous_update, control.style.description_width = False, "8em"
             control.observe(self.show, "value")
         self.show()
 
@@ -60,8 +63,8 @@ class View(VBox):
     def adapt(self) -> None:
         """Fit controls to one another, before they are read."""
 
-    def draw(self, figure: Figure) -> str:
-        """Draw on an empty figure what the controls say, and return words, as HTML."""
+    def draw(self, *axes: Axes) -> str:
+        """Draw on empty axes, one for each width, what the controls say, and return words, as HTML."""
         raise NotImplementedError
 
     def show(self, _: object = None) -> None:
@@ -71,18 +74,29 @@ class View(VBox):
         self._busy, self.said.value = True, "…"
         try:
             self.adapt()
-            with mpl.rc_context(_STYLE), BytesIO() as file:
-                words = self.draw(figure := Figure(figsize=self.size, layout="constrained"))
-                figure.savefig(file, format="png", dpi=160)
-                self.picture.value, self.words.value, self.said.value = file.getvalue(), words, ""
+            with mpl.rc_context(_STYLE):
+                figure = Figure((sum(self.widths), self.height), dpi=160, layout="constrained")
+                parts = figure.subfigures(1, len(self.widths), width_ratios=self.widths, squeeze=False)[0]
+                words = self.draw(*(part.subplots() for part in parts))
+                (canvas := FigureCanvasAgg(figure)).draw()
+            self.pixels = np.array(canvas.buffer_rgba())
+            borders = np.rint(160 * np.cumsum(self.widths[:-1])).astype(int)
+            for picture, part in zip(self.pictures, np.split(self.pixels, borders, axis=1), strict=True):
+                picture.value = _png(part)
+            self.words.value, self.said.value = f'<div style="line-height: 1.4">{words}</div>', ""
         except (ValueError, OSError) as error:
             self.said.value = f'<b style="color: {RED}">{escape(str(error))}</b>'
         finally:
             self._busy = False
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        own = {"text/plain": type(self).__name__, "image/png": b64encode(self.picture.value).decode()}
+        own = {"text/plain": type(self).__name__, "image/png": b64encode(_png(self.pixels)).decode()}
         return (super()._repr_mimebundle_(**options) or {}) | own
+
+
+def _png(pixels: UInt8[np.ndarray, "height width 4"]) -> bytes:
+    imsave(file := BytesIO(), pixels, format="png")
+    return file.getvalue()
 
 
 def numbers(text: str, below: int, what: str) -> tuple[int, ...]:
@@ -109,4 +123,5 @@ def tokens_html(tokens: Iterable[tuple[str, float, str]], most: float, mark: int
         spans.append(
             f'<span style="{style}" title="{escape(remark)}">{escape(token).replace(chr(10), "↵&#10;")}</span>'
         )
-    return f'<pre style="white-space: pre-wrap; line-height: 1.5; font-size: 12px">{"".join(spans)}</pre>'
+    style = "white-space: pre-wrap; word-break: normal; line-height: 1.5; margin: 0.6em 0"
+    return f'<pre style="{style}">{"".join(spans)}</pre>'

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from ipywidgets import Dropdown, SelectMultiple, Text
-from matplotlib.figure import Figure
+from ipywidgets import Dropdown, Layout, SelectMultiple, Text
+from matplotlib.axes import Axes
 
 from apexlib.explore.panel import BLUE, DOTTED, GREEN, GREY, RED, View
 
@@ -49,10 +49,10 @@ class Runs(View):
         self.state = state = Records(results)
         methods = state.runs["method"].unique().tolist()
         super().__init__(
-            (9.0, 3.4),
+            (4.0, 5.2),
             verdict=Dropdown(options=["all", *state.claims["verdict"].unique()]),
             words=Text(placeholder="LoRA forgets"),
-            claim=Dropdown(options=_options(state.claims)),
+            claim=Dropdown(options=_options(state.claims), layout=Layout(width="38em", max_width="100%")),
             measure=Dropdown(options=state.measures),
             methods=SelectMultiple(options=methods, value=[name for name in methods if name != "base"][:6], rows=5),
         )
@@ -68,16 +68,14 @@ class Runs(View):
             self.controls["claim"].options = _options(self.table)
             self.controls["claim"].value = kept if kept in names else names[0]
 
-    def draw(self, figure: Figure) -> str:
+    def draw(self, left: Axes, right: Axes) -> str:
         if self.table.empty:
             raise ValueError(f"verdict {self['verdict']!r}, words {self['words']!r}: no claim has them; need others")
         claim = self.table.set_index("claim").loc[self["claim"]]
-        left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         values = self.state.values.query("claim == @claim.name")["value"]
         left.axvspan(claim["goal"] - claim["margin"], claim["goal"] + claim["margin"], color="0.9", label="± margin")
         left.axvline(claim["goal"], **DOTTED)
-        if len(values):
-            left.plot(values, np.full(len(values), 0.5), "o", mfc="none", color="0.4", label="a seed each")
+        left.plot(values, [0.5] * len(values), "o", mfc="none", color="0.4", label="a seed each" * bool(len(values)))
         if np.isfinite(claim["mean"]):
             ends, colour = np.abs(claim[["low", "high"]] - claim["mean"]), VERDICTS.get(claim["verdict"], GREY)
             look = {"fmt": "o", "capsize": 4, "color": colour, "label": "mean, 95 % interval"}
@@ -92,10 +90,9 @@ class Runs(View):
             right.errorbar(at, rows["mean"], yerr=ends, marker="os^Dv"[number % 5], capsize=2, lw=1, label=method)
         right.set(xscale="log", xlabel="learning rate (range over seeds)", ylabel=self["measure"])
         right.legend(ncols=2)
-        told = {name: escape(str(claim[name])) for name in ("rule", "because", "limits", "source")}
-        lines = "".join(f"<br><b>{name}:</b> {words}" for name, words in told.items())
+        told = "".join(f"<br><b>{name}:</b> {escape(str(claim[name]))}" for name in ("rule", "because", "limits"))
         number = f"{claim['mean']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}] {claim['unit']}, n = {claim['n']}"
-        return f"<b>{escape(claim['statement'])}</b><br>{number}: <b>{claim['verdict']}</b>{lines}"
+        return f"<b>{escape(claim['statement'])}</b><br>{number}: <b>{claim['verdict']}</b>{told}"
 
     @property
     def chart(self) -> pd.DataFrame:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
-from ipywidgets import Dropdown, SelectMultiple
-from matplotlib.figure import Figure
+from ipywidgets import Dropdown, Layout, SelectMultiple
+from matplotlib.axes import Axes
 
 from apexlib.analysis.spectra import Spectra
 from apexlib.analysis.spectrum import Model, layer_and_role
@@ -19,23 +19,23 @@ class Spectrum(View):
         others = [name for name in state.models if name != "base"]
         start = next((weight for weight in state.weights if layer_and_role(weight)[0] >= 0), state.weights[0])
         super().__init__(
-            weight=Dropdown(options=state.weights, value=start),
+            (4.6, 4.6),
+            weight=Dropdown(options=state.weights, value=start, layout=Layout(width="32em", max_width="100%")),
             models=SelectMultiple(options=others, value=others[:4], rows=min(5, max(2, len(others)))),
         )
 
-    def draw(self, figure: Figure) -> str:
+    def draw(self, *axes: Axes) -> str:
         weight, state, models = self["weight"], self.state, self["models"]
         asked = {"W": [("base", False), *((name, False) for name in models)], "ΔW": [(name, True) for name in models]}
-        for ax, (title, spectra) in zip(figure.subplots(1, 2), asked.items(), strict=True):
+        for ax, (title, spectra) in zip(axes, asked.items(), strict=True):
             for number, (name, update) in enumerate(spectra, title == "ΔW"):  # a model has one colour in both
                 sigma, edge = state.sigma(weight, name, update)
                 ax.semilogy(np.arange(1, len(sigma) + 1), sigma, color=f"C{number}", label=name)
                 ax.axhline(edge, color=f"C{number}", lw=0.8, linestyle=":")
-            ax.set(title=f"{title} of {weight}", xlabel="singular values, in order (dotted: edge of a random matrix)")
+            ax.set(title=f"{title}, {weight}", xlabel="singular values, in order (dotted: edge of a random matrix)")
             if spectra:
-                top = max(ax.dataLim.y1, 1e-12)
-                ax.set(ylabel="σ", ylim=(max(ax.dataLim.y0 / 2, 1e-4 * top), 2 * top))
+                ax.set(ylabel="σ", ylim=(max(ax.dataLim.y0 / 2, 1e-4 * ax.dataLim.y1, 1e-12), None))
                 ax.legend()
         table = self.table.query("weight == @weight and (model == 'base' or model in @models)")
         columns = ["model", "matrix", "effective_rank", "random", "stable_rank", "frobenius", "above_edge"]
-        return table[columns].to_html(index=False, border=0, float_format="{:.4g}".format)
+        return table[columns].to_html(index=False, border=0, justify="left", float_format="{:.4g}".format)
