@@ -1,8 +1,13 @@
 """Views: what they show follows from the controls, what they say is what the library measures, and nothing twice."""
 
+import ast
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +23,7 @@ from apexlib import (
     explore,
     masking_curve,
     perplexity,
+    select,
     silenced,
     train_tokenizer,
     weight_difference,
@@ -27,6 +33,8 @@ from apexlib.analysis.unit_ranks import UnitRanks
 from apexlib.architectures import model_components
 from apexlib.explore.panel import ROLES, numbers, tokens_html
 from apexlib.suite import figures
+from apexlib.suite.inputs import load_model, load_tokenizer
+from apexlib.suite.notebooks import read_notebook
 
 ROOT = Path(__file__).parents[1]
 WORDS = "to be or not to be, that is the question: whether 'tis nobler in the mind to suffer <b>$1$</b>\n"
@@ -388,3 +396,61 @@ def test_a_random_matrix_ends_at_the_edge():
 def test_models_that_differ_have_no_common_spectrum(model):
     with pytest.raises(ValueError, match=r"other: has no model.*; need versions of one model"):
         explore.spectrum(model, {"other": torch.nn.Linear(3, 3)})
+
+
+# --------------------------------------------------------------------------------------------------------- notebooks
+
+LOOKS = ("01_parameter_difference", "02_expansion_step_by_step", "03_instruction_tuning", "05_effective_rank")
+
+
+def view_cells(name):
+    """The cells of a notebook that are views, and the place of each from the end."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+    views = [place for place, cell in enumerate(cells) if "explore" in cell.metadata.get("tags", [])]
+    return [(cells[place].source, len(cells) - place) for place in views]
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_notebook_ends_with_a_view_that_decides_nothing(name):
+    ((source, place),) = view_cells(name)
+    assert place == 2  # before what the notebook does not show
+    assert not re.search(r"save_|draw_figure|open\(|to_csv|write", source.partition("\n")[2])
+    notebook = read_notebook(ROOT / "notebooks" / f"{name}.ipynb", "cpu")
+    assert (source in notebook.cells, source in notebook.deciding) == (True, False)
+    assert len(notebook.cells) == len(notebook.deciding) + 1
+    assert not any("explore" in cell for cell in notebook.deciding)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    folder = str(ROOT / "data" / "models" / "python-3m")
+    base, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    tokens = tokenizer((ROOT / "apexlib" / "plan.py").read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    blocks = [{"input_ids": tokens[:, : 8 * 128].view(8, 128)}]
+    return {"folder": folder, "base": base, "tokenizer": tokenizer, "blocks": blocks}
+
+
+def test_the_views_of_the_notebooks_open_on_the_shipped_base(shipped):
+    folder, blocks, results = shipped["folder"], shipped["blocks"], ROOT / "data" / "results" / "cpu"
+    statistics = activation_statistics(shipped["base"], blocks)
+    plan = select(statistics)
+    run = {"method": "apex", "seed": 0, "base": folder, "path": f"{folder}/step-03400"}
+    around = {
+        "largest": pd.DataFrame([{"path": folder, "seed": 0}]), "first": statistics.assign(seed=0), "revision": None,
+        "text": lambda path, split, count: blocks, "load_model": load_model, "load_tokenizer": load_tokenizer,
+        "base": shipped["base"], "fused": load_model(run["path"]), "tokenizer": shipped["tokenizer"], "plan": plan,
+        "held_out": blocks, "statistics": statistics, "pd": pd, "tuned": pd.DataFrame([run]),
+        "stages_of": lambda path: [path], "verdicts": pd.read_csv(results / "claims.csv"),
+        "paths": SimpleNamespace(results=results),
+        "compared": SimpleNamespace(runs=pd.read_csv(results / "instruction.csv")),
+    }  # fmt: skip
+    for name, kind in zip(LOOKS, (explore.masks, explore.units, explore.runs, explore.spectrum), strict=True):
+        ((source, _),) = view_cells(name)
+        *lines, last = ast.parse(source).body
+        names = dict(around)
+        exec(compile(ast.Module(lines, []), name, "exec"), names)
+        began = time.perf_counter()
+        view = eval(compile(ast.Expression(last.value), name, "eval"), names)
+        assert isinstance(view, kind)
+        assert view.said.value == ""
+        assert time.perf_counter() - began < 60  # seconds, on a machine that does much else

@@ -37,7 +37,7 @@ class View(VBox):
     runs, the view is displayed as one picture.
     """
 
-    def __init__(self, widths: tuple[float, ...] = (5.4, 3.8), height: float = 3.1, **controls: ValueWidget) -> None:
+    def __init__(self, widths: tuple[float, ...] = (4.4, 3.2), height: float = 2.8, **controls: ValueWidget) -> None:
         super().__init__()
         self.controls, self.widths, self.height, self._busy = controls, widths, height, False
         self.said, self.words = HTML(layout=Layout(min_height="1.8em")), HTML()  # has its place, so that nothing jumps

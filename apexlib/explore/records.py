@@ -49,7 +49,7 @@ class Runs(View):
         self.state = state = Records(results)
         methods = state.runs["method"].unique().tolist()
         super().__init__(
-            (4.0, 5.2),
+            (3.3, 4.3),
             verdict=Dropdown(options=["all", *state.claims["verdict"].unique()]),
             words=Text(placeholder="LoRA forgets"),
             claim=Dropdown(options=_options(state.claims), layout=Layout(width="38em", max_width="100%")),

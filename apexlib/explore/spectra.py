@@ -19,7 +19,7 @@ class Spectrum(View):
         others = [name for name in state.models if name != "base"]
         start = next((weight for weight in state.weights if layer_and_role(weight)[0] >= 0), state.weights[0])
         super().__init__(
-            (4.6, 4.6),
+            (3.8, 3.8),
             weight=Dropdown(options=state.weights, value=start, layout=Layout(width="32em", max_width="100%")),
             models=SelectMultiple(options=others, value=others[:4], rows=min(5, max(2, len(others)))),
         )
@@ -32,9 +32,9 @@ class Spectrum(View):
                 sigma, edge = state.sigma(weight, name, update)
                 ax.semilogy(np.arange(1, len(sigma) + 1), sigma, color=f"C{number}", label=name)
                 ax.axhline(edge, color=f"C{number}", lw=0.8, linestyle=":")
-            ax.set(title=f"{title}, {weight}", xlabel="singular values, in order (dotted: edge of a random matrix)")
+            ax.set(title=f"{title}, {weight}", xlabel="in order (dotted: edge of a random matrix)")
             if spectra:
-                ax.set(ylabel="σ", ylim=(max(ax.dataLim.y0 / 2, 1e-4 * ax.dataLim.y1, 1e-12), None))
+                ax.set(ylabel="singular value", ylim=(max(ax.dataLim.y0 / 2, 1e-4 * ax.dataLim.y1, 1e-12), None))
                 ax.legend()
         table = self.table.query("weight == @weight and (model == 'base' or model in @models)")
         columns = ["model", "matrix", "effective_rank", "random", "stable_rank", "frobenius", "above_edge"]
