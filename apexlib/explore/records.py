@@ -88,7 +88,7 @@ class Runs(View):
                 continue
             ends, at = [rows["mean"] - rows["min"], rows["max"] - rows["mean"]], rows["learning_rate"] * 1.03**number
             right.errorbar(at, rows["mean"], yerr=ends, marker="os^Dv"[number % 5], capsize=2, lw=1, label=method)
-        right.set(xscale="log", xlabel="learning rate (range over seeds)", ylabel=self["measure"])
+        right.set(xscale="log", xlabel="learning rate (methods set apart; bars: all seeds)", ylabel=self["measure"])
         right.legend(ncols=2)
         told = "".join(f"<br><b>{name}:</b> {escape(str(claim[name]))}" for name in ("rule", "because", "limits"))
         number = f"{claim['mean']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}] {claim['unit']}, n = {claim['n']}"
