@@ -26,14 +26,13 @@ def operator_share(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     """
     if not is_expanded(model):
         raise ValueError("the model is not expanded: it has no operators; need expand(model, plan) first")
-    training, total = model.training, 0
+    if not (batches := list(batches)):
+        raise ValueError("batches: need at least one")
+    training, total = model.training, len(batches)
     model.train()
     try:
         for batch in batches:
             model(**batch).loss.backward()
-            total += 1
-        if not total:
-            raise ValueError("batches: need at least one")
         sums: dict[tuple, dict[str, float]] = {}
         for key, gradient in _gradients(model):
             row = sums.setdefault(key, {"parameters": 0, "descent": 0.0, "adam": 0.0})
