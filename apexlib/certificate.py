@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.evaluation import in_evaluation, on_device
 from apexlib.expansion import fuse, is_expanded
-from apexlib.files import atomic_folder, file_hash, pretrained, read_hashes, write_json
+from apexlib.files import atomic_folder, check_new, file_hash, pretrained, read_hashes, write_json
 from apexlib.inspection import composed_weights
 from apexlib.projections import SplitProjection
 from apexlib.provenance import provenance
@@ -43,8 +43,7 @@ def save_fused(
       the cast rounded away, and `survived`, 1 − rounded / norm, over all weights that train.
     """
     folder, batches = Path(folder), list(batches or ())
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not an empty folder; need a new one")
+    check_new(folder)
     before = _logits(model, batches)
     update = None if base is None else _update(model, base, dtype)
     if is_expanded(model):

@@ -348,7 +348,7 @@ def layer_and_role(name: str) -> tuple[int, str]:
 def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object], Tensor]]]:
     """The shape of each tensor by name, and what reads a part of it."""
     tensors = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             file = safe_open(path, framework="pt")  # not closed here: what reads a part of it comes later
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -362,7 +362,7 @@ def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object]
     return {name: tensors[name] for name in sorted(tensors, key=natural)}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those its index names, or all."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: need a folder with safetensors files")
