@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import build
+from huggingface_hub import HfApi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -211,6 +215,25 @@ def test_a_damaged_update_is_refused_and_leaves_nothing(pair, tmp_path, data):
         assert refused.count("\n") == 0 < len(refused)
     assert hashes(tmp_path) == before
     assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_the_page_on_sharing_runs(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **given: pushed.append(given["repo_id"]))
+    monkeypatch.chdir(tmp_path)
+    model = build("llama")
+    model.save_pretrained("base")
+    plan = ExpansionPlan((LayerPlan(1, "channel", source=(7,), target=(3,), direct=(5, 20), units=24),))
+    record = SimpleNamespace(model=perturb(expand(model, plan), 0.01), plans=(plan,))
+    here = {"record": record, "tokenizer": train_tokenizer(["some text"] * 9, 300), "torch": torch}
+    page = (Path(__file__).parents[1] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, here)
+    assert pushed == ["me/tuned"]
+    same_bits(tensors(Path("again")), tensors(Path("tuned")))
+    assert {path.name for path in Path("tasks").glob("*.yaml")} == {"skills.yaml", "skills_choice.yaml"}
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_read(pair, tmp_path):
