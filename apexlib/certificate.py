@@ -121,7 +121,9 @@ def _told(
     counts: pd.Series | None, plans: Sequence[ExpansionPlan], drift: dict | None, update: dict | None
 ) -> dict[str, str]:
     """What a card says of training and saving: only what is known."""
-    told = {} if counts is None else {"trained": f"{counts['trainable'] / counts['total']:.3g} of the parameters"}
+    told = {"method": "APEX"} if counts is not None or plans else {}
+    if counts is not None:
+        told["trained"] = f"{counts['trainable'] / counts['total']:.3g} of the parameters"
     for plan in plans:
         units = {
             role: sum(len(getattr(layer, role)) for layer in plan.layers) for role in ("source", "target", "direct")
@@ -142,9 +144,8 @@ def _card(model: PreTrainedModel, name: str, base: PreTrainedModel | str | Path,
     """The card of a fused model; a base that has no name on the Hub is no `base_model` there."""
     base = base.name_or_path if isinstance(base, PreTrainedModel) else str(base)
     hub = base if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists() else None
-    data = ModelCardData(
-        base_model=hub, library_name="transformers", pipeline_tag="text-generation", tags=["apex", "apexlib"]
-    )
+    tags = ["apexlib", "apex"][: 1 + ("method" in told)]
+    data = ModelCardData(base_model=hub, library_name="transformers", pipeline_tag="text-generation", tags=tags)
     rows = {"base": hub or Path(base).name or "not told", "model": type(model).__name__}
     rows |= {"parameters": f"{model.num_parameters():,}", "weights": str(model.dtype).removeprefix("torch.")} | told
     cells = {what: " ".join(str(value).split()).replace("|", "\\|") for what, value in rows.items()}

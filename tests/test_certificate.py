@@ -140,7 +140,7 @@ def test_the_card_says_what_is_known_and_is_certified(tmp_path, batches):
     save_fused(model, tmp_path / "fused", batches=batches, plans=[plan], facts=facts, max_shard_size="8KB")
     card = ModelCard.load(tmp_path / "fused" / "README.md")
     assert card.data.base_model == "owner/some-model"
-    assert (card.data.library_name, card.data.tags) == ("transformers", ["apex", "apexlib"])
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["apexlib", "apex"])
     sources = sum(len(layer.source) for layer in plan.layers)
     for row in (
         f"| trained | {share['trainable'] / share['total']:.3g} of the parameters |",
@@ -164,6 +164,10 @@ def test_a_base_from_a_folder_is_no_model_of_the_hub_and_its_path_is_kept_privat
     assert card.data.base_model is None
     assert "| base | base |" in card.text
     assert "secret" not in str(card)
+    save_fused(build("llama"), tmp_path / "plain")  # trained by whatever method
+    card = ModelCard.load(tmp_path / "plain" / "README.md")
+    assert card.data.tags == ["apexlib"]
+    assert "APEX" not in card.text
 
 
 def test_what_is_pushed_is_the_certified_folder_as_it_is(tmp_path, monkeypatch):
