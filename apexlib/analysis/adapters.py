@@ -4,7 +4,6 @@ Task vectors: Ilharco et al. 2023, arXiv:2212.04089. The best approximation of r
 decomposition (Eckart & Young 1936); what APEX trains is no low-rank update, so the table says what is lost.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -65,10 +64,10 @@ def export_lora(
     """Write the update of two folders as a LoRA adapter of that rank, in PEFT's format, to a new folder.
 
     Each matrix that changed is approximated as well as its rank, at most `rank`, allows; tied ones get the same factors
-    at both ends. What has no such form, norms and biases say, goes in whole. `PeftModel.from_pretrained(model, folder)`
-    loads it on the base. Columns: `weight`, of those that changed; `kept`: "lora", "whole", or "left out" where the
-    model has no module of that name, as for experts that are stacked on loading; `rank`; `norm` of the change; `error`,
-    the share of that norm which is not in the adapter.
+    at both ends. What has no such form, norms and biases say, goes in whole. PEFT loads it on the base. Columns:
+    `weight`, of those that changed; `kept`: "lora", "whole", or "left out" where the model has no module of that name,
+    as for experts that are stacked on loading; `rank`; `norm` of the change; `error`, the share of that norm which is
+    not in the adapter.
     """
     from peft import LoraConfig
 
@@ -80,7 +79,7 @@ def export_lora(
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}  # of each module that is adapted
     after, rows, rest = stored_weights(tuned), [], []
-    for name, old, new in _pairs(base, tuned):
+    for name, old, new in progress(_pairs(base, tuned), "adapting"):
         update = new.read().double() - old.read().double()
         if not (norm := _norm(update)):
             continue
@@ -124,7 +123,8 @@ def export_lora(
     return pd.DataFrame(rows, columns=["weight", "kept", "rank", "norm", "error"])
 
 
-def _pairs(base: str | Path, tuned: str | Path) -> Iterator[tuple[str, Stored, Stored]]:
+def _pairs(base: str | Path, tuned: str | Path) -> list[tuple[str, Stored, Stored]]:
+    """Each weight by name, as it lies in both folders."""
     before, after = stored_weights(base), stored_weights(tuned)
     if different := sorted(before.keys() ^ after.keys()):
         here, there = ("base", "tuned") if different[0] in before else ("tuned", "base")
@@ -132,8 +132,7 @@ def _pairs(base: str | Path, tuned: str | Path) -> Iterator[tuple[str, Stored, S
     for name, old in before.items():
         if old.shape != after[name].shape:
             raise ValueError(f"{name}: {old.shape} in base, {after[name].shape} in tuned; need equal shapes")
-    for name in progress(before, "updates"):
-        yield name, before[name], after[name]
+    return [(name, old, after[name]) for name, old in before.items()]
 
 
 def _norm(tensor: Tensor) -> float:
