@@ -251,7 +251,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(pair, tmp_path):
     with pytest.raises(ValueError, match=r"need a file that `export_update` wrote"):
         apply_update(base, tuned / "model.safetensors", tmp_path / "made")
     (tmp_path / "torn").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="torn: was damaged"):
+    with pytest.raises(ValueError, match=r"torn: .*header"):
         apply_update(base, tmp_path / "torn", tmp_path / "made")
     save_file({"model.norm.weight": torch.zeros(1)}, base / "more.safetensors")
     with pytest.raises(ValueError, match=r"model.norm.weight lies in model.safetensors and in more.safetensors"):

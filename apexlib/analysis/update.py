@@ -103,38 +103,28 @@ def apply_update(base: str | Path, file: str | Path, folder: str | Path) -> Path
     base, file, folder = Path(base), Path(file), Path(folder)
     check_new(folder)
     try:
-        with safe_open(file, framework="pt") as update:
-            said = update.metadata() or {}
-            if said.get("format") != _FORMAT:
-                raise ValueError(f"{file}: need a file that `export_update` wrote")
-            carried, dropped = json.loads(said["files"]), set(json.loads(said["dropped"]))
-            kept = {name: kind for kind, _, name in (key.partition(":") for key in update.keys()) if kind != "index"}  # noqa: SIM118
-            weights = stored_weights(base)
-            asked = [(name, _digest(stored, stored.read())) for name, stored in progress(weights.items(), "checking")]
-            if (found := content_hash(dict(asked))) != said["base"]:
-                need = f"need the weights of which {file} was made, {said['base'][:16]}…"
-                raise ValueError(f"{base}: another base, its weights have the SHA-256 {found[:16]}…; {need}")
-            tuned = {
-                name: _tuned(update, name, kept.get(name), weights.get(name))
-                for name in sorted(weights.keys() - dropped | kept.keys())
-            }
-            with atomic_folder(folder) as temporary:
-                digests = _write_shards(temporary, tuned, sorted({stored.path.name for stored in weights.values()}))
-                if content_hash(digests) != said["tuned"] or content_hash(carried) != said["files_sha256"]:
-                    raise ValueError(f"{file}: was damaged, what it makes has another SHA-256")
-                _copy_rest(base, temporary)
-                for name in carried.keys() & {*_CARRIED}:
-                    (temporary / name).write_text(carried[name], encoding="utf-8")
-    except (
-        json.JSONDecodeError,
-        SafetensorError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        IndexError,
-    ) as error:
-        raise ValueError(f"{file}: was damaged, {type(error).__name__}: {error}") from None
+        update, said = _stored(file)
+        if said.get("format") != _FORMAT:
+            raise ValueError(f"{file}: need a file that `export_update` wrote")
+        carried, dropped = json.loads(said["files"]), set(json.loads(said["dropped"]))
+        kept = {name: kind for kind, _, name in (key.partition(":") for key in update) if kind != "index"}
+        weights = stored_weights(base)
+        asked = {name: _digest(stored, stored.read()) for name, stored in progress(weights.items(), "checking")}
+        if (found := content_hash(asked)) != said["base"]:
+            need = f"need the weights of which {file} was made, {said['base'][:16]}…"
+            raise ValueError(f"{base}: another base, its weights have the SHA-256 {found[:16]}…; {need}")
+        names = sorted(weights.keys() - dropped | kept.keys())
+        tuned = {name: _tuned(update, name, kept.get(name), weights.get(name)) for name in names}
+        with atomic_folder(folder) as temporary:
+            digests = _write_shards(temporary, tuned, sorted({stored.path.name for stored in weights.values()}))
+            if content_hash(digests) != said["tuned"] or content_hash(carried) != said["files_sha256"]:
+                raise ValueError(f"{file}: was damaged, what it makes has another SHA-256")
+            _copy_rest(base, temporary)
+            for name in carried.keys() & {*_CARRIED}:
+                (temporary / name).write_text(carried[name], encoding="utf-8")
+    except (json.JSONDecodeError, SafetensorError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{file}: was damaged, {type(error).__name__}: {told}") from None
     return folder
 
 
@@ -142,16 +132,10 @@ def stored_weights(folder: str | Path) -> dict[str, Stored]:
     """What is in the safetensors files of a folder, by name; only their headers are read."""
     weights: dict[str, Stored] = {}
     for path in weight_files(Path(folder)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
-                    if name in weights:
-                        raise ValueError(f"{folder}: {name} lies in {weights[name].path.name} and in {path.name}")
-                    read = partial(_read, path, name)
-                    weights[name] = Stored(part.get_dtype(), tuple(part.get_shape()), read, path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
+        own, _ = _stored(path)
+        if twice := sorted(weights.keys() & own.keys()):
+            raise ValueError(f"{folder}: {twice[0]} lies in {weights[twice[0]].path.name} and in {path.name}")
+        weights |= own
     return dict(sorted(weights.items()))
 
 
@@ -174,8 +158,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[s
             file.write(content)
 
 
+def _stored(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            sizes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            return {
+                name: Stored(*sizes[name], partial(_read, path, name), path) for name in parts
+            }, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:  # anew each time: what is mapped of an open one stays in memory
         return file.get_tensor(name)
 
 
@@ -225,18 +222,17 @@ def _parts(name: str, stored: Stored, kept: Kept, index: Tensor | None, shape: t
     return {f"{kept}:{name}": Stored(stored.dtype, size, lines), f"index:{name}": places}
 
 
-def _tuned(update: safe_open, name: str, kept: str | None, stored: Stored | None) -> Stored:
+def _tuned(update: Mapping[str, Stored], name: str, kept: str | None, stored: Stored | None) -> Stored:
     """A weight of the tuned model: the base's, with what the update has of it."""
     if kept == "whole":
-        part = update.get_slice(f"whole:{name}")
-        return Stored(part.get_dtype(), tuple(part.get_shape()), lambda: update.get_tensor(f"whole:{name}"))
+        return update[f"whole:{name}"]._replace(path=stored.path if stored else None)
     if stored is None:
         raise KeyError(name)
 
     def read() -> Tensor:
         tensor = stored.read().clone()
         if kept is not None:
-            index, lines = (update.get_tensor(f"{what}:{name}") for what in ("index", kept))
+            index, lines = (update[f"{what}:{name}"].read() for what in ("index", kept))
             _bits(tensor).index_copy_(_AXES[kept], index, lines.view(_INTEGERS[lines.itemsize]))
         return tensor
 
