@@ -52,7 +52,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2864, "the library": 10588}  # at most
+LINES = {"a file": 400, "the method": 2864, "the library": 10584}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 
