@@ -7,7 +7,9 @@ Train:    train_in_stages, TrainingRecord, pretrain
 Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table,
           operator_share
 Read:     load_corpus, load_chat, train_tokenizer, pack, encode_chat, collate, batches
-Record:   claims_table, save_table, draw_figure, save_figure, write_overview; on the screen: explore, a module
+Pass on:  export_update, apply_update, export_task_vector, export_lora, harness_tasks
+Record:   claims_table, save_table, draw_figure, save_figure, write_overview
+On screen: explore, a module: masks, units, spectrum, runs
 
 The imports below tell where each name lives, to editors and type checkers; it is imported when it is first used, so
 that `import apexlib` costs nothing and a table can be plotted without torch.
@@ -20,6 +22,7 @@ from pathlib import Path as _Path
 
 if _typing.TYPE_CHECKING:
     from apexlib.activations import ActivationRecorder, activation_statistics
+    from apexlib.analysis.adapters import export_lora, export_task_vector
     from apexlib.analysis.budget import config_for_share, plan_budget
     from apexlib.analysis.difference import (
         biography,
@@ -33,6 +36,7 @@ if _typing.TYPE_CHECKING:
     from apexlib.analysis.function_spectrum import head_table, hidden_table
     from apexlib.analysis.operators_at_work import operator_share
     from apexlib.analysis.spectrum import effective_rank, spectrum_table, update_table
+    from apexlib.analysis.update import apply_update, export_update
     from apexlib.architectures import model_components, register_family
     from apexlib.certificate import save_fused, verify_folder
     from apexlib.evaluation import exact_match, multiple_choice, perplexity
@@ -47,6 +51,7 @@ if _typing.TYPE_CHECKING:
     from apexlib.suite.pretraining import pretrain
     from apexlib.text.corpora import load_chat, load_corpus
     from apexlib.text.datasets import batches, collate, encode_chat, pack
+    from apexlib.text.harness import harness_tasks
     from apexlib.text.tokenizer import train_tokenizer
     from apexlib.training.stages import TrainingRecord, train_in_stages
 

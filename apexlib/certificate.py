@@ -1,20 +1,24 @@
-"""Save a fused model with a certificate: what fusing and casting changed, and a hash of every file; check it later."""
+"""Save a fused model with a card and a certificate: what fusing and casting changed, a hash of every file."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import transformers
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.evaluation import in_evaluation, on_device
 from apexlib.expansion import fuse, is_expanded
-from apexlib.files import atomic_folder, file_hash, pretrained, read_hashes, write_json
-from apexlib.inspection import composed_weights
+from apexlib.files import atomic_folder, check_new, file_hash, pretrained, read_hashes, write_json
+from apexlib.inspection import composed_weights, trainable_table
+from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.projections import SplitProjection
 from apexlib.provenance import provenance
 
@@ -30,11 +34,20 @@ def save_fused(
     base: PreTrainedModel | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
+    plans: Sequence[ExpansionPlan] = (),
+    facts: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "50GB",
+    push_to_hub: str | None = None,
 ) -> dict[str, Any]:
     """Fuse `model`, cast it to `dtype` (default: its own), save it to a new folder; return the certificate.
 
     The folder holds a plain model for any `from_pretrained`, and appears whole or not at all. `model` comes back fused
-    and in `dtype`. The certificate has a SHA-256 of each file, provenance, and
+    and in `dtype`. No file of weights is larger than `max_shard_size`, "5GB" say. The model card, README.md, names the
+    base, what trained, the `plans` (one per stage) with their settings, and `facts` of yours, such as
+    `{"data": corpus_hash(documents)}`. `push_to_hub` is a repository on the Hub, "owner/name", to which the folder is
+    uploaded as it is, card and certificate too, once it is complete; a new repository is private.
+
+    The certificate has a SHA-256 of each file, provenance, and
 
     - `drift`, with `batches`: by how much the logits of the saved weights differ from those of the model as it trained
       (dropout off), `max` and `mean` over `tokens` that are no padding; `largest_logit` says on which scale. All logits
@@ -43,8 +56,10 @@ def save_fused(
       the cast rounded away, and `survived`, 1 − rounded / norm, over all weights that train.
     """
     folder, batches = Path(folder), list(batches or ())
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not an empty folder; need a new one")
+    check_new(folder)
+    if push_to_hub is not None:  # what is refused there is refused before anything is computed
+        HfApi().create_repo(push_to_hub, private=True, exist_ok=True)
+    counts = trainable_table(model)[["trainable", "total"]].sum() if is_expanded(model) else None
     before = _logits(model, batches)
     update = None if base is None else _update(model, base, dtype)
     if is_expanded(model):
@@ -54,14 +69,18 @@ def save_fused(
             parameter.data = parameter.data.to(dtype)
     drift = _drift(before, _logits(model, batches)) if batches else None
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        told = _told(counts, plans, drift, update) | dict(facts or {})
+        _card(model, folder.name, model if base is None else base, told).save(temporary / "README.md")
         files = {name: file_hash(path) for name, path in _files(temporary).items()}
         dtype_name = str(model.dtype).removeprefix("torch.")
         certificate = {"format": _FORMAT, "model": type(model).__name__, "dtype": dtype_name, "files": files}
         certificate |= {"drift": drift, "update": update, "provenance": provenance()}
         write_json(certificate, temporary / CERTIFICATE)
+    if push_to_hub is not None:
+        HfApi().upload_folder(repo_id=push_to_hub, folder_path=folder, commit_message=f"Upload {folder.name}")
     return certificate
 
 
@@ -96,6 +115,41 @@ def verify_folder(folder: str | Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["check", "file", "detail"])
     table.insert(2, "passed", table["detail"] == "")
     return table
+
+
+def _told(
+    counts: pd.Series | None, plans: Sequence[ExpansionPlan], drift: dict | None, update: dict | None
+) -> dict[str, str]:
+    """What a card says of training and saving: only what is known."""
+    told = {"method": "APEX"} if counts is not None or plans else {}
+    if counts is not None:
+        told["trained"] = f"{counts['trainable'] / counts['total']:.3g} of the parameters"
+    for plan in plans:
+        units = {
+            role: sum(len(getattr(layer, role)) for layer in plan.layers) for role in ("source", "target", "direct")
+        }
+        told[f"stage {plan.stage}"] = ", ".join(f"{count} {role}" for role, count in units.items()) + " units"
+        if plan.config is not None:
+            own = {field.name: getattr(plan.config, field.name) for field in fields(plan.config)}
+            own = {name: value for name, value in own.items() if value != getattr(ApexConfig, name)}
+            told["settings"] = ", ".join(f"{name} {value}" for name, value in own.items()) or "the paper's"
+    if update and update["survived"] is not None:
+        told["update that survived rounding"] = f"{update['survived']:.4g}"
+    if drift:
+        told["logits moved by fusing and rounding"] = f"at most {drift['max']:.3g}, of {drift['largest_logit']:.3g}"
+    return told
+
+
+def _card(model: PreTrainedModel, name: str, base: PreTrainedModel | str | Path, told: Mapping[str, Any]) -> ModelCard:
+    """The card of a fused model; a base that has no name on the Hub is no `base_model` there."""
+    base = base.name_or_path if isinstance(base, PreTrainedModel) else str(base)
+    hub = base if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists() else None
+    tags = ["apexlib", "apex"][: 1 + ("method" in told)]
+    data = ModelCardData(base_model=hub, library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    rows = {"base": hub or Path(base).name or "not told", "model": type(model).__name__}
+    rows |= {"parameters": f"{model.num_parameters():,}", "weights": str(model.dtype).removeprefix("torch.")} | told
+    cells = {what: " ".join(str(value).split()).replace("|", "\\|") for what, value in rows.items()}
+    return ModelCard.from_template(data, template_path=str(Path(__file__).with_name("card.md")), name=name, rows=cells)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -49,6 +49,12 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds something, before anything is computed for it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not an empty folder; need a new one")
+
+
 def _beside(path: Path, suffix: str = "") -> Path:
     """A name that no other writer takes; files and folders are made under it, so that they keep the umask."""
     return path.with_name(f"{_PARTIAL}{path.name}-{uuid4().hex[:12]}{suffix}")

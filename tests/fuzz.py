@@ -24,7 +24,7 @@ import torch
 from conftest import build
 from transformers import PreTrainedTokenizerFast
 
-from apexlib import ApexConfig, ExpansionPlan, LayerPlan, save_fused, verify_folder
+from apexlib import ApexConfig, ExpansionPlan, LayerPlan, export_update, save_fused, verify_folder
 from apexlib.files import write_json
 from apexlib.suite.cli import _settings, main
 from apexlib.suite.ledger import read_claims
@@ -158,12 +158,26 @@ def commands(folder: Path, documents: list[str]) -> Iterator[Loader]:
         )
     for name in ("certificate.json", "model.safetensors", "config.json"):
         yield Loader("verify", folder / "fused" / name, _command("verify", folder / "fused"), slow=True)
+    with torch.no_grad():
+        next(model.parameters())[3] += 1
+    model.save_pretrained(folder / "tuned")
+    base, update, made = folder / "model", folder / "update", folder / "made"
+    export_update(base, folder / "tuned", update)
+    yield Loader("apply-update", update, _command("apply-update", base, update, made, made=made))
+    for path in (base / "model.safetensors", folder / "shards" / "model.safetensors.index.json"):
+        command = _command("export-update", path.parent, folder / "tuned", made, made=made)
+        yield Loader("export-update", path, command, slow=True)
 
 
-def _command(*arguments: object) -> Callable[[Path], None]:
-    """Run a command line; what it says when it fails must be one line, or a table of checks."""
+def _command(*arguments: object, made: Path | None = None) -> Callable[[Path], None]:
+    """Run a command line; what it says when it fails must be one line, or a table of checks.
+
+    What it makes, `made`, is removed before it runs again.
+    """
 
     def run(_: Path) -> None:
+        if made and made.exists():
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             code = main([str(each) for each in arguments])

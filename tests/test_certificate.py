@@ -2,17 +2,21 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import build
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
-from test_expansion import EVERY, expanded, logits, perturb, state
+from test_expansion import EVERY, expanded, logits, perturb, state, varied_plan
 from transformers import AutoModelForCausalLM
 
 from apexlib.certificate import save_fused, verify_folder
-from apexlib.expansion import fuse, is_expanded
+from apexlib.expansion import expand, fuse, is_expanded
 from apexlib.files import file_hash
+from apexlib.inspection import trainable_table
+from apexlib.plan import ApexConfig
 from apexlib.projections import SplitProjection
 from apexlib.text.tokenizer import train_tokenizer
 
@@ -125,6 +129,73 @@ def test_every_file_is_certified_and_what_is_put_beside_them_is_found(tmp_path):
     (folder / ".cache").mkdir()
     (folder / ".cache" / "note.txt").write_text("of a download")
     assert not failures(folder)
+
+
+def test_the_card_says_what_is_known_and_is_certified(tmp_path, batches):
+    model = build("llama")
+    model.config.name_or_path = model.name_or_path = "owner/some-model"
+    plan = replace(varied_plan(model, 0), config=ApexConfig(stages=3), stage=2)
+    share = trainable_table(expand(model, plan))[["trainable", "total"]].sum()
+    facts = {"data": "0123|abc\nd"}
+    save_fused(model, tmp_path / "fused", batches=batches, plans=[plan], facts=facts, max_shard_size="8KB")
+    card = ModelCard.load(tmp_path / "fused" / "README.md")
+    assert card.data.base_model == "owner/some-model"
+    assert (card.data.library_name, card.data.tags) == ("transformers", ["apexlib", "apex"])
+    sources = sum(len(layer.source) for layer in plan.layers)
+    for row in (
+        f"| trained | {share['trainable'] / share['total']:.3g} of the parameters |",
+        f"| stage 2 | {sources} source, {sources} target, ",
+        "| settings | stages 3 |",
+        "| data | 0123\\|abc d |",
+        "| logits moved by fusing and rounding | at most ",
+    ):
+        assert f"\n{row}" in card.text
+    assert len(list((tmp_path / "fused").glob("model-*.safetensors"))) > 1
+    assert not failures(tmp_path / "fused")
+    with (tmp_path / "fused" / "README.md").open("a") as file:
+        file.write("and it is the best of all")
+    assert failures(tmp_path / "fused") == [("hash", "README.md", "was changed")]
+
+
+def test_a_base_from_a_folder_is_no_model_of_the_hub_and_its_path_is_kept_private(tmp_path):
+    build("llama").save_pretrained(tmp_path / "secret" / "base")
+    save_fused(expanded("llama"), tmp_path / "fused", base=tmp_path / "secret" / "base")
+    card = ModelCard.load(tmp_path / "fused" / "README.md")
+    assert card.data.base_model is None
+    assert "| base | base |" in card.text
+    assert "secret" not in str(card)
+    save_fused(build("llama"), tmp_path / "plain")  # trained by whatever method
+    card = ModelCard.load(tmp_path / "plain" / "README.md")
+    assert card.data.tags == ["apexlib"]
+    assert "APEX" not in card.text
+
+
+def test_what_is_pushed_is_the_certified_folder_as_it_is(tmp_path, monkeypatch):
+    calls = []
+
+    def upload(_, **given):
+        folder = given["folder_path"]
+        assert verify_folder(folder)["passed"].all()
+        calls.append((given["repo_id"], {path.name for path in folder.iterdir()}))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, *given, **options: calls.append((given, options)))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    save_fused(expanded("llama"), tmp_path / "fused", push_to_hub="me/fused")
+    made, (repository, files) = calls
+    assert made == (("me/fused",), {"private": True, "exist_ok": True})
+    assert repository == "me/fused"
+    assert files == {path.name for path in (tmp_path / "fused").iterdir()}
+    assert {"README.md", "certificate.json", "model.safetensors"} <= files
+
+    def refuse(*_, **__):
+        raise OSError("not yours")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    model = expanded("llama")
+    with pytest.raises(OSError, match="not yours"):
+        save_fused(model, tmp_path / "more", push_to_hub="you/fused")
+    assert is_expanded(model)
+    assert not (tmp_path / "more").exists()
 
 
 def failures(folder):

@@ -438,6 +438,7 @@ def test_numbers_are_written_with_three_digits_of_the_wider_end():
     assert measured(never) == "did not reach it"
     never.verdict = "undecided"
     assert measured(never) == "did not reach it from every seed"
+    assert measured(SimpleNamespace(mean=np.nan, low=np.nan, high=np.nan, n=0, unit="nats per token")) == "–"
 
 
 # what a ledger may not be

@@ -75,6 +75,26 @@ def test_spectrum_prints_and_writes_what_the_table_says(folder, tmp_path, capsys
     assert json.loads((tmp_path / "spectrum.json").read_text())["model"] == str(folder)
 
 
+def test_an_update_goes_out_and_comes_back(folder, tmp_path, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] += 1.0
+    (tmp_path / "tuned").mkdir()
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors")
+    base, tuned, file, made = map(str, (folder, tmp_path / "tuned", tmp_path / "update", tmp_path / "made"))
+    assert main(["export-update", base, tuned, file]) == 0
+    _, row, told = capsys.readouterr().out.splitlines()
+    assert row.split()[:4] == ["model.layers.1.mlp.up_proj.weight", "rows", "1", "24"]
+    assert told.startswith(f"{file}: {os.path.getsize(file):,} bytes, ")
+    assert main(["apply-update", base, file, made]) == 0
+    assert capsys.readouterr().out == f"{made}\n"
+    found = load_file(tmp_path / "made" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert main(["apply-update", tuned, file, f"{made} again"]) == 2
+    error = capsys.readouterr().err
+    assert "another base" in error
+    assert error.count("\n") == 1
+
+
 def test_spectrum_of_updates(folder, tmp_path, capsys):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3] += 1.0

@@ -49,10 +49,10 @@ ARROWS = {
     "projections": {"architectures", "fused_ffn"},
     "inspection": {"architectures", "projections"},
     "expansion": {"architectures", "fused_ffn", "inspection", "operators", "plan", "projections"},
-    "certificate": {"evaluation", "expansion", "files", "inspection", "projections", "provenance"},
+    "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2800, "explore": 500, "the library": 10734}  # at most
+LINES = {"a file": 400, "the method": 2864, "explore": 500, "the library": 11368}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

@@ -24,7 +24,7 @@ import yaml
 from apexlib.files import file_hash
 from apexlib.suite import cli, execution
 from apexlib.suite import runner as reproduce
-from apexlib.suite.notebooks import ReproduceError, read_notebook, read_profile
+from apexlib.suite.notebooks import ReproduceError, load_yaml, read_notebook, read_profile
 from apexlib.suite.runner import RunError, plan_profile, run_profile
 
 PROFILE = 'profile: str = "cpu"  # whose folders'
@@ -813,7 +813,6 @@ def small(tmp_path, no_kernel, monkeypatch):
         ({"lr": True}, "cpu, 00_only, parameter lr: need float, got True (bool)"),
         ({"lr": float("nan")}, "cpu, 00_only, parameter lr: need float, got nan (float)"),
         ({"lr": "fast"}, "cpu, 00_only, parameter lr: need float, got 'fast' (str)"),
-        ({"lr": "1e-4"}, "YAML takes this for text, need a point and a sign as in 1.0e-4"),
         ({"s": 7}, "cpu, 00_only, parameter s: need str | None, got 7 (int)"),
         ({"l": 7}, "cpu, 00_only, parameter l: need list[int], got 7 (int)"),
         ({"l": [1, "2"]}, "cpu, 00_only, parameter l: need list[int], got [1, '2'] (list)"),
@@ -829,6 +828,10 @@ def test_wrong_parameters_are_refused_in_one_line(small, capsys, values, said):
     assert said in error
     assert error.count("\n") == 1
     assert not (small.root / "data").exists()
+
+
+def test_a_number_may_have_an_exponent_and_no_point():
+    assert load_yaml("[1e-4, 1.5E3, 1e, e3, 0x1e4]", "") == [1e-4, 1500.0, "1e", "e3", 0x1E4]
 
 
 @pytest.mark.parametrize(

@@ -527,7 +527,7 @@ def test_the_best_model_of_all_stages_is_the_one_returned(method, tiny_model, tm
 
 
 def test_where_nothing_was_evaluated_the_last_model_is_returned_with_a_warning(tiny_model, tmp_path):
-    never = BEST | {"eval_steps": 10, "save_steps": 10}
+    never = BEST | {"eval_strategy": "no", "save_strategy": "no"}
     with pytest.warns(RuntimeWarning, match=r"load_best_model_at_end: .*best has no manifest\.json; the last model is"):
         record = run(tiny_model, tmp_path, **never)
     kept = AutoModelForCausalLM.from_pretrained(tmp_path / "stage-1").state_dict()

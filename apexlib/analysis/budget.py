@@ -9,7 +9,6 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,25 +74,21 @@ def plan_budget(
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ValueError(f"{name}: need at least 1, got {value}")
-    config, dtype = config or ApexConfig(), getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    shape = config_or_name
-    shape = shape if isinstance(shape, PretrainedConfig) else pretrained(AutoConfig, shape)
+    shape = config_or_name if isinstance(config_or_name, PretrainedConfig) else pretrained(AutoConfig, config_or_name)
+    config, options = replace(config or ApexConfig(), strategy="random"), {}
     if share is not None:
         config, options = config_for_share(shape, share, config), {"lora_rank": lora_rank_for_share(shape, share)}
-    else:
-        options = {}
     depth = shape.get_text_config().num_hidden_layers
-    rows, depths = [], [depth] if depth <= _DEEP else [2, 4]
-    stages = {name: config.stages if method_of(name, config).staged else 1 for name in methods}
+    rows = []
     for name in methods:
-        own = replace(config, strategy="random")
-        made = [(_of_depth(shape, layers), method_of(name, own, **options)) for layers in depths]
-        counts = [_count(*each, batch, length, dtype, gradient_checkpointing) for each in made]
-        counted = pd.DataFrame(counts, index=depths)
-        whole = counted.iloc[-1]
-        if depth > _DEEP:
-            whole = counted.loc[2] + (counted.loc[4] - counted.loc[2]) * ((depth - 2) / 2)
-        rows.append({"method": name, **whole, "disk_mib": whole["disk_mib"] * stages[name]})
+        counts = []
+        for layers in [depth] if depth <= _DEEP else [2, 4]:
+            method = method_of(name, config, **options)
+            model = _on_meta(shape, dtype, layers)
+            counts.append(pd.Series(_count(model, method, batch, length, gradient_checkpointing)))
+        whole = counts[0] + (counts[-1] - counts[0]) * ((depth - 2) / 2)
+        stages = config.stages if method.staged else 1
+        rows.append({"method": name, **whole, "disk_mib": whole["disk_mib"] * stages})
     table = pd.DataFrame(rows)
     table.insert(3, "share", table.pop("plain_trainable") / table["parameters"])
     if flops_per_second is not None:
@@ -103,21 +98,16 @@ def plan_budget(
 
 def trained_share(shape: PretrainedConfig, method: Method) -> float:
     """The parameters that a method trains in its first stage, operators and adapters too, over those of the model."""
-    return _shares(shape)(method)
+    return _share(_on_meta(shape), method)
 
 
-def _shares(shape: PretrainedConfig) -> Callable[[Method], float]:
-    """Make `trained_share` for one shape, of which a model is made once."""
-    model = _on_meta(shape)
-    statistics, total = equal_statistics(model), sum(parameter.numel() for parameter in model.parameters())
-
-    def share(method: Method) -> float:
-        trained = method.begin(model, 0, statistics)
-        trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
-        method.end(trained)
-        return trains / total
-
-    return share
+def _share(model: PreTrainedModel, method: Method) -> float:
+    """`trained_share` of a model that is there, and that is plain again afterwards."""
+    total = model.num_parameters()
+    trained = method.begin(model, 0, equal_statistics(model))
+    trains = model.num_parameters(only_trainable=True)
+    method.end(trained)
+    return trains / total
 
 
 def config_for_share(shape: PretrainedConfig, share: float, config: ApexConfig | None = None) -> ApexConfig:
@@ -132,32 +122,27 @@ def config_for_share(shape: PretrainedConfig, share: float, config: ApexConfig |
     >>> config_for_share(shape, 0.024).direct_channels
     0.02734375
     """
-    config = replace(config or ApexConfig(), strategy="random")
+    config, model = replace(config or ApexConfig(), strategy="random"), _on_meta(shape)
     text = shape.get_text_config()
     numbers = (text.intermediate_size, text.num_hidden_layers * getattr(text, "num_key_value_heads", 1))
     sizes = sorted({2 * pairs / number for number in numbers for pairs in range(1, number // 2 + 1)})
-    shares = _shares(shape)
-
-    @cache
-    def found(size: float) -> float:
-        return shares(method_of("apex", config.of_size(size)))
-
-    nearest = _nearest(sizes, share, found)
-    if abs(found(nearest) / share - 1) > 0.05:
-        raise ValueError(f"share {share}: the nearest in pairs of units is {found(nearest):.4g}, need one within 5 %")
-    return config.of_size(nearest)
+    size, found = _nearest(sizes, share, lambda size: _share(model, method_of("apex", config.of_size(size))))
+    if abs(found / share - 1) > 0.05:
+        raise ValueError(f"share {share}: the nearest in pairs of units is {found:.4g}, need one within 5 %")
+    return config.of_size(size)
 
 
 def lora_rank_for_share(shape: PretrainedConfig, share: float) -> int:
     """The rank at which LoRA on all linear layers trains the share nearest to `share` of a model's parameters."""
-    ranks, shares = range(1, shape.get_text_config().hidden_size + 1), _shares(shape)
-    return _nearest(ranks, share, lambda rank: shares(method_of("lora", ApexConfig(), lora_rank=rank)))
+    ranks, model = range(1, shape.get_text_config().hidden_size + 1), _on_meta(shape)
+    return _nearest(ranks, share, lambda rank: _share(model, method_of("lora", ApexConfig(), lora_rank=rank)))[0]
 
 
-def _nearest(sizes: Sequence[Any], share: float, found: Callable[[Any], float]) -> Any:
-    """The one of ascending `sizes` whose share, which ascends too, is nearest."""
+def _nearest(sizes: Sequence[Any], share: float, found: Callable[[Any], float]) -> tuple[Any, float]:
+    """The one of ascending `sizes` whose share, which ascends too, is nearest, and that share."""
     above = bisect_left(sizes, share, key=found)
-    return min(sizes[max(0, above - 1) : above + 1], key=lambda size: abs(found(size) - share))
+    near = [(size, found(size)) for size in sizes[max(0, above - 1) : above + 1]]
+    return min(near, key=lambda pair: abs(pair[1] - share))
 
 
 def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
@@ -169,37 +154,49 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
-def _count(
-    shape: PretrainedConfig, method: Method, batch: int, length: int, dtype: torch.dtype, checkpointing: bool
-) -> dict[str, float]:
-    """Count one model: parameters, FLOPs and MiB."""
-    plain, ids = _on_meta(shape, dtype), torch.zeros(batch, length, dtype=torch.int64, device="meta")
+def _count(plain: PreTrainedModel, method: Method, batch: int, length: int, checkpointing: bool) -> dict[str, float]:
+    """Count one model on the meta device: parameters, FLOPs and MiB."""
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     if not family_of(plain).down:  # an unknown family is refused there, by name
-        raise ValueError(f"{shape.model_type}: which experts run depends on values; only dense models can be planned")
-    disk = sum(parameter.nbytes for parameter in plain.parameters())
-    counts: dict[str, float] = {"parameters": sum(p.numel() for p in plain.parameters())}
-    with torch.no_grad(), _Counter((*plain.parameters(), *plain.buffers(), ids)) as assess:
-        if method.assesses:
+        here = plain.config.model_type
+        raise ValueError(f"{here}: which experts run depends on values; only dense models can be planned")
+    parameters, disk = plain.num_parameters(), sum(parameter.nbytes for parameter in plain.parameters())
+    sizes = {"assess": 0}
+    if method.assesses:
+        with torch.no_grad(), _Counter((*plain.parameters(), *plain.buffers(), ids)) as assess:
             plain.eval().base_model(input_ids=ids, use_cache=False)
+        sizes["assess"] = assess.peak
     model, moments = method.begin(plain, 0, equal_statistics(plain)).train(), {}
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    counts["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    added = sum(p.numel() for p in model.parameters()) - counts["parameters"]
-    counts["plain_trainable"] = counts["trainable"] - added or added  # where only what is added trains, that counts
+    trainable, added = plain.num_parameters(only_trainable=True), plain.num_parameters() - parameters
     _step(model, moments, ids, method)  # the first makes the moments
     with _Counter((*model.parameters(), *model.buffers(), *moments.values(), ids)) as train:
         _step(model, moments, ids, method)
     with _Counter((*model.parameters(), *model.buffers(), *moments.values())) as fuse:
         method.end(model)
-    sizes = {"assess": assess.peak if method.assesses else 0, "train": train.peak, "fuse": fuse.peak}
-    sizes |= {"optimizer": sum(t.nbytes for t in moments.values()), "disk": disk}
-    return counts | {"flops_per_step": train.flops} | {f"{name}_mib": size / 2**20 for name, size in sizes.items()}
+    sizes |= {"train": train.peak, "fuse": fuse.peak}
+    sizes |= {"optimizer": sum(moment.nbytes for moment in moments.values()), "disk": disk}
+    return {
+        "parameters": parameters,
+        "trainable": trainable,
+        "plain_trainable": trainable - added or added,  # where only what is added trains, that counts
+        "flops_per_step": train.flops,
+    } | {f"{name}_mib": size / 2**20 for name, size in sizes.items()}
 
 
-def _on_meta(shape: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _on_meta(
+    shape: PretrainedConfig, dtype: torch.dtype | str = "float32", layers: int | None = None
+) -> PreTrainedModel:
+    """Make the model without values, of another number of layers if one is given."""
     shape = copy.deepcopy(shape)  # which would be left with an attention that sees padding
+    text = shape.get_text_config()
+    text.pad_token_id = None  # else GPT-2 looks for it in the tokens, which have no values here
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
@@ -211,16 +208,6 @@ def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:
     """Make statistics in which all units are alike, for plans that draw their units."""
     tables = [unit_table(part, activation=1.0, rank_score=0) for part in model_components(model)]
     return pd.concat(tables, ignore_index=True)
-
-
-def _of_depth(shape: PretrainedConfig, layers: int) -> PretrainedConfig:
-    shape = copy.deepcopy(shape)
-    text = shape.get_text_config()
-    text.num_hidden_layers = layers
-    text.pad_token_id = None  # else GPT-2 looks for it in the tokens, which have no values here
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return shape
 
 
 def _step(model: nn.Module, moments: dict[nn.Parameter, Tensor], ids: Tensor, method: Method) -> None:

@@ -7,7 +7,6 @@ hurts more, and stronger models spread their activations more evenly.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -106,9 +105,8 @@ def silenced(model: PreTrainedModel, parts: Iterable[Component], units: Mapping[
             if unknown := [unit for unit in chosen if not 0 <= unit < part.units]:
                 raise ValueError(f"layer {part.layer} has no {part.component} {unknown[0]}: need 0 to {part.units - 1}")
             module = model.get_submodule(part.reader.module)
-            features = part.reader.index[chosen].flatten()
             keep = torch.ones(part.reader.index.numel(), dtype=module.weight.dtype, device=module.weight.device)
-            keep[features.to(keep.device)] = 0
+            keep[part.reader.index[chosen].flatten()] = 0
             hook = module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep, *args[1:]))
             hooks.enter_context(hook)
         yield
@@ -123,8 +121,8 @@ def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel
     undefined (weights that are all zero) is NaN.
     """
     before, after = (_loaded(source) for source in (base, tuned))
-    parts, others = model_components(before), model_components(after)
-    if list(map(_layout, parts)) != list(map(_layout, others)):
+    parts = model_components(before)
+    if _layout(parts) != _layout(model_components(after)):
         raise ValueError("base and tuned have different layers or units: need two versions of one model")
     tables = []
     for part in parts:
@@ -214,8 +212,8 @@ def _loaded(source: PreTrainedModel | str | Path) -> PreTrainedModel:
     return pretrained(AutoModelForCausalLM, source, dtype="auto")
 
 
-def _layout(part: Component) -> tuple[object, ...]:
-    return part.layer, part.component, part.units, [(slot.module, slot.index.shape) for slot in part.slots.values()]
+def _layout(parts: Iterable[Component]) -> list[tuple[str, torch.Size]]:
+    return [(slot.module, slot.index.shape) for part in parts for slot in part.slots.values()]
 
 
 def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
@@ -230,7 +228,6 @@ def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed:
     return ascending if order == "disadvantageous" else ascending[::-1]
 
 
-@lru_cache(maxsize=4096)
 def _by_chance(units: int, first: int, second: int, overlap: int) -> tuple[float, float]:
     """Expected Jaccard index, and probability of at least `overlap`, of two random sets of `units` things."""
     from scipy.stats import hypergeom

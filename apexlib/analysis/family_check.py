@@ -1,18 +1,17 @@
 """A family's row put to the test: do the units that it names belong together, and does an expansion of them hold?"""
 
 import copy
-from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from apexlib.analysis.budget import equal_statistics
 from apexlib.architectures import FAMILIES, Family, model_components
 from apexlib.expansion import expand, fuse
-from apexlib.plan import ExpansionPlan, LayerPlan
+from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.selection import select
 
-_CLOSE = {"rtol": 1e-7, "atol": 1e-9}  # of values in float64
 _MOST = 50_000_000  # parameters
 
 
@@ -33,59 +32,41 @@ def check_family(config: PretrainedConfig, *, seed: int = 0) -> None:
     ...                          num_key_value_heads=2, vocab_size=32, pad_token_id=0))
     """
     model = _random_model(config, seed)
-    ids = torch.randint(2, config.get_text_config().vocab_size, (2, 9), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, config.get_text_config().vocab_size, (2, 9), generator=generator)
     base, before = copy.deepcopy(model), _log_probabilities(model, ids)
-    plan = _plan(model, seed)
+    pairs = ApexConfig(fraction=0.25, direct_heads=2 / 3, direct_channels=2 / 3, strategy="random")
+    plan = select(equal_statistics(model), pairs, seed=seed)
     expand(model, plan, ffn="split", seed=seed)
     _compare("identity in training mode", _log_probabilities(model.train(), ids), before)
-    _disturb(model, seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
     trained = _gradients(model.train(), ids)
     for name, gradient in _gradients(model.eval(), ids).items():
         _compare(f"gradient of {name}", trained[name], gradient)
     expected = _log_probabilities(model, ids)
     _compare("fusing", _log_probabilities(fuse(model), ids), expected)
-    for where, still, moved in _movement(base, model, plan):
-        if not still or not moved:
-            what = "a unit outside the plan has changed" if moved else "a unit of the plan has not changed"
-            raise ValueError(f"{config.model_type}: movement: {what}, {where}")
+    _check_movement(base, model, plan)
 
 
 def _random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     """A model in float64, without dropout, biases and norms away from what they start at."""
     config = copy.deepcopy(config)
     for name, value in config.to_dict().items():
-        if isinstance(value, float) and ("drop" in name or "pdrop" in name):
+        if isinstance(value, float) and "drop" in name:
             setattr(config, name, 0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         experts = {} if FAMILIES.get(config.model_type, Family()).down else {"experts_implementation": "eager"}
         own = {"attn_implementation": "eager", "dtype": torch.float64, **experts}  # grouped products lack float64
         model = AutoModelForCausalLM.from_config(config, **own)
-        if (size := sum(parameter.numel() for parameter in model.parameters())) > _MOST:
+        if (size := model.num_parameters()) > _MOST:
             raise ValueError(f"{config.model_type}: {size:,} parameters; need a small configuration, {_MOST:,} at most")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model.eval()
-
-
-def _plan(model: PreTrainedModel, seed: int) -> ExpansionPlan:
-    """Pair units at random, in every layer and component that has two."""
-    draw, layers = np.random.default_rng(seed), []
-    for part in model_components(model):
-        if part.units > 1:
-            order = draw.permutation(part.units).tolist()
-            pairs = max(1, part.units // 4)
-            roles = (order[:pairs], order[pairs : 2 * pairs], order[2 * pairs : 2 * pairs + part.units // 6])
-            layers.append(LayerPlan(part.layer, part.component, *(tuple(sorted(role)) for role in roles), part.units))
-    return ExpansionPlan(tuple(layers))
-
-
-def _disturb(model: PreTrainedModel, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -99,8 +80,8 @@ def _gradients(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
 
 
-def _movement(base: PreTrainedModel, model: PreTrainedModel, plan: ExpansionPlan) -> Iterator[tuple[str, bool, bool]]:
-    """Tell of each weight whether all that is outside the plan rests, and every unit of the plan has moved."""
+def _check_movement(base: PreTrainedModel, model: PreTrainedModel, plan: ExpansionPlan) -> None:
+    """Refuse a weight of which anything outside the plan has moved, or a unit of the plan rests."""
     trains = {(each.layer, each.component): [*each.source, *each.target, *each.direct] for each in plan.layers}
     for part in model_components(base):
         inside = trains.get((part.layer, part.component), [])
@@ -108,9 +89,13 @@ def _movement(base: PreTrainedModel, model: PreTrainedModel, plan: ExpansionPlan
         for role, slot in part.slots.items():
             old, new = (each.get_submodule(slot.module).weight.movedim(slot.axis, 0) for each in (base, model))
             moved = (old != new).any(1)[slot.index].flatten(1)
-            yield f"{role} of layer {part.layer}", not moved[outside].any(), bool(moved[inside].all())
+            here = f"{base.config.model_type}: movement: {role} of layer {part.layer}"
+            if moved[outside].any():
+                raise ValueError(f"{here}: a unit outside the plan has changed")
+            if not moved[inside].all():
+                raise ValueError(f"{here}: a unit of the plan has not changed")
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:
-    if not torch.allclose(found, expected, **_CLOSE):
+    if not torch.allclose(found, expected, rtol=1e-7, atol=1e-9):
         raise ValueError(f"{what}: off by {(found - expected).abs().max():.3g}; the row of the family does not fit")

@@ -58,8 +58,7 @@ def hidden_table(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]
     with in_evaluation(model), ExitStack() as hooks:
         hooks.enter_context(layers[0].register_forward_pre_hook(lambda _, args: add(0, args)))
         for number, layer in enumerate(layers, start=1):
-            hook = layer.register_forward_hook(lambda _, __, output, number=number: add(number, output))
-            hooks.enter_context(hook)
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, output, number=number: add(number, output)))
         for batch in progress(batches, "hidden states"):
             inputs = on_device(model, batch, labels=False)
             mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().bool()

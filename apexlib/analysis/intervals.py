@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 
-def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of independent values; a single value gives (−∞, ∞): it says nothing of spread.
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of independent values; (−∞, ∞) of one, which says nothing of spread.
 
     >>> low, high = interval([1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3)
@@ -20,7 +20,7 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
         raise ValueError(f"values {values.tolist()}: need at least one, all finite")
     if len(values) == 1:
         return -np.inf, np.inf
-    half = t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -59,7 +59,5 @@ def paired_over_examples(correct: pd.DataFrame, *, of: str) -> pd.DataFrame:
     rows = []
     for method in share.columns.drop(of):
         difference = (share[of] - share[method]).dropna()
-        low, high = interval(difference)
-        row = {"method": method, "difference": difference.mean(), "low": low, "high": high}
-        rows.append(row | {"examples": len(difference)})
-    return pd.DataFrame(rows)
+        rows.append((method, difference.mean(), *interval(difference), len(difference)))
+    return pd.DataFrame(rows, columns=["method", "difference", "low", "high", "examples"])

@@ -5,8 +5,6 @@ is another path for the same gradient. How wide it is can be measured on any che
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
 
 import pandas as pd
 import torch
@@ -28,14 +26,13 @@ def operator_share(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     """
     if not is_expanded(model):
         raise ValueError("the model is not expanded: it has no operators; need expand(model, plan) first")
-    training, total = model.training, 0
+    if not (batches := list(batches)):
+        raise ValueError("batches: need at least one")
+    training, total = model.training, len(batches)
     model.train()
     try:
         for batch in batches:
             model(**batch).loss.backward()
-            total += 1
-        if not total:
-            raise ValueError("batches: need at least one")
         sums: dict[tuple, dict[str, float]] = {}
         for key, gradient in _gradients(model):
             row = sums.setdefault(key, {"parameters": 0, "descent": 0.0, "adam": 0.0})
@@ -45,8 +42,7 @@ def operator_share(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
-    keys = ("layer", "component", "part")
-    table = pd.DataFrame([dict(zip(keys, key, strict=True)) | row for key, row in sums.items()])
+    table = pd.DataFrame.from_dict(sums, "index").rename_axis(["layer", "component", "part"]).reset_index()
     for name in ("descent", "adam"):
         table[f"{name}_share"] = table[name] / table.groupby(["layer", "component"])[name].transform("sum")
     return table.sort_values(["layer", "component"], kind="stable", ignore_index=True)
@@ -67,8 +63,13 @@ def operator_moves(model: nn.Module, start: Mapping[str, Tensor]) -> pd.DataFram
     rows = []
     for name, module in _mixed(model):
         (layer, role), targets, now = layer_and_role(name), _targets(module), module.compose(module.rows)
-        with _without_operator(module):
+        *_, last = module.mixer.operator.parameters()  # where the last factor of M is zero, M is
+        kept = last.clone()
+        try:
+            last.zero_()
             added = now - module.compose(module.rows)
+        finally:
+            last.copy_(kept)
         row = {"weight": name, "layer": layer, "role": role, "moved": float((now[targets] - start[name]).norm())}
         rows.append(row | {"by_operator": float(added[targets].norm())})
     return pd.DataFrame(rows)
@@ -81,45 +82,29 @@ def _mixed(model: nn.Module) -> Iterator[tuple[str, SplitProjection]]:
             yield name, module
 
 
-@contextmanager
-def _without_operator(module: SplitProjection) -> Iterator[None]:
-    """M = 0 inside the block: the last factor of an operator makes it so."""
-    *_, last = module.mixer.operator.parameters()
-    kept = last.detach().clone()
-    last.zero_()
-    try:
-        yield
-    finally:
-        last.copy_(kept)
-
-
-@torch.no_grad()
 def _targets(module: SplitProjection) -> Tensor:
-    """Which trainable rows are targets: those that v = 0 and M = 0 leave nothing of."""
-    ones, mixer = torch.ones_like(module.rows[:, :1]), module.mixer
-    scales = [scale for scale in (mixer.v, module.s) if scale is not None]
-    kept = [scale.clone() for scale in scales]
-    with _without_operator(module):
-        for scale, value in zip(scales, (0, 1), strict=False):
-            scale.fill_(value)
-        found = module.compose(ones).squeeze(1) == 0
-        for scale, value in zip(scales, kept, strict=True):
-            scale.copy_(value)
-    return found
+    """Which trainable rows are targets: the first units of each role that the operator works on."""
+    layout, mixer = module.layout, module.mixer
+    units = torch.arange(len(module.rows) // sum(layout.widths))
+    targets = units[:, None] < len(mixer.v) // mixer.dim
+    roles = zip(layout.widths, layout.expands, strict=True)
+    found = [(targets & expands).expand(-1, width) for width, expands in roles]
+    return torch.cat(found, dim=1).flatten() if layout.by_unit else torch.cat([role.flatten() for role in found])
 
 
 def _gradients(model: PreTrainedModel) -> Iterator[tuple[tuple[int, str, str], Tensor]]:
     """Every gradient of units and operators, with layer, component and part."""
-    mixers: set[int] = set()
+    seen: set[int] = set()  # projections share M and v
     for name, module in _mixed(model):
-        layer, component = layer_and_role(name)[0], "head" if module.mixer.dim > 1 else "channel"
-        targets = _targets(module)
-        parts: list[tuple[str, Any]] = [("s", module.s)]
-        if id(module.mixer) not in mixers:
-            mixers.add(id(module.mixer))
-            parts += [("v", module.mixer.v), *(("M", factor) for factor in module.mixer.operator.parameters())]
-        for part, parameter in parts:
-            if parameter is not None and parameter.grad is not None:
+        mixer, targets = module.mixer, _targets(module)
+        layer, component = layer_and_role(name)[0], "head" if mixer.dim > 1 else "channel"
+        for part, parameter in (
+            ("s", module.s),
+            ("v", mixer.v),
+            *(("M", each) for each in mixer.operator.parameters()),
+        ):
+            if parameter is not None and parameter.grad is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
                 yield (layer, component, part), parameter.grad
         if module.rows.grad is not None:
             for part, chosen in (("target", targets), ("others", ~targets)):

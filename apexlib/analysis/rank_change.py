@@ -4,8 +4,7 @@ With sources P, targets N and other rows F, an operator M takes W = [P; N; F] to
 direction: rank(E W) = rank(W), so all it can do is to even out the singular values that are there.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import product
 
 import pandas as pd
@@ -20,6 +19,14 @@ _K = 24  # sources, and as many targets
 _OTHERS = _DIM = 64
 _FEW = 4  # directions that crowded rows lie in
 _SOURCE, _TARGET = slice(_K), slice(_K, 2 * _K)
+_FLAT = "flat spectrum"
+_CASES = {  # which rows are crowded, if any, how long they are, and the sign of the change that theory demands
+    "targets crowded and long": (_TARGET, 16, 1),  # what is weak grows
+    "targets crowded": (_TARGET, 1, 0),
+    "targets spread": (None, 1, -1),  # targets come to repeat the sources
+    "sources crowded and long": (_SOURCE, 4, -1),  # what is strong grows
+    _FLAT: (None, 1, -1),  # erank is at its bound, the rank
+}
 
 
 def log_rank_change(weight: Float[Tensor, "rows columns"], step: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
@@ -46,8 +53,23 @@ def constructed_changes(strengths: Sequence[float], draws: int) -> pd.DataFrame:
     M is Gaussian. Crowded rows lie in 4 of 64 dimensions; long targets are 16 times, long sources 4 times as long as
     other rows.
     """
-    settings = product(_CASES, (0.0, *strengths), range(draws))
-    return pd.DataFrame([_expanded(*setting) for setting in settings])
+    rows = []
+    for case, strength, seed in product(_CASES, (0.0, *strengths), range(draws)):
+        generator, (crowded, length, sign) = torch.Generator().manual_seed(seed), _CASES[case]
+        before = random_rows(2 * _K + _OTHERS, _DIM, generator)
+        if crowded:
+            before[crowded] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
+        if case == _FLAT:
+            before = torch.linalg.qr(before).Q
+        source, start = before[_SOURCE], effective_rank(before)
+        row = {"case": case, "sign": sign, "strength": strength, "seed": seed}
+        steps = {"change": random_rows(_K, _K, generator) @ source, "chance": random_rows(_K, _DIM, generator)}
+        for name, step in steps.items():  # M P, and rows at random
+            after = before.clone()
+            after[_TARGET] += strength * step * source.norm() / step.norm()
+            row[name] = effective_rank(after) / start - 1
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def movement(base: Model, model: Model) -> dict[str, float]:
@@ -74,9 +96,8 @@ def rank_changes(updates: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["method", "seed", "stage", "layer", "role", "weight", "rows", "columns"]
     table = updates[[*keys, "after", "before", "by_chance", "random"]].rename(columns={"after": "effective_rank"})
-    table["change"] = table["effective_rank"] / table["before"] - 1
-    table["change_by_chance"] = table["by_chance"] / table["before"] - 1
-    return table
+    change, by_chance = (table[name] / table["before"] - 1 for name in ("effective_rank", "by_chance"))
+    return table.assign(change=change, change_by_chance=by_chance)
 
 
 def final_stage(table: pd.DataFrame) -> pd.DataFrame:
@@ -137,30 +158,3 @@ def rank_correlation(gain: pd.DataFrame) -> pd.DataFrame:
 def random_rows(rows: int, columns: int, generator: Generator) -> Float[Tensor, "rows columns"]:
     """Draw Gaussian rows of expected length one."""
     return torch.randn((rows, columns), generator=generator, dtype=torch.float64) / columns**0.5
-
-
-def _expanded(case: str, strength: float, seed: int) -> dict[str, object]:
-    generator, (make, sign) = torch.Generator().manual_seed(seed), _CASES[case]
-    before = make(random_rows(2 * _K + _OTHERS, _DIM, generator), generator)
-    source, start = before[_SOURCE], effective_rank(before)
-    row = {"case": case, "sign": sign, "strength": strength, "seed": seed}
-    steps = {"change": random_rows(_K, _K, generator) @ source, "chance": random_rows(_K, _DIM, generator)}
-    for name, step in steps.items():  # M P, and rows at random
-        after = before.clone()
-        after[_TARGET] += strength * step * source.norm() / step.norm()
-        row[name] = effective_rank(after) / start - 1
-    return row
-
-
-def _crowded(matrix: Tensor, generator: Generator, *, rows: slice, length: float) -> Tensor:
-    matrix[rows] = length * random_rows(_K, _FEW, generator) @ random_rows(_FEW, _DIM, generator)
-    return matrix
-
-
-_CASES: dict[str, tuple[Callable[[Tensor, Generator], Tensor], int]] = {
-    "targets crowded and long": (partial(_crowded, rows=_TARGET, length=16), 1),  # what is weak grows
-    "targets crowded": (partial(_crowded, rows=_TARGET, length=1), 0),
-    "targets spread": (lambda matrix, _: matrix, -1),  # targets come to repeat the sources
-    "sources crowded and long": (partial(_crowded, rows=_SOURCE, length=4), -1),  # what is strong grows
-    "flat spectrum": (lambda matrix, _: torch.linalg.qr(matrix).Q, -1),  # erank is at its bound, the rank
-}

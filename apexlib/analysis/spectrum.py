@@ -5,7 +5,6 @@ Every quantity goes by its definition, because "effective rank" is the name of m
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import frexp
 from pathlib import Path
 
@@ -349,13 +348,13 @@ def layer_and_role(name: str) -> tuple[int, str]:
 def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object], Tensor]]]:
     """The shape of each tensor by name, and what reads a part of it."""
     tensors = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    tensors[name] = file.get_slice(name).get_shape(), partial(_read, path, name)
+            file = safe_open(path, framework="pt")  # not closed here: what reads a part of it comes later
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: {error}") from None
+        tensors |= {name: (part.get_shape(), part.__getitem__) for name, part in parts.items()}
 
     def natural(name: str) -> list[tuple[int, str]]:  # layer 10 comes after layer 2
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
@@ -363,7 +362,7 @@ def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object]
     return {name: tensors[name] for name in sorted(tensors, key=natural)}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those its index names, or all."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: need a folder with safetensors files")
@@ -381,8 +380,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder}: {missing[0]} is missing, which the index names")
     return [folder / name for name in names]
-
-
-def _read(path: Path, name: str, part: object) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_slice(name)[part]

@@ -53,7 +53,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     for name, command in described.items():
         text = command["help"]
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        sub.set_defaults(run=globals()[f"_{name}"])
+        sub.set_defaults(run=globals()[f"_{name.replace('-', '_')}"])
         groups = {False: sub}
         for argument, options in command["arguments"].items():
             if either := options.pop("either", False):
@@ -280,3 +280,14 @@ def _verify(*, folder: Path) -> int:
     for row in checks.itertuples():
         print(f"{'ok    ' if row.passed else 'FAILED'}  {row.check:<12}{row.file}  {row.detail}".rstrip())
     return 0 if checks["passed"].all() else 1
+
+
+def _export_update(*, base: Path, tuned: Path, file: Path) -> None:
+    table = apexlib.export_update(base, tuned, file)
+    size, full = file.stat().st_size, table["full"].sum()
+    print(table[table["kept"] != "same"].to_string(index=False))
+    print(f"{file}: {size:,} bytes, {size / full:.1%} of the checkpoint's {full:,}")
+
+
+def _apply_update(*, base: Path, file: Path, folder: Path) -> None:
+    print(apexlib.apply_update(base, file, folder))

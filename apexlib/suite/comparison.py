@@ -99,9 +99,8 @@ def compare(
         found = run_trials(measure, [_after(trial, folder) for trial in chosen], folder)
         results = [result | more for result, more in zip(results, found, strict=True)]
     others = [trial for trial in grid if trial.name not in names]
-    for trial in others:
-        for stage in (folder / trial.name).glob("stage-*"):
-            shutil.rmtree(stage)
+    for stage in (stage for trial in others for stage in (folder / trial.name).glob("stage-*")):
+        shutil.rmtree(stage)
     results += run_trials(run, others, folder)
     runs = runs_table([*chosen, *others], results, folder)
     runs["chosen"] = [*[True] * len(chosen), *[False] * len(others)]

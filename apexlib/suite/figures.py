@@ -1,8 +1,6 @@
 """The figures of the suite: one function for each form of tidy table; what is drawn with it stands in `figures.yaml`.
 
-`draw_figure` writes the table of a figure and draws it, `redraw_figure` draws it again from that file alone. A function
-draws on an `ax`, `finish` completes it, and `save_figure` writes SVG, PNG and the plotted table as CSV; equal tables
-give equal bytes. No torch.
+A function draws on an `ax`, `finish` completes it. Equal tables give equal bytes; no torch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +19,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from apexlib.files import atomic_write
 
-COLUMN = 3.4  # width of a paper's column in inches; two columns: 7.0
 PALETTE = (  # seaborn's "colorblind": told apart with any colour vision
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
 )  # fmt: skip
@@ -113,10 +110,7 @@ def lines(
 
 
 def weight(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `value` as an image, a row per `unit`, a `column` each, sorted by the `role` that the left edge marks.
-
-    Colours are symmetric around zero and end at the 99.5th percentile of the magnitude.
-    """
+    """Draw `value` as an image, a row per `unit`, a `column` each, sorted by the `role` that the left edge marks."""
     roles = table.drop_duplicates("unit").set_index("unit")["role"].sort_index()
     roles = roles.sort_values(key=lambda role: role.map([*ROLES].index), kind="stable")
     matrix = table.pivot(index="unit", columns="column", values="value").loc[roles.index].to_numpy()
@@ -249,7 +243,7 @@ def redraw_figure(name: str, folder: Path) -> list[Path]:
 def new_figure(columns: int = 1, *, width: float | None = None, height: float = 2.3) -> list[Axes]:
     """Open a figure in the suite's style with `columns` panels side by side; sizes in inches."""
     plt.style.use(Path(__file__).with_name("figures.mplstyle"))
-    width = width or (COLUMN if columns == 1 else 2 * COLUMN + 0.2)
+    width = width or (3.4 if columns == 1 else 7.0)  # one or two columns of a paper
     _, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return list(axes[0])
 

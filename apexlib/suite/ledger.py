@@ -152,9 +152,8 @@ def decide(values: Sequence[float], *, margin: float = 0.0, needs: str = "more",
     The interval, less the goal, is compared with the margin. A claim that needs "more" is "reproduced" above +margin,
     "opposite" below −margin, and finds "no difference" in between; one that needs "at least" is "reproduced" above
     −margin and "opposite" below. Across a border, or with fewer than three seeds: "undecided"; none: "not measured".
-    Values of −∞ (a run that never reached what it is measured by) decide if all are: "opposite".
-
-    `p`, two-sided, is the smallest level at which a verdict would be given.
+    Values of −∞ (a run that never reached what it is measured by) decide if all are: "opposite". `p`, two-sided, is the
+    smallest level at which a verdict would be given.
 
     >>> decide([0.9, 1.0, 1.1])["verdict"], decide([0.9, 1.0, 1.1], margin=2)["verdict"]
     ('reproduced', 'no difference')
@@ -194,8 +193,6 @@ def measured(row: Any) -> str:
     >>> from types import SimpleNamespace as Row
     >>> measured(Row(mean=0.13724, low=0.03951, high=0.23498, n=3, unit="nats per token"))
     '+0.137 [+0.040, +0.235] nats per token'
-    >>> measured(Row(mean=np.nan, low=np.nan, high=np.nan, n=0, unit="nats per token"))
-    '–'
     """
     if row.n == 0:
         return "–"

@@ -43,8 +43,7 @@ def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[P
 
 def run_facts(results: Path) -> str:
     """Say where and with what the tables of a folder were made, from the provenance beside them."""
-    beside = [path.with_suffix(".json") for path in sorted(Path(results).glob("*.csv"))]
-    made = [read_object(path) for path in beside if path.is_file()]
+    made = [read_object(path) for path in Path(results).glob("*.json") if path.with_suffix(".csv").is_file()]
     devices = {facts["device"] for facts in made}
     versions = {f"Python {facts['python']}" for facts in made}
     versions |= {f"{name} {facts['versions'][name]}" for facts in made for name in ("torch", "transformers")}

@@ -97,11 +97,7 @@ def untouched_run(*, folder: Path, base: str, chat: Settings, retention: Setting
 def instruction_losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, chat: Settings, retention: Settings
 ) -> dict[str, float]:
-    """Losses by which rates are chosen and compared, in nats per token.
-
-    `valid_loss`, on the answers of the validation split; `retention_loss`, on text of the kind that the base was
-    trained on.
-    """
+    """`valid_loss`, on the answers of the validation split, and `retention_loss`, both in nats per token."""
     losses = {"valid_loss": answer_loss(model, tokenizer, chat, "valid")}
     return losses | {"retention_loss": text_loss(model, tokenizer, **retention)}
 

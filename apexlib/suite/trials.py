@@ -108,11 +108,9 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
     if not calls:
         return
     waiting, running = list(calls), dict[Future, str]()
-    if "forkserver" in multiprocessing.get_all_start_methods():  # imports once; a plain fork loses torch's threads
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([calls[0][0].__module__])
-    else:
-        context = multiprocessing.get_context("spawn")
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)  # a plain fork loses torch's threads, a server imports once for all
+    context.set_forkserver_preload([calls[0][0].__module__])
     arguments = (threads, dict(os.environ))  # a server keeps the environment that it started with
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=arguments) as pool:
         while running or (waiting and not _late()):

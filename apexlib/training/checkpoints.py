@@ -77,7 +77,7 @@ class RunFolder:
         clear_partial(self.path)
         if overwrite:
             (self.path / RUN).unlink(missing_ok=True)
-            for folder in [*self._found(), *self._named(_CHECKPOINT), self.path / BEST]:
+            for folder in [*self._found(), *self._named(_CHECKPOINT), *self.path.glob(BEST)]:
                 remove_folder(folder)
         if not (found := self._found()) and not (self.path / RUN).exists():
             write_json({"format": _FORMAT, "identity": identity, "provenance": provenance()}, self.path / RUN)
