@@ -8,8 +8,7 @@ Compare:  weight_difference, biography, effective_rank, spectrum_table, update_t
           operator_share
 Read:     load_corpus, load_chat, train_tokenizer, pack, encode_chat, collate, batches
 Pass on:  export_update, apply_update, export_task_vector, export_lora, harness_tasks
-Record:   claims_table, save_table, draw_figure, save_figure, write_overview
-On screen: explore, a module: masks, units, spectrum, runs
+Record:   claims_table, save_table, draw_figure, save_figure, write_overview; on screen: explore, a module
 
 The imports below tell where each name lives, to editors and type checkers; it is imported when it is first used, so
 that `import apexlib` costs nothing and a table can be plotted without torch.
