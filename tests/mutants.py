@@ -39,6 +39,8 @@ TESTS_FOR = 60.0  # seconds of tests that a mutant is tried on at most, as they 
 SLOW_TEST = 15.0  # seconds; slower ones are left out
 LOADED_BEFORE = ("torch", "transformers", "hypothesis", "pandas", "scipy.linalg", "peft", "datasets")
 PYTEST = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+PYTEST += ["--assert=plain"]  # pytest would rewrite, and load itself, a module whose doctests are asked for
+NOT_LOADED = 71  # exit code
 
 _COMPARED = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.In: ast.NotIn, ast.Is: ast.IsNot}
 _OPERATORS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
@@ -261,9 +263,11 @@ def _fork(work: Callable[[], int], *, quiet: bool = True) -> int:
 
 
 def _try(mutant: Mutant, tests: list[str], folder: str) -> int:
-    sys.meta_path.insert(0, _Finder(mutant))
+    finder = _Finder(mutant)
+    sys.meta_path.insert(0, finder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-    return int(pytest.main([*PYTEST, f"--basetemp={folder}/t", *tests]))
+    code = int(pytest.main([*PYTEST, f"--basetemp={folder}/t", *tests]))
+    return code if code or sys.modules[finder.name].__loader__ is finder.loader else NOT_LOADED
 
 
 def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, seconds: float) -> None:
@@ -298,6 +302,8 @@ def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what it may have started
         shutil.rmtree(folder, ignore_errors=True)
+        if os.waitstatus_to_exitcode(status) == NOT_LOADED:
+            raise RuntimeError(f"{done}: the tests ran without it")
         results[done.key] = "survived" if status == 0 else "killed"
         (KEPT / "results.json").write_text(json.dumps(results))
         bar.update()
