@@ -185,6 +185,7 @@ def test_the_optimizer_of_ones_choice_gets_the_groups_of_the_method(tmp_path):
 
 NOT_HONOURED = {
     "push_to_hub": ({"push_to_hub": True}, {}),
+    "resume_from_checkpoint": ({"resume_from_checkpoint": "checkpoint-500"}, {}),
     "train_sampling_strategy": ({"train_sampling_strategy": "group_by_length"}, {}),
     "optimizers": ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}),
     "model_init": ({}, {"model_init": lambda: build("llama")}),
@@ -194,6 +195,7 @@ NOT_HONOURED = {
 
 @pytest.mark.case("`push_to_hub`: push the model that is returned", "refused")
 @pytest.mark.case('`train_sampling_strategy="group_by_length"`', "refused")
+@pytest.mark.case("`resume_from_checkpoint`: `resume=True` finds the newest state", "refused")
 @pytest.mark.case("`optimizers` made for the plain model; `model_init`; `peft_config`", "refused")
 @pytest.mark.parametrize("name", NOT_HONOURED)
 def test_what_is_not_honoured_is_refused_by_name(name, tmp_path):

@@ -17,6 +17,7 @@ _BY_STEP = str.split(
 )
 _NOT_HONOURED = {  # arguments that a run takes at few values only, and what to do instead
     "push_to_hub": ((False,), "push the model once it is trained, model.push_to_hub(...)"),
+    "resume_from_checkpoint": ((None,), "resume=True goes on from the newest state in output_dir"),
     "train_sampling_strategy": (("random", "sequential"), "batches of equal lengths are not made"),
 }
 _DECISIVE = str.split(
