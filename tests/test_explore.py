@@ -341,9 +341,12 @@ def test_claims_of_any_verdict_can_be_shown(runs):
 
 def test_the_chart_is_the_mean_over_seeds(runs):
     table = pd.read_csv(ROOT / "data" / "results" / "cpu" / "instruction.csv").query("method == 'apex'")
-    moved(runs, measure="answer_loss", methods=("apex",))
-    expected = table.groupby("learning_rate")["answer_loss"].mean()
-    np.testing.assert_allclose(runs.chart.set_index("learning_rate")["mean"], expected)
+    for measure in ("valid_loss", "answer_loss"):  # of every run, and of those at the chosen rate
+        moved(runs, measure=measure, methods=("apex",))
+        expected = table.groupby("learning_rate")[measure].mean().dropna()
+        assert runs.chart["learning_rate"].tolist() == expected.index.tolist()
+        np.testing.assert_allclose(runs.chart["mean"], expected)
+    assert len(expected) == 1
 
 
 def test_runs_take_tables_with_values_per_seed():

@@ -33,9 +33,9 @@ class Records:
         return claims[[all(word in text for word in words.lower().split()) for text in texts]]
 
     def chart(self, measure: str, methods: tuple[str, ...]) -> pd.DataFrame:
-        """Mean and range over seeds of a measure: `method`, `learning_rate`, `mean`, `min`, `max`, `count`."""
+        """Mean and range over seeds, where measured: `method`, `learning_rate`, `mean`, `min`, `max`, `count`."""
         runs = self.runs[self.runs["method"].isin(methods)].groupby(["method", "learning_rate"], sort=False)
-        return runs[measure].agg(["mean", "min", "max", "count"]).reset_index()
+        return runs[measure].agg(["mean", "min", "max", "count"]).reset_index().dropna().sort_values("learning_rate")
 
 
 class Runs(View):
