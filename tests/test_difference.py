@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from apexlib.activations import activation_statistics
 from apexlib.analysis.difference import (
-    _masked_first,
     biography,
     imbalance_table,
+    masked_first,
     masking_curve,
     silenced,
     weight_difference,
@@ -106,7 +106,7 @@ def test_masking_takes_the_units_that_a_selection_would_also_where_all_are_tied(
     parts = [part for part in model_components(model) if part.component == "channel"]
     for part, layer in zip(parts, plan.layers, strict=True):
         for order, chosen in (("advantageous", layer.source), ("disadvantageous", layer.target)):
-            assert set(_masked_first(statistics, part, order, 0)[:6]) == set(chosen)
+            assert set(masked_first(statistics, part, order, 0)[:6]) == set(chosen)
 
 
 def test_random_masks_differ_by_seed_and_are_nested(tiny_model, batch):
@@ -119,7 +119,7 @@ def test_random_masks_differ_by_seed_and_are_nested(tiny_model, batch):
     first, second = (curve[curve["seed"] == seed]["loss"].tolist() for seed in (0, 1))
     assert first[:2] != second[:2]
     assert first[2] == second[2]  # everything masked
-    drawn = [_masked_first(statistics, part, "random", 0) for part in model_components(model) if len(part.slots) == 3]
+    drawn = [masked_first(statistics, part, "random", 0) for part in model_components(model) if len(part.slots) == 3]
     assert len(drawn) > 1
     assert drawn[0] != drawn[1]  # in each layer others
 

@@ -83,8 +83,8 @@ def masking_curve(
     runs = [(seed, fraction) for seed in (seeds if order == "random" else (0,)) for fraction in fractions]
     rows = []
     for seed, fraction in progress(runs, f"masking {order} {component}s"):
-        count = max(1, math.floor(fraction * parts[0].units + 1e-9)) if fraction else 0
-        chosen = {part.layer: _masked_first(statistics, part, order, seed)[:count] for part in parts}
+        count = masked_count(parts[0], fraction)
+        chosen = {part.layer: masked_first(statistics, part, order, seed)[:count] for part in parts}
         with silenced(model, parts, chosen):
             loss = perplexity(model, batches, quiet=True)["loss"] if count else base
         row = {"component": component, "order": order, "seed": seed, "fraction": fraction, "units": count}
@@ -216,7 +216,13 @@ def _layout(parts: Iterable[Component]) -> list[tuple[str, torch.Size]]:
     return [(slot.module, slot.index.shape) for part in parts for slot in part.slots.values()]
 
 
-def _masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
+def masked_count(part: Component, fraction: float) -> int:
+    """How many units of a layer a fraction is: at least one above 0."""
+    return max(1, math.floor(fraction * part.units + 1e-9)) if fraction else 0
+
+
+def masked_first(statistics: pd.DataFrame, part: Component, order: Order, seed: int) -> list[int]:
+    """List the units of a layer in an order of `masking_curve`."""
     rows = statistics[(statistics["layer"] == part.layer) & (statistics["component"] == part.component)]
     if sorted(rows["unit"]) != list(range(part.units)):
         raise ValueError(

@@ -15,10 +15,9 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.activations import activation_statistics
-from apexlib.analysis.difference import silenced
+from apexlib.analysis.difference import Order, masked_count, masked_first, silenced
 from apexlib.architectures import Component, model_components
 from apexlib.evaluation import in_evaluation
-from apexlib.selection import units_in_order
 
 _LENGTH = 256  # tokens of a piece of a text
 
@@ -77,12 +76,12 @@ class Masking:
         self._outputs: dict[tuple[str, int], list[np.ndarray]] = {}
         self._asked: dict[Mask, None] = {}  # in order
 
-    def mask(self, component: str, order: str, share: float, layers: Iterable[int], *, seed: int = 0) -> Mask:
+    def mask(self, component: str, order: Order, share: float, layers: Iterable[int], *, seed: int = 0) -> Mask:
         """Choose ⌊share·n⌋ units of each layer, at least one if any, in an order of `masking_curve`."""
         if not 0 <= share <= 1:
             raise ValueError(f"share {share}: need a value from 0 to 1")
         parts = [self.parts[component][layer] for layer in layers]
-        counts = [max(1, int(share * part.units + 1e-9)) if share else 0 for part in parts]
+        counts = [masked_count(part, share) for part in parts]
         chosen = (self._first(part, order, count, seed) for part, count in zip(parts, counts, strict=True))
         return Mask(component, order, tuple((part.layer, units) for part, units in zip(parts, chosen, strict=True)))
 
@@ -147,16 +146,12 @@ class Masking:
         losses = cross_entropy(logits, targets, reduction="none").masked_fill(targets == -100, torch.nan)
         return pad(losses, (1, 0), value=torch.nan).cpu().numpy()
 
-    def _first(self, part: Component, order: str, count: int, seed: int) -> tuple[int, ...]:
-        if order == "random":  # the draws of `masking_curve`
-            units = np.random.default_rng([seed, part.layer]).permutation(part.units).tolist()
-        else:
-            own = self.statistics[self.statistics[["layer", "component"]].eq([part.layer, part.component]).all(axis=1)]
-            if len(own) != part.units:
-                there = f"statistics: {len(own)} {part.component}s in layer {part.layer}"
-                raise ValueError(f"{there}; need the {part.units} of this model")
-            units = units_in_order(own, "rank_score")[:: 1 if order == "disadvantageous" else -1]
-        return tuple(sorted(units[:count]))
+    def _first(self, part: Component, order: Order, count: int, seed: int) -> tuple[int, ...]:
+        have = self.statistics[["layer", "component"]].eq([part.layer, part.component]).all(axis=1).sum()
+        if have != part.units:
+            there = f"statistics: {have} {part.component}s in layer {part.layer}"
+            raise ValueError(f"{there}; need the {part.units} of this model")
+        return tuple(sorted(masked_first(self.statistics, part, order, seed)[:count]))
 
 
 def _rows(
