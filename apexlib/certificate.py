@@ -125,9 +125,7 @@ def _told(
     if counts is not None:
         told["trained"] = f"{counts['trainable'] / counts['total']:.3g} of the parameters"
     for plan in plans:
-        units = {
-            role: sum(len(getattr(layer, role)) for layer in plan.layers) for role in ("source", "target", "direct")
-        }
+        units = {role: sum(len(getattr(part, role)) for part in plan.layers) for role in ("source", "target", "direct")}
         told[f"stage {plan.stage}"] = ", ".join(f"{count} {role}" for role, count in units.items()) + " units"
         if plan.config is not None:
             own = {field.name: getattr(plan.config, field.name) for field in fields(plan.config)}

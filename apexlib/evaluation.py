@@ -49,9 +49,10 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
                 inputs = {name: value.gather(1, order) for name, value in inputs.items()}
                 inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
             labels = inputs.pop("labels")[:, 1:]
-            for logits, targets in zip(model(**inputs, use_cache=False).logits, labels, strict=True):
-                logits = logits[:-1] if logits.dtype == torch.float64 else logits[:-1].float()  # fits a CPU's cache
-                total += cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            pairs = zip(logits if logits.dtype == torch.float64 else logits.float(), labels, strict=True)
+            losses = [cross_entropy(*pair, ignore_index=-100, reduction="sum") for pair in pairs]  # fit a CPU's cache
+            total += torch.stack(losses).double().sum().item()
             tokens += int((labels != -100).sum())
     if not tokens:
         raise ValueError("no labelled token in the batches: need at least one label other than -100")

@@ -75,18 +75,18 @@ def compare(
     measure: Callable[..., dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on its other seeds.
+    """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on the other seeds of `bases`.
 
-    `run` is `instruction_run` or `continued_run`, `settings` its further arguments; seeds are those of `bases`. A
-    variant that has the rate of another one of `variants` (`rate_of`) needs no grid.
-    Models are kept of the runs at the chosen rates only; each is given to `measure`, such as `answers_run`, with the
-    settings of its run, and what that returns is part of the run's result.
+    `run` is `instruction_run` or `continued_run`, `settings` its further arguments. A variant that has the rate of
+    another one of `variants` (`rate_of`) needs no grid. Models are kept of the runs at the chosen rates only; each is
+    given to `measure`, such as `answers_run`, with the settings of its run, and what that returns is part of the run's
+    result.
     """
     folder = Path(folder)
     followed = {name: getattr(VARIANTS.get(name), "rate_of", None) for name in variants}
     leader = {name: of if of in variants else name for name, of in followed.items()}
     grid = grid_trials([n for n in variants if leader[n] == n], learning_rates, grid_seeds, bases, **settings)
-    on_grid = runs_table(grid, run_trials(run, grid, folder), folder)
+    on_grid = runs_table(grid, tried := run_trials(run, grid, folder), folder)
     best, chosen = choose_rates(on_grid), []
     for name in variants:
         chosen += grid_trials([name], [best[leader[name]]], [*bases], bases, **settings)
@@ -101,7 +101,7 @@ def compare(
     others = [trial for trial in grid if trial.name not in names]
     for stage in (stage for trial in others for stage in (folder / trial.name).glob("stage-*")):
         shutil.rmtree(stage)
-    results += run_trials(run, others, folder)
+    results += [result for trial, result in zip(grid, tried, strict=True) if trial.name not in names]
     runs = runs_table([*chosen, *others], results, folder)
     runs["chosen"] = [*[True] * len(chosen), *[False] * len(others)]
     rates = on_grid.groupby(["method", "learning_rate"], as_index=False, sort=False)["valid_loss"].mean()
