@@ -1,8 +1,8 @@
 """Understand and train the advantageous parameters of language models (APEX, arXiv:2505.24241).
 
 Look:     activation_statistics, imbalance_table, masking_curve, silenced, perplexity, exact_match, multiple_choice
-Expand:   select, ApexConfig, ExpansionPlan, LayerPlan, expand, trainable_table, parameter_groups, fuse, save_fused,
-          verify_folder, plan_budget, config_for_share, register_family, check_family
+Expand:   select, ApexConfig, ExpansionPlan, LayerPlan, expand, composed_once, trainable_table, parameter_groups, fuse,
+          save_fused, verify_folder, plan_budget, config_for_share, register_family, check_family
 Train:    train_in_stages, TrainingRecord, pretrain
 Compare:  weight_difference, biography, effective_rank, spectrum_table, update_table, head_table, hidden_table,
           operator_share
@@ -42,6 +42,7 @@ if _typing.TYPE_CHECKING:
     from apexlib.expansion import expand, fuse, is_expanded
     from apexlib.inspection import parameter_groups, trainable_table
     from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+    from apexlib.projections import composed_once
     from apexlib.provenance import save_table
     from apexlib.selection import select
     from apexlib.suite.figures import draw_figure, save_figure
