@@ -206,6 +206,19 @@ def test_the_executed_copies_lie_in_the_runs_folder_and_the_sources_stay_clean(f
         assert not any(cell.get("execution_count") for cell in nbformat.read(path, as_version=4).cells)
 
 
+def test_executed_notebooks_are_published_for_readers(finished):
+    published = {path.name: nbformat.read(path, 4) for path in finished.root.glob("notebooks/executed/cpu/*.ipynb")}
+    assert sorted(published) == [f"{name}.ipynb" for name in ("00_make", "01_use", "02_last", "03_beside")]
+    for name, notebook in published.items():
+        source = nbformat.read(finished.root / "notebooks" / name, 4)
+        own = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        assert [(cell.cell_type, cell.source) for cell in own] == [(c.cell_type, c.source) for c in source.cells]
+        assert notebook.metadata["run"]["profile"] == "cpu"
+    injected = published["00_make.ipynb"].cells[2].source
+    assert injected == "# changed for this run\ntext = 'ä \"quoted\" \\\\ {n} $HOME'\nrates = [1.0, 0.5]"
+    assert len(published["01_use.ipynb"].cells) == 3  # nothing else was changed
+
+
 def test_the_manifest_tells_what_was_run_with_what(finished):
     manifest, entry = finished.manifest, finished.manifest["notebooks"]["00_make"]
     assert manifest["profile"] == "cpu"

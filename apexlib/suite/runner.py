@@ -18,6 +18,7 @@ from apexlib.suite.execution import duration, execute, say, stamps
 from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
 from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_profile, resolve, unknown, writer_of
+from apexlib.suite.publishing import publish
 
 _STATE_FORMAT = 2
 _STOPPED = ("failed", "unfinished", "not run")
@@ -257,6 +258,9 @@ class _Job:
             "seconds": round(execution.seconds, 1),
             "peak_memory_mb": execution.peak_memory_mb,
         }
+        told = {"profile": self.profile.name, **{key: record[key] for key in ("created", "commit", "device")}}
+        changed = {key: value for key, value in values.items() if value != notebook.parameters[key].default}
+        publish(copy, self.folders.executed / copy.name, root=self.root, changed=changed, **told)
         self.state.notebooks[name] = {"inputs": inputs, "record": record}
         self.state.save()
         memory = f", {execution.peak_memory_mb} MB" if execution.peak_memory_mb else ""
