@@ -115,11 +115,11 @@ def test_a_log_has_a_line_at_each_start_and_end_and_no_control_characters(toy):
 def test_a_log_is_told_of_trials_now_and_then(monkeypatch, capsys):
     with RunBars({"00_any": {"seconds": 700.0}}) as shown:
         shown.begin("00_any")
-        shown.show("", Counts(0, 1, 10))
+        shown.show(1, 2, Counts(0, 1, 10))
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(bars, "_BETWEEN_LINES", 0.0)
-        shown.show("", Counts(5, 2, 10))
-        shown.show("", Counts(5, 2, 10))
+        shown.show(1, 2, Counts(5, 2, 10))
+        shown.show(1, 2, Counts(5, 2, 10))
     assert re.fullmatch(r"  trials 7 of 10, about 3 min \d+ s left\n", capsys.readouterr().err)
 
 

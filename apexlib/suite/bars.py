@@ -79,10 +79,10 @@ class RunBars:
         self.name, self.began = name, time.monotonic()
         self.said, self.counts = self.began, Counts()
         self.notebook.reset()  # its clock
-        self.show("", Counts())
+        self.show(0, 1, Counts())
 
-    def show(self, cell: str, counts: Counts) -> None:
-        """Show where the notebook is; called every second, so that the clocks move."""
+    def show(self, cell: int, cells: int, counts: Counts) -> None:
+        """Show where the notebook is, `cell` counted from 1; called every second, so that the clocks move."""
         now = time.monotonic()
         left = seconds_left(now - self.began, counts, self.expected[self.name])
         done = f"trials {counts.before + counts.now} of {counts.total}" if counts.total else ""
@@ -95,12 +95,15 @@ class RunBars:
         turn = names.index(self.name)
         later = [self.expected[name].get("seconds") for name in names[turn + 1 :]]
         whole = None if None in (left, *later) else left + sum(later)
-        _show(self.run, f"notebook {turn + 1} of {len(names)}", self.run.format_dict["elapsed"], whole)
-        _show(self.notebook, "  ".join(filter(None, (self.name, cell, done))), now - self.began, left)
+        _show(self.run, f"notebook {turn + 1} of {len(names)}", whole, turn, len(names))
+        told = (self.name, f"cell {cell} of {cells}" if cell else "", done)
+        _show(self.notebook, "  ".join(filter(None, told)), left, max(0, cell - 1), cells)
 
 
-def _show(bar: tqdm, text: str, elapsed: float, left: float | None) -> None:
-    bar.n, bar.total = elapsed, elapsed + left if left else None
+def _show(bar: tqdm, text: str, left: float | None, done: int, total: int) -> None:
+    """Show a bar of time if it is known how much is `left`, else of what is `done`."""
+    elapsed = bar.format_dict["elapsed"]
+    bar.n, bar.total = (elapsed, elapsed + left) if left else (done, total)
     bar.set_description_str(text, refresh=False)
     bar.set_postfix_str(f"about {tqdm.format_interval(left)} left" if left else "", refresh=False)
     bar.refresh()

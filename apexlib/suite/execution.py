@@ -110,8 +110,7 @@ class _Follower:
         self.file.unlink(missing_ok=True)
 
     def show(self) -> None:
-        cell = f"cell {len(self.numbers)} of {self.total}" if self.numbers else ""
-        self.bars.show(cell, read_counts(self.file))
+        self.bars.show(len(self.numbers), self.total, read_counts(self.file))
 
     def keep_showing(self, loop: asyncio.AbstractEventLoop) -> None:
         """Show how far the notebook is, now and every second while the loop runs, as it does in every cell."""
