@@ -86,7 +86,7 @@ def test_a_terminal_shows_notebook_trials_a_clock_and_where_all_is(toy):
     assert len(clock) >= 4
     assert max(len(part) for part in re.split(r"[\r\n]", text)) <= 120  # 90, and what moves the cursor
     told = left_on_the_screen(text)
-    assert told[-3:] == ["tables     1 in data/results/cpu", "notebooks  2 in data/runs/cpu", ""]
+    assert told[-3:] == ["tables     1 in data/results/cpu", "notebooks  2 in notebooks/executed/cpu", ""]
     executed = nbformat.read(toy.runs / "00_trials.ipynb", 4)
     outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
     assert {output.output_type for output in outputs} == {"execute_result"}  # what cells return, and no bar
@@ -109,7 +109,7 @@ def test_a_log_has_a_line_at_each_start_and_end_and_no_control_characters(toy):
     told = [line.split("  ")[:2] for line in done.stderr.splitlines() if line[0] != " "]  # of long cells
     names = ("00_trials", "01_other")
     assert told == [[name, what] for name in names for what in ("start: never run", "done")]
-    assert done.stdout.splitlines()[-1] == "notebooks  2 in data/runs/cpu"
+    assert done.stdout.splitlines()[-1] == "notebooks  2 in notebooks/executed/cpu"
 
 
 def test_a_log_is_told_of_trials_now_and_then(monkeypatch, capsys):

@@ -19,7 +19,7 @@ def outcome(profile: Profile, root: Path, notebooks: Collection[str]) -> Iterato
     """Say where results of `profile` are and, if the one that decides claims is among the `notebooks` run, verdicts."""
     own = folders(profile.name, root)
     kinds = {"tables": (own.results, "*.csv"), "figures": (own.figures, "*.svg"), "models": (own.models, "*/")}
-    for kind, (folder, pattern) in (kinds | {"notebooks": (own.runs, "*.ipynb")}).items():
+    for kind, (folder, pattern) in (kinds | {"notebooks": (own.executed, "*.ipynb")}).items():
         if count := len([*folder.glob(pattern)]):
             yield f"{kind:<10} {count} in {os.path.relpath(folder)}"
     table = own.results / "claims.csv"
