@@ -52,7 +52,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2898, "explore": 500, "the library": 11748}  # at most
+LINES = {"a file": 400, "the method": 2898, "explore": 500, "the library": 11923}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 
