@@ -122,7 +122,7 @@ def _reproduce(
 def _play() -> None:
     from apexlib.suite.play import lay_out
 
-    for line in lay_out(project_root()):
+    for line in [*lay_out(project_root())]:  # all is laid out before a word is said
         print(line)
 
 
