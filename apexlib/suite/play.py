@@ -27,9 +27,11 @@ def lay_out(root: Path, recorded: str = "cpu") -> Iterator[str]:
         written = read_object(folder / _WRITTEN)
     for path, text in {_INDEX: _index(root), **dict(_copies(root))}.items():
         target, hashed = folder / path, content_hash(text)
-        if not target.exists() or content_hash(target.read_text(encoding="utf-8")) == written.get(path):
-            if written.get(path) != hashed or not target.exists():
-                yield f"{PLAY}/{path}: new"
+        found = content_hash(target.read_text(encoding="utf-8")) if target.exists() else None
+        if found == hashed:
+            written[path] = hashed
+        elif found is None or found == written.get(path):
+            yield f"{PLAY}/{path}: new"
             with atomic_write(target) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             written[path] = hashed
