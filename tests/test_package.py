@@ -1,9 +1,12 @@
 """What a user gets who installs the library: names at once, a wheel with all rooms, nothing of the notebooks' needs."""
 
 import ast
+import inspect
+import operator
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from conftest import build
 from packaging.requirements import Requirement
 
 import apexlib
-from apexlib import train_tokenizer
+from apexlib import ApexConfig, plot, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,9 +34,34 @@ def test_public_names_are_there_without_torch():
 def test_every_public_name_is_where_the_package_says():
     assert len(apexlib.__all__) > 40
     for name in apexlib.__all__:
-        assert getattr(apexlib, name).__name__ == name
+        assert getattr(apexlib, name).__name__.removeprefix("apexlib.") == name
     with pytest.raises(AttributeError, match="no attribute 'expnad'"):
         _ = apexlib.expnad
+
+
+def test_help_lists_every_public_name_once_under_its_use():
+    groups = re.findall(r"^([A-Z]\w+): .+:\n((?: {4}.+\n?)+)", apexlib.__doc__, flags=re.MULTILINE)
+    assert {"Look", "Expand", "Train", "Measure", "Data", "Share", "Plot"} <= {name for name, _ in groups}
+    assert sorted(re.findall(r"\w+", " ".join(names for _, names in groups))) == apexlib.__all__
+
+
+@pytest.mark.parametrize("name", [*apexlib.__all__, *(f"plot.{name}" for name in plot.__all__)])
+def test_a_public_name_says_what_it_is_in_one_line(name):
+    first = inspect.getdoc(operator.attrgetter(name)(apexlib)).splitlines()[0]
+    assert re.fullmatch(r"[A-Z].{19,119}[.:]", first), first
+
+
+def test_every_setting_is_explained():
+    told = re.findall(r"^- `(\w+)`: \S", inspect.getdoc(ApexConfig), flags=re.MULTILINE)
+    assert sorted(told) == sorted(field.name for field in fields(ApexConfig))
+
+
+def test_tab_offers_what_is_public():
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    shell.run_cell("import apexlib; from apexlib import plot")
+    for name, names in (("apexlib", apexlib.__all__), ("plot", plot.__all__), ("apexlib.plot", plot.__all__)):
+        offered = shell.complete(f"{name}.")[1]
+        assert [each for each in offered if "._" not in each] == [f"{name}.{each}" for each in names]
 
 
 def test_an_editor_sees_public_names_and_modules_only():
