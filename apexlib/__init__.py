@@ -7,6 +7,7 @@
 import ast as _ast
 import typing as _typing
 from importlib import import_module as _import_module
+from itertools import pairwise as _pairwise
 from pathlib import Path as _Path
 from textwrap import fill as _fill
 from textwrap import indent as _indent
@@ -58,17 +59,21 @@ if _typing.TYPE_CHECKING:
     from apexlib.suite.overview import write_overview
 
 else:  # a type checker must not believe that there are other names
-    _HOMES, _GROUPS = {}, {}
-    for _node in _ast.parse(_Path(__file__).read_text(encoding="utf-8")).body[-1].body:
-        if isinstance(_node, _ast.Expr):
-            _GROUPS[_node.value.value] = _names = []
-        else:
-            _names += [alias.name for alias in _node.names]
-            _HOMES |= {alias.name: _node.module for alias in _node.names}
-    _HOMES |= {name: f"apexlib.{name}" for name, home in _HOMES.items() if home == "apexlib"}
+    _BODY = _ast.parse(_Path(__file__).read_text(encoding="utf-8")).body[-1].body
+    _STARTS = [place for place, node in enumerate(_BODY) if isinstance(node, _ast.Expr)]
+    _GROUPS = {
+        _BODY[start].value.value: {
+            alias.name: node.module if node.module != "apexlib" else f"apexlib.{alias.name}"
+            for node in _BODY[start + 1 : end]
+            for alias in node.names
+        }
+        for start, end in _pairwise([*_STARTS, None])
+    }
+    _HOMES = {name: home for homes in _GROUPS.values() for name, home in homes.items()}
     __all__ = sorted(_HOMES)
-    for _group, _names in _GROUPS.items():
-        __doc__ += f"\n\n{_group}:\n{_indent(_fill(', '.join(_names), 100), '    ')}"
+    __doc__ = "\n\n".join(
+        [__doc__, *(f"{use}:\n{_indent(_fill(', '.join(names), 100), '    ')}" for use, names in _GROUPS.items())]
+    )
 
     def __getattr__(name):
         if name not in _HOMES:
