@@ -7,6 +7,7 @@
 import ast as _ast
 import typing as _typing
 from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from itertools import pairwise as _pairwise
 from pathlib import Path as _Path
 from textwrap import fill as _fill
@@ -81,5 +82,6 @@ else:  # a type checker must not believe that there are other names
         home = _import_module(_HOMES[name])
         return home if home.__name__ == f"apexlib.{name}" else getattr(home, name)
 
-    def __dir__():
-        return __all__
+    def __dir__():  # what can be used: `help` imports all of it
+        rooms = () if _find_spec("matplotlib") else ("apexlib.suite", "apexlib.plot", "apexlib.explore")
+        return [name for name in __all__ if not _HOMES[name].startswith(rooms)]

@@ -128,6 +128,12 @@ def test_the_clean_environment_is_clean(clean_python, module):
     assert "ModuleNotFoundError" in done.stderr
 
 
+def test_help_works_without_what_plots_need(clean_python):
+    said = run(clean_python, "-I", "-c", "import apexlib; help(apexlib)")
+    assert "\n    masking_curve(model: " in said
+    assert "\n    draw_figure(" not in said
+
+
 @pytest.mark.case("a plain `pip install`, without the notebooks' packages: looking, expanding, training", "works")
 def test_the_readmes_example_runs_on_a_plain_install(clean_python, tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
