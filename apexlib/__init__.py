@@ -27,6 +27,7 @@ if _typing.TYPE_CHECKING:
     from apexlib.expansion import expand, fuse, is_expanded
     from apexlib.inspection import parameter_groups, trainable_table
     from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
+    from apexlib.projections import composed_once
     from apexlib.selection import select
 
     """Train: in stages, by APEX or a baseline; what it will cost"""

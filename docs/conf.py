@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 project = author = html_title = "apexlib"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "matplotlib.sphinxext.plot_directive", "myst_nb"]
 root_doc = "README"
-SOURCES, EXECUTED = ({path.name for path in (ROOT / f).glob("*.ipynb")} for f in ("notebooks", "notebooks/executed/cpu"))
+SOURCES, EXECUTED = (
+    {path.name for path in (ROOT / f).glob("*.ipynb")} for f in ("notebooks", "notebooks/executed/cpu")
+)
 NOTEBOOKS = "notebooks/executed/cpu" if SOURCES <= EXECUTED else "notebooks"
 PAGES = [
     "docs/api",

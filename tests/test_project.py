@@ -43,7 +43,7 @@ ARROWS = {
     "fused_ffn": set(),
     "plan": {"files", "operators"},  # the operators' names only, when they are asked for
     "selection": {"plan"},
-    "evaluation": {"progress"},
+    "evaluation": {"progress", "projections"},
     "architectures": {"plan"},
     "activations": {"architectures", "evaluation", "fused_ffn", "plan", "progress"},
     "projections": {"architectures", "fused_ffn"},
@@ -52,7 +52,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2907, "explore": 500, "the library": 11657}  # at most
+LINES = {"a file": 400, "the method": 2942, "explore": 500, "the library": 12040}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

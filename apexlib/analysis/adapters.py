@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from apexlib.analysis.update import Stored, stored_weights, write_tensors
+from apexlib.analysis.stored import Stored, check_versions, stored_weights, write_tensors
 from apexlib.files import atomic_folder, atomic_write, check_new, pretrained
 from apexlib.progress import progress
 
@@ -126,9 +126,7 @@ def export_lora(
 def _pairs(base: str | Path, tuned: str | Path) -> list[tuple[str, Stored, Stored]]:
     """Each weight by name, as it lies in both folders."""
     before, after = stored_weights(base), stored_weights(tuned)
-    if different := sorted(before.keys() ^ after.keys()):
-        here, there = ("base", "tuned") if different[0] in before else ("tuned", "base")
-        raise ValueError(f"{different[0]} is in {here}, not in {there}: need two versions of one model")
+    check_versions(before, after)
     for name, old in before.items():
         if old.shape != after[name].shape:
             raise ValueError(f"{name}: {old.shape} in base, {after[name].shape} in tuned; need equal shapes")

@@ -4,7 +4,7 @@ Every quantity goes by its definition, because "effective rank" is the name of m
 1 to its full rank over public definitions. See `spectral_measures` for formulas and sources.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import frexp
 from pathlib import Path
 
@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from scipy.linalg import eigvalsh, qr, svdvals
 from scipy.linalg.blas import dgemm, dsyrk, ssyrk
 from scipy.linalg.lapack import dpotrf, dpstrf
 from torch import Tensor, nn
 
+from apexlib.analysis.stored import check_versions, stored_weights
 from apexlib.expansion import is_expanded
-from apexlib.files import read_object
 from apexlib.progress import progress
 
 Model = nn.Module | str | Path  # in memory, or a folder with safetensors files
@@ -231,9 +230,7 @@ def update_table(base: Model, tuned: Model, *, device: str | torch.device | None
     An untouched matrix has an update of rank 0. Rows follow `base`; both must hold matrices of equal names and shapes.
     """
     before, after = matrices(base, device), matrices(tuned, device)
-    if different := sorted(before.keys() ^ after.keys()):
-        here, there = ("base", "tuned") if different[0] in before else ("tuned", "base")
-        raise ValueError(f"{different[0]} is in {here}, not in {there}: need two versions of one model")
+    check_versions(before, after)
     rows = []
     for name in progress(before, "updates"):
         old, new = before[name](), after[name]()
@@ -301,7 +298,7 @@ def matrices(source: Model, device: str | torch.device | None = None) -> dict[st
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(source, nn.Module):
-        tensors = _of_folder(Path(source))
+        tensors = {name: (weight.shape, weight.read) for name, weight in stored_weights(Path(source)).items()}
     elif is_expanded(source):
         raise ValueError("the model is expanded: its weights lie in parts; need fuse(model) first")
     else:
@@ -343,40 +340,3 @@ def layer_and_role(name: str) -> tuple[int, str]:
     """
     words = name.partition("[")[0].removesuffix(".weight").split(".")
     return next((int(word) for word in words[:-1] if word.isdecimal()), -1), words[-1]
-
-
-def _of_folder(folder: Path) -> dict[str, tuple[Sequence[int], Callable[[object], Tensor]]]:
-    """The shape of each tensor by name, and what reads a part of it."""
-    tensors = {}
-    for path in weight_files(folder):
-        try:
-            file = safe_open(path, framework="pt")  # not closed here: what reads a part of it comes later
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: {error}") from None
-        tensors |= {name: (part.get_shape(), part.__getitem__) for name, part in parts.items()}
-
-    def natural(name: str) -> list[tuple[int, str]]:  # layer 10 comes after layer 2
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-    return {name: tensors[name] for name in sorted(tensors, key=natural)}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or all."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: need a folder with safetensors files")
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (paths := sorted(folder.glob("*.safetensors"))):
-            raise FileNotFoundError(f"{folder} has no safetensors file; weights of another format are not read")
-        return paths
-    try:
-        names = sorted(set(read_object(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: need JSON with a weight_map ({type(error).__name__}: {error})") from None
-    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: {bad[0]!r} is no file of this folder")
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder}: {missing[0]} is missing, which the index names")
-    return [folder / name for name in names]

@@ -6,20 +6,18 @@ as less was trained. Bits are compared and kept, never values. One weight is in 
 
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from apexlib.analysis.spectrum import weight_files
+from apexlib.analysis.stored import Stored, content, stored, stored_weights, write_tensors
 from apexlib.files import atomic_folder, atomic_write, check_new, content_hash, write_json
 from apexlib.progress import progress
 
@@ -31,26 +29,6 @@ _NOT_OF_BASE = ("README.md", "certificate.json")  # they speak of its weights
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _AXES = {"rows": 0, "columns": 1}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry
-
-
-class Stored(NamedTuple):
-    """A tensor that is read or made when it is asked for; `dtype` as safetensors calls it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    path: Path | None = None
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an entry."""
-        bits = re.search(r"\d+", self.dtype)
-        return max(1, int(bits[0]) // 8) if bits else 1  # BOOL
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all entries."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
 
 
 def export_update(base: str | Path, tuned: str | Path, file: str | Path) -> pd.DataFrame:
@@ -103,7 +81,7 @@ def apply_update(base: str | Path, file: str | Path, folder: str | Path) -> Path
     base, file, folder = Path(base), Path(file), Path(folder)
     check_new(folder)
     try:
-        update, said = _stored(file)
+        update, said = stored(file)
         if said.get("format") != _FORMAT:
             raise ValueError(f"{file}: need a file that `export_update` wrote")
         carried, dropped = json.loads(said["files"]), set(json.loads(said["dropped"]))
@@ -128,61 +106,9 @@ def apply_update(base: str | Path, file: str | Path, folder: str | Path) -> Path
     return folder
 
 
-def stored_weights(folder: str | Path) -> dict[str, Stored]:
-    """What is in the safetensors files of a folder, by name; only their headers are read."""
-    weights: dict[str, Stored] = {}
-    for path in weight_files(Path(folder)):
-        own, _ = _stored(path)
-        if twice := sorted(weights.keys() & own.keys()):
-            raise ValueError(f"{folder}: {twice[0]} lies in {weights[twice[0]].path.name} and in {path.name}")
-        weights |= own
-    return dict(sorted(weights.items()))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file while only one of its tensors is in memory."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so each is aligned
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            content = _content(tensors[name].read())
-            if content.nbytes != tensors[name].nbytes:
-                raise ValueError(f"{name}: {content.nbytes} bytes of {tensors[name].dtype}; need whole bytes an entry")
-            file.write(content)
-
-
-def _stored(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            sizes = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-            return {
-                name: Stored(*sizes[name], partial(_read, path, name), path) for name in parts
-            }, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:  # anew each time: what is mapped of an open one stays in memory
-        return file.get_tensor(name)
-
-
-def _content(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
 def _digest(stored: Stored, tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{stored.dtype} {list(stored.shape)}\n".encode())
-    digest.update(_content(tensor))
+    digest.update(content(tensor))
     return digest.hexdigest()
 
 

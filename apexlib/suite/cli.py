@@ -16,6 +16,7 @@ import yaml
 import apexlib
 from apexlib.files import atomic_folder, pretrained
 from apexlib.progress import hide_progress
+from apexlib.suite.bars import say
 from apexlib.suite.folders import folders, locate
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = f"error: {error}; need pip install 'apexlib[notebooks]'", 2
     except KeyboardInterrupt as error:
         message, code = f"interrupted: {error}".removesuffix(": "), getattr(error, "code", 130)
-    print(message, file=sys.stderr)
+    say(message)
     return code
 
 
@@ -83,6 +84,8 @@ def _reproduce(
     *, profile: str, settings: list[str], claims: list[int], budget: float, dry_run: bool, listing: bool, **chosen: Any
 ) -> int:
     from apexlib.suite import runner
+    from apexlib.suite.notebooks import read_profile
+    from apexlib.suite.outcome import outcome
 
     root = runner.find_root()
     if listing:
@@ -97,7 +100,7 @@ def _reproduce(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        runner.run_profile(profile, **chosen, budget=budget)
+        steps = runner.run_profile(profile, **chosen, budget=budget)
     except runner.RunError as error:
         left = ", ".join(f"{step.notebook} ({step.status})" for step in error.left)
         print(f"error: {left}" if error.failed else f"time is over; left: {left}; run again to go on", file=sys.stderr)
@@ -108,7 +111,12 @@ def _reproduce(
     except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
-    return _show_verdicts(claims, profile, root) if claims else 0
+    if claims:
+        return _show_verdicts(claims, profile, root)
+    read = read_profile(profile, root / "notebooks" / "profiles")
+    for line in outcome(read, root, {step.notebook for step in steps}):
+        print(line)
+    return 0
 
 
 def _assigned(texts: Sequence[str], need: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ class Folders:
     models: Path
     cache: Path
     runs: Path
+    executed: Path  # notebooks, for readers
 
 
 def project_root(start: Path | None = None) -> Path:
@@ -37,7 +38,8 @@ def folders(profile: str, root: Path | None = None) -> Folders:
         raise ValueError(f"profile {profile!r}: need letters, digits, '_', '-' or '.', since it names a folder")
     root = root or project_root()
     own = {name: root / "data" / name / profile for name in ("results", "models", "runs")}
-    return Folders(**own, figures=root / "figures" / profile, cache=root / "data" / "cache")
+    own |= {"figures": root / "figures" / profile, "executed": root / "notebooks" / "executed" / profile}
+    return Folders(**own, cache=root / "data" / "cache")
 
 
 def home() -> Path:
