@@ -6,6 +6,7 @@
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
 #   make test-mutants [ARGS="--budget 30"]         change the method's room a little, again and again: do tests notice?
+#   make docs                                      a site of README, pages, notebooks and public names: site/html/index.html
 #   make test | lint | format | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce compare bench test test-long test-mutants lint format readme lab setup lock clean
+.PHONY: reproduce compare bench test test-long test-mutants lint format readme docs lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -44,6 +45,9 @@ format: $(STAMP)
 
 readme: $(STAMP)
 	$(RUN) tests/readme.py
+
+docs: $(STAMP)
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d site/doctrees -c docs . site/html
 
 lab: $(STAMP)
 	$(RUN) -m apexlib play
@@ -73,5 +77,5 @@ lock:
 	grep -E '^(nvidia-|cuda-|triton)' .venv/lock/all.txt > requirements-cuda.lock
 
 clean:
-	rm -rf $(VENV) .mutants data/cache data/runs
+	rm -rf $(VENV) .mutants site data/cache data/runs
 	find data/models -mindepth 1 -maxdepth 1 ! -exec test -e {}/README.md \; -exec rm -rf {} +
