@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from apexlib import ExpansionPlan, biography
-from apexlib.suite.folders import NotReadyError, home, locate, relative
+from apexlib.suite.folders import NotReadyError, home, locate, needed, relative
 from apexlib.suite.inputs import data_files
 from apexlib.suite.runs import untouched_run
 from apexlib.suite.trials import RESULT, Trial, run_trials
@@ -225,9 +225,7 @@ def chosen_runs(results: Path) -> pd.DataFrame:
 
     `base` is the base model of a run's seed; where the seed has none, the first.
     """
-    if not (path := results / "instruction.csv").is_file():
-        raise NotReadyError(f"{relative(path)}: not there yet; run notebook 03 first")
-    runs = pd.read_csv(path).query("chosen").reset_index(drop=True)
+    runs = pd.read_csv(needed(results / "instruction.csv", "03")).query("chosen").reset_index(drop=True)
     if runs["method"].eq("base").all() or not runs["method"].eq("base").any():
         raise ValueError("instruction.csv: need the base and at least one chosen run")
     if gone := [path for path in runs["path"] if not Path(locate(path)).is_dir()]:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import pandas as pd
 
 from apexlib.suite.bars import Counts, RunBars, duration, read_counts, say
+from apexlib.suite.folders import RUNNER
 from apexlib.suite.memory import resident_mb
 from apexlib.suite.notebooks import Notebook
 from apexlib.suite.trials import COUNTS
@@ -147,7 +148,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
-        "JPY_SESSION_NAME": "",  # a notebook of JupyterLab may have started the run
+        RUNNER: "1",
         "TQDM_DISABLE": "1",  # bars would flood the executed copy
         "IPYTHONDIR": str(ipython),  # a user's own start-up files are not part of the run
         **more,

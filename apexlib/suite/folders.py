@@ -1,5 +1,6 @@
 """Where things lie: the project's root, the folders of a profile, what a result or a setting names by its path."""
 
+import builtins
 import os
 import re
 from contextlib import suppress
@@ -7,8 +8,8 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-PLAY = "play"  # a profile, and the folder of its notebooks: what is run in JupyterLab
-_RECORDED = ("cpu", "cpu-avx2", "study")  # profiles whose results are kept in the repository
+PLAY = "play"  # names the folders of what is run by hand, and that of its notebooks
+RUNNER = "APEXLIB_RUNNER"  # an environment variable, set in the kernels that the runner starts
 
 
 class NotReadyError(FileNotFoundError):
@@ -16,6 +17,13 @@ class NotReadyError(FileNotFoundError):
 
     def _render_traceback_(self) -> list[str]:  # asked for by IPython
         return [f"{type(self).__name__}: {self}"]
+
+
+def needed(path: Path, notebook: str) -> Path:
+    """A file or folder that is there; else `NotReadyError` says which notebook is to be run first."""
+    if not path.exists():
+        raise NotReadyError(f"{relative(path)}: not there yet; run notebook {notebook} first")
+    return path
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,19 @@ def project_root(start: Path | None = None) -> Path:
 def folders(profile: str, root: Path | None = None) -> Folders:
     """Name the folders of `profile`.
 
-    In a notebook that JupyterLab runs, recorded results are not written over: their folders there are those of "play".
+    The profiles in notebooks/profiles are the runner's: in a notebook that a person runs, in JupyterLab or elsewhere,
+    their folders are those of "play", so that nothing is written over what the runner wrote. A `root` that is given
+    says that the very folders are meant, to read in them say.
 
     >>> folders("cpu", Path("project")).results.as_posix()
     'project/data/results/cpu'
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", profile):
         raise ValueError(f"profile {profile!r}: need letters, digits, '_', '-' or '.', since it names a folder")
-    if root is None and profile in _RECORDED and os.environ.get("JPY_SESSION_NAME"):  # set by Jupyter's server
-        profile = PLAY
-    root = root or project_root()
+    if root is None:
+        root, by_hand = project_root(), hasattr(builtins, "__IPYTHON__") and not os.environ.get(RUNNER)
+        if by_hand and (root / "notebooks" / "profiles" / f"{profile}.yaml").is_file():
+            profile = PLAY
     own = {name: root / "data" / name / profile for name in ("results", "models", "runs")}
     own |= {"figures": root / "figures" / profile, "executed": root / "notebooks" / "executed" / profile}
     return Folders(**own, cache=root / "data" / "cache")
