@@ -1,5 +1,6 @@
 """Playing is safe: what is changed and run in JupyterLab leaves the record, the runner and git as they were."""
 
+import builtins
 import json
 import shutil
 import subprocess
@@ -8,16 +9,22 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from test_project import toy_study
+from test_reproduce import Project
 
+from apexlib.files import file_hash
 from apexlib.suite import cli
 from apexlib.suite.agreement import agreement, compared
 from apexlib.suite.bases import models_table
 from apexlib.suite.comparison import chosen_runs
 from apexlib.suite.folders import NotReadyError, folders
-from apexlib.suite.notebooks import read_notebook
+from apexlib.suite.notebooks import read_notebook, read_profile, resolve
 from apexlib.suite.play import lay_out
 
 ROOT = Path(__file__).parents[1]
+__all__ = ["toy_study"]  # a fixture
 
 
 @pytest.fixture
@@ -60,6 +67,39 @@ def test_copies_start_from_the_recorded_tables(project):
     assert (project / "data/results/play/instruction.csv").read_text() == "mine\n"
 
 
+def test_recorded_tables_follow_the_record_until_a_run_of_ones_own_writes_over_them(project):
+    list(lay_out(project))
+    record, own = (project / "data" / "results" / name for name in ("cpu", "play"))
+    (own / "masking.csv").write_text("mine\n")
+    for name in ("masking.csv", "instruction.csv"):
+        (record / name).write_text("another run\n")
+    (project / "figures/cpu/expansion.csv").write_text("another run\n")
+    list(lay_out(project))
+    assert (own / "masking.csv").read_text() == "mine\n"
+    assert (own / "instruction.csv").read_text() == "another run\n"
+    assert (project / "figures/play/expansion.csv").read_text() == "another run\n"
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"play/index'])
+def test_without_a_note_of_what_was_written_nothing_is_written_over(project, damaged):
+    list(lay_out(project))
+    mine = next((project / "play").glob("02*"))
+    mine.write_bytes(b"\xff")
+    (project / "play" / ".written.json").write_text(damaged)
+    assert [line.partition(":")[0] for line in lay_out(project)] == [f"play/{mine.name}"]
+    assert mine.read_bytes() == b"\xff"
+
+
+def test_what_else_lies_among_the_notebooks_is_not_copied_and_stops_nothing(project):
+    folder = project / "notebooks"
+    (folder / "01-notes.ipynb").write_text("{")
+    shutil.copyfile(next(folder.glob("02*")), folder / "02_expansion_step_by_step-Copy1.ipynb")
+    next(folder.glob("03*")).unlink()
+    list(lay_out(project))
+    copies = [path.name.partition("_")[0] for path in sorted((project / "play").glob("0*"))]
+    assert copies == ["00", "01", "02", "04", "05", "06", "07"]
+
+
 def test_what_was_changed_stays_what_was_not_follows_and_what_was_removed_comes_again(project):
     list(lay_out(project))
     assert list(lay_out(project)) == []
@@ -97,12 +137,85 @@ def test_the_index_opens_without_a_question_and_links_to_the_copies(project):
     assert all((project / "play" / link).is_file() for link in links)
 
 
-@pytest.mark.parametrize(("profile", "found"), [("cpu", "play"), ("study", "play"), ("smoke", "smoke"), ("my", "my")])
-def test_a_committed_notebook_that_jupyterlab_runs_does_not_write_over_the_record(profile, found, monkeypatch):
+@pytest.mark.parametrize(("profile", "found"), [("cpu", "play"), ("study", "play"), ("smoke", "play"), ("my", "my")])
+def test_by_hand_the_profiles_of_the_runner_name_the_folders_of_play(profile, found, monkeypatch):
+    monkeypatch.delattr(builtins, "__IPYTHON__", raising=False)
+    monkeypatch.delenv("APEXLIB_RUNNER", raising=False)
     assert folders(profile).results.name == profile
-    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/03_instruction_tuning.ipynb")
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     assert {path.name for path in (folders(profile).results, folders(profile).figures)} == {found}
-    assert folders(profile, ROOT).results.name == profile  # as the runner asks
+    assert folders(profile, ROOT).results.name == profile  # the very folder
+    monkeypatch.setenv("APEXLIB_RUNNER", "1")
+    assert folders(profile).results.name == profile
+
+
+def by_hand(path: Path, **values) -> None:
+    """Run a notebook as an editor does, with other values of parameters."""
+    notebook = nbformat.read(path, 4)
+    at = next(index for index, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    changed = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(changed))
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client.execute()
+
+
+def contents(root: Path) -> dict[str, str]:
+    """Hashes of all that is not of play."""
+    files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    kept = (path for path in files if not {"play", "cache", "__pycache__"} & {*path.parts})
+    return {path.as_posix(): file_hash(root / path) for path in kept}
+
+
+def test_what_is_run_by_hand_leaves_what_the_runner_wrote_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    toy = Project(tmp_path).make()
+    opening = "from apexlib.suite.folders import folders, needed\npaths = folders(profile)"
+    write = "for folder in (paths.results, paths.figures):\n    folder.mkdir(parents=True, exist_ok=True)"
+    write += "\n    (folder / 'a.csv').write_text(f'n\\n{n}\\n')"
+    read = "n = int(needed(paths.results / 'a.csv', '00').read_text().split()[1])"
+    writes = [f"{kind}/{{profile}}/a.csv" for kind in ("data/results", "figures")]
+    number = 'profile: str = "cpu"\nn: int = 3'
+    toy.notebook("00_make", opening, write, parameters=number, writes={path: ["n"] for path in writes})
+    twice = f"{read}\n(paths.results / 'b.csv').write_text(f'twice\\n{{2 * n}}\\n')"
+    toy.notebook("01_use", opening, twice, needs=writes[:1], writes={"data/results/{profile}/b.csv": ["twice"]})
+    toy.profile(notebooks={"00_make": {}, "01_use": {}})
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "play.md").write_text("# Play\n")
+    assert set(toy.run().values()) == {"done"}
+    own, recorded = tmp_path / "data" / "results" / "play", contents(tmp_path)
+
+    with pytest.raises(CellExecutionError, match=r"data/results/play/a.csv: not there yet; run notebook 00 first"):
+        by_hand(tmp_path / "notebooks" / "01_use.ipynb")
+    list(lay_out(tmp_path))
+    by_hand(tmp_path / "play" / "01_use.ipynb")
+    assert (own / "b.csv").read_text() == "twice\n6\n"  # from the recorded table
+    for folder, n in (("play", 5), ("notebooks", 7)):
+        for name in ("00_make", "01_use"):
+            by_hand(tmp_path / folder / f"{name}.ipynb", **({"n": n} if name == "00_make" else {}))
+        assert (own / "b.csv").read_text() == f"twice\n{2 * n}\n"
+    assert contents(tmp_path) == recorded
+    shutil.copy(tmp_path / "notebooks" / "00_make.ipynb", tmp_path / "notebooks" / "00_make-Copy1.ipynb")
+    source = tmp_path / "notebooks" / "01_use.ipynb"
+    source.write_text(source.read_text().replace('profile: str = \\"cpu', 'profile: str = \\"play'))
+    assert {status for status, _ in toy.plan().values()} == {"skip"}
+
+
+@pytest.mark.slow
+def test_every_notebook_that_is_run_by_hand_leaves_the_rest_byte_for_byte(toy_study, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(toy_study))
+    for name in ("docs", "data/results/cpu", "figures/cpu"):
+        shutil.copytree(ROOT / name, toy_study / name, dirs_exist_ok=True)
+    list(lay_out(toy_study))
+    before, toy = contents(toy_study), read_profile("toy", toy_study / "notebooks" / "profiles")
+    first = {"05": "run notebook 03 first", "01": "run notebook 00 first"}  # to their own models
+    for name in first:
+        with pytest.raises(CellExecutionError, match=first[name]):
+            by_hand(next((toy_study / "play").glob(f"{name}*")))
+    for path in sorted((toy_study / "play").glob("0*.ipynb")):
+        values = resolve(read_notebook(toy_study / "notebooks" / path.name, "toy"), toy, {})
+        by_hand(path, **{name: value for name, value in values.items() if name != "profile"})
+    assert contents(toy_study) == before
+    assert "halve" in set(pd.read_csv(toy_study / "data/results/play/ablations.csv")["variant"])
 
 
 def test_what_has_to_run_first_is_one_line(project, monkeypatch):
@@ -122,9 +235,6 @@ def test_what_has_to_run_first_is_one_line(project, monkeypatch):
 
 
 def test_a_notebook_shows_that_line_and_no_traceback(tmp_path):
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
     code = "from apexlib.suite.bases import models_table\nfrom pathlib import Path\nmodels_table(Path('none'))"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     with pytest.raises(CellExecutionError):
@@ -186,6 +296,7 @@ def test_tables_that_agree_and_where_others_do_not(project):
         (["x", "y"], ["x", "z"], ("different", "a: 1 of 2 rows")),
         ([0.0, 2.0], [1e-300, 2.0], ("different", "a: 1 of 2 rows, by 1e-300 at most")),
         ([0.0, 2.0], [0.0, 2.0 + 1e-7], ("to 1e-6", "")),
+        ([0.0, 2.0], [50.0, 2.0], ("different", "a: 1 of 2 rows, by 50 at most")),
         ([True, False], [True, True], ("different", "a: 1 of 2 rows, by 1 at most")),
     ],
 )
@@ -201,5 +312,8 @@ def test_the_command_says_it_by_its_exit_code(project, monkeypatch, capsys):
     assert cli.main(["compare"]) == 1
     assert cli.main(["compare", "--profile", "smoke"]) == 2
     assert "data/results/smoke: no tables; need a run, make reproduce PROFILE=smoke" in capsys.readouterr().err
+    shutil.copytree(project / "data/results/cpu", project / "data/results/smoke")
+    assert cli.main(["compare", "--profile", "smoke"]) == 2
+    assert "data/results/smoke: the last commit has no tables there to compare with" in capsys.readouterr().err
     assert cli.main(["play"]) == 0
     assert json.loads((project / "play" / ".written.json").read_text())

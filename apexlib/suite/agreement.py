@@ -23,6 +23,9 @@ def agreement(profile: str, root: Path) -> pd.DataFrame:
     results = folders(profile, root).results
     if not (tables := sorted(results.glob("*.csv"))):
         raise FileNotFoundError(f"{results.relative_to(root)}: no tables; need a run, make reproduce PROFILE={profile}")
+    found = git(root, "ls-tree", "--name-only", "HEAD", f"{results.relative_to(root).as_posix()}/") or ""
+    if not (known := {Path(name).stem for name in found.splitlines() if name.endswith(".csv")}):
+        raise FileNotFoundError(f"{results.relative_to(root)}: the last commit has no tables there to compare with")
     rows = []
     for path in tables:
         recorded = git(root, "show", f"HEAD:./{path.relative_to(root).as_posix()}")
@@ -30,9 +33,7 @@ def agreement(profile: str, root: Path) -> pd.DataFrame:
             rows.append((path.stem, "different", "not recorded in the last commit"))
         else:
             rows.append((path.stem, *compared(pd.read_csv(io.StringIO(recorded)), pd.read_csv(path))))
-    found = git(root, "ls-tree", "--name-only", "HEAD", f"{results.relative_to(root).as_posix()}/") or ""
-    gone = {Path(name).stem for name in found.splitlines() if name.endswith(".csv")} - {path.stem for path in tables}
-    rows += [(name, "different", "is missing") for name in sorted(gone)]
+    rows += [(name, "different", "is missing") for name in sorted(known - {path.stem for path in tables})]
     return pd.DataFrame(rows, columns=["table", "agrees", "where"])
 
 
@@ -58,7 +59,7 @@ def compared(recorded: pd.DataFrame, now: pd.DataFrame) -> tuple[str, str]:
         else:
             old, new = (each.to_numpy(float) for each in (old, new))
             same = (old == new) | (np.isnan(old) & np.isnan(new))
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore", over="ignore"):
                 absolute = np.where(same, 0.0, np.nan_to_num(np.abs(new - old), nan=np.inf))
                 relative = np.where(same, 0.0, absolute / np.maximum(np.abs(old), np.finfo(float).tiny))
             relative = np.nan_to_num(relative, nan=np.inf)
