@@ -13,15 +13,19 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.progress import progress
+from apexlib.projections import composed_once
 
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Hold `model` in evaluation mode and take no gradients inside the block; then each module has its mode again."""
+    """Hold `model` in evaluation mode and take no gradients inside the block; then each module has its mode again.
+
+    Its weights must not change inside: those of an expanded model are composed once.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), composed_once(model):
             yield
     finally:
         for module, training in modes.items():

@@ -32,6 +32,7 @@ from apexlib.projections import (
     check_finite,
     check_tensor,
     check_weights,
+    composed_once,
     make_plain,
     split,
     train_whole,
@@ -91,9 +92,9 @@ def expand(
     autograd. All give the same function and gradients; an FFN without a gate or of an unknown activation is split.
 
     In training mode attention maps number heads in the order in which the layer runs them, and a filled cache of keys
-    and values, which may have another order, raises ValueError. In evaluation mode each forward pass composes every
-    weight: fuse before generating much text. `save_pretrained` writes the plain model that `fuse` would make, so that
-    any Trainer saves it; its state, `state_dict`, is that of what trains.
+    and values, which may have another order, raises ValueError. In evaluation mode a forward pass composes every
+    weight; `generate` does so once for all its passes, as does `composed_once`. `save_pretrained` writes the plain
+    model that `fuse` would make, so that any Trainer saves it; its state, `state_dict`, is that of what trains.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
@@ -118,7 +119,7 @@ def expand(
     # all that an expanded model remembers of itself: which parameters trained before, a check, and how it is saved
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     model._expansion = trained, model.base_model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
-    model.save_pretrained = partial(_save_plain, model)
+    model.save_pretrained, model.generate = partial(_save_plain, model), partial(_generate, model)
     for parameter in model.parameters():
         parameter.requires_grad_(False).grad = None
     try:
@@ -203,7 +204,7 @@ def _undo(model: PreTrainedModel, composed: dict[str, dict[str, Tensor]]) -> Pre
     hook.remove()
     for name, before in trained.items():
         model.get_parameter(name).requires_grad_(before).grad = None
-    del model._expansion, model.save_pretrained
+    del model._expansion, model.save_pretrained, model.generate
     return model
 
 
@@ -260,6 +261,11 @@ def _rests(name: str, slots: list[Slot], train_queries: bool) -> bool:
     if not train_queries and len(directly) > 1:
         raise ValueError(f"{name}: holds queries and values in one weight; need train_queries=True")
     return not train_queries and True in directly
+
+
+def _generate(model: PreTrainedModel, *given: Any, **options: Any) -> Any:
+    with composed_once(model):
+        return type(model).generate(model, *given, **options)
 
 
 def _save_plain(model: PreTrainedModel, *given: Any, state_dict: object = None, **options: Any) -> None:

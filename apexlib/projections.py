@@ -10,7 +10,8 @@ goes on working: references, hooks, names of modules. A wrapper in its place wou
 when it goes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -53,18 +54,25 @@ class SplitProjection(nn.Module):
     layout: _Layout
     mixer: nn.Module | None  # registered in the parent module only
     order: Tensor  # where each of [rows | frozen] lies in the plain weight; saved, so that a state says what it holds
+    held: dict[str, Tensor] | None = None  # what it was composed to, inside `composed_once`
 
     @property
     def weight(self) -> Tensor:
         """The plain weight, in the model's dtype and order of units."""
-        return self.whole(self.compose(self.rows), self.frozen)
+        return self._whole("weight", self.rows, self.frozen)
 
     @property
     def bias(self) -> Tensor | None:
         """The plain bias."""
         if self.bias_rows is None:
             return self._parameters.get("bias")
-        return self.whole(self.composed_bias()[:, None], self.bias_frozen[:, None]).flatten()
+        return self._whole("bias", self.bias_rows[:, None], self.bias_frozen[:, None]).flatten()
+
+    def _whole(self, name: str, rows: Float[Tensor, "n d"], frozen: Float[Tensor, "m d"]) -> Tensor:
+        held = {} if self.held is None or torch.is_grad_enabled() else self.held
+        if name not in held:
+            held[name] = self.whole(self.compose(rows), frozen)
+        return held[name]
 
     @property
     def input_order(self) -> Tensor | None:
@@ -132,6 +140,22 @@ class SplitProjection(nn.Module):
         """Count the rows of each role among so many trainable or frozen ones."""
         units = rows // sum(self.layout.widths)
         return [units * width for width in self.layout.widths]
+
+
+@contextmanager
+def composed_once(model: nn.Module) -> Iterator[None]:
+    """Compose each weight of an expanded model once for all passes inside the block that take no gradients.
+
+    In evaluation mode, that is; the weights must not change in it, and take the memory of plain ones until its end.
+    """
+    inside = [m for m in model.modules() if isinstance(m, SplitProjection) and m.held is None]
+    for module in inside:
+        module.held = {}
+    try:
+        yield
+    finally:
+        for module in inside:
+            vars(module).pop("held", None)  # it may be plain by now
 
 
 class _SplitLinear(SplitProjection, nn.Linear):

@@ -67,6 +67,7 @@ def run(folder, size: int = 3, *, choice="first"):
     warnings.warn("a warning")
     for step in progress(range(size), "working"):
         size = size + helper(step)
+    show_stages(size, 2)
     from lib.lazy import late
 
     size = sum(call(size) for call in (handed_on, typed, modules.called, other_name.renamed, late, MARKED["double"]))
@@ -81,6 +82,10 @@ def helper(x, factor=2):
 @wrap
 def progress(items, text):
     return items
+
+
+def show_stages(size, stages):
+    draw(size, "green")
 
 
 def plot(table):
@@ -286,6 +291,9 @@ SAME = {
     "a log's text": ("runs.py", '"size %s is used", size', '"%s of %s", size, choice'),
     "a warning's text": ("runs.py", "a warning", "take care"),
     "the text over a bar": ("runs.py", '"working"', '"at work"'),
+    "what is shown over a bar": ("runs.py", "show_stages(size, 2)", "show_stages(3)"),
+    "a bar that is not shown": ("runs.py", "    show_stages(size, 2)\n", ""),
+    "how a bar is shown": ("runs.py", 'draw(size, "green")', 'draw(stages, "green")'),
     "an annotation of an argument": ("runs.py", "size: int = 3", "size: float = 3"),
     "a function not reached": ("runs.py", "return x - UNUSED", "return x - 5 * UNUSED"),
     "a constant not reached": ("runs.py", "UNUSED = 1.0", "UNUSED = 2.0"),
@@ -475,8 +483,8 @@ def test_a_run_of_the_library_depends_on_what_computes_it_and_on_nothing_else():
     assert {"apexlib.expansion", "apexlib.selection", "apexlib.activations", "apexlib.text.skills"} <= modules
     assert "apexlib.text.skills._calendar" in found  # an entry of a table
     found = set(found) - {"apexlib.suite.trials.DEADLINE", "apexlib.suite.trials.time_left"}  # when to stop, not what
-    others = ("figures", "overview", "runner", "ledger", "trials")
-    for room in (*(f"suite.{name}" for name in others), "analysis.difference", "analysis.function_spectrum"):
+    others = (*(f"suite.{name}" for name in ("figures", "overview", "runner", "ledger", "trials")), "training.bar")
+    for room in (*others, "analysis.difference", "analysis.function_spectrum"):
         assert not [name for name in found if name.startswith(f"apexlib.{room}")]
 
 

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from apexlib.activations import ActivationRecorder, activation_statistics
 from apexlib.analysis.budget import equal_statistics
 from apexlib.architectures import model_components
+from apexlib.evaluation import in_evaluation, perplexity
 from apexlib.expansion import Mixer, expand, expand_rows, fuse, is_expanded
 from apexlib.inspection import composed_weights, parameter_groups, trainable_table
 from apexlib.operators import OPERATORS, make_operator
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
-from apexlib.projections import SplitProjection
+from apexlib.projections import SplitProjection, composed_once
 from apexlib.selection import select
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units", "ignore:.*is deprecated")
@@ -1028,19 +1029,72 @@ def test_what_is_not_finite_is_not_fused(name, blamed, value):
 
 
 def test_each_weight_is_composed_once_per_fuse(monkeypatch):
-    model, composed = perturb(expanded("llama-mha-bias")), []
-    compose = SplitProjection.compose
-    monkeypatch.setattr(SplitProjection, "compose", lambda self, rows: composed.append(self) or compose(self, rows))
+    model, composed = perturb(expanded("llama-mha-bias")), counted_compositions(monkeypatch)
     expected = sum(1 if module.bias_rows is None else 2 for module in projections(model).values())
     fuse(model)
     assert len(composed) == expected
+
+
+def counted_compositions(monkeypatch):
+    composed = []
+    compose = SplitProjection.compose
+    monkeypatch.setattr(SplitProjection, "compose", lambda self, rows: composed.append(self) or compose(self, rows))
+    return composed
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gpt2", "gpt_neox", "phi3"])
+def test_generating_composes_each_weight_once_and_writes_what_the_fused_model_writes(variant, batch, monkeypatch):
+    model = build(variant)
+    expand(model, varied_plan(model)).eval()
+    perturb(model)
+    written = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1}
+    composed = counted_compositions(monkeypatch)
+    tokens = model.generate(batch["input_ids"][:1], **written)
+    weights = sum(1 + (m.bias_rows is not None) for m in model.modules() if isinstance(m, SplitProjection))
+    assert len(composed) == weights
+    assert torch.equal(tokens, fuse(model).generate(batch["input_ids"][:1], **written))
+    assert "generate" not in vars(model)
+
+
+def test_what_measures_an_expanded_model_composes_each_weight_once(batch, monkeypatch):
+    model = build("llama")
+    expand(model, varied_plan(model))
+    perturb(model)
+    composed = counted_compositions(monkeypatch)
+    loss = perplexity(model, [batch] * 3, quiet=True)["loss"]
+    assert len(composed) == sum(isinstance(module, SplitProjection) for module in model.modules())
+    with in_evaluation(model):  # in which another one is entered and left
+        first = perplexity(model, [batch], quiet=True)["loss"]
+        second = perplexity(model, [batch], quiet=True)["loss"]
+    assert first == second == pytest.approx(loss)
+    assert loss == pytest.approx(perplexity(fuse(model), [batch], quiet=True)["loss"])
+
+
+def test_composed_weights_are_not_kept_beyond_a_measurement_or_where_gradients_are_taken(batch):
+    model = build("llama")
+    expand(model, varied_plan(model))
+    perturb(model)
+    before = perplexity(model, [batch], quiet=True)["loss"]
+    perturb(model, seed=1)
+    after = perplexity(model, [batch], quiet=True)["loss"]
+    assert abs(after - before) > 1e-3
+    with composed_once(model.eval()):
+        model(**batch)
+        with torch.no_grad():
+            model(**batch)
+        model(**batch).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(RuntimeError), composed_once(model):
+        raise RuntimeError
+    perturb(model, seed=2)
+    assert perplexity(model, [batch], quiet=True)["loss"] != after
 
 
 def test_what_hangs_on_the_model_is_one_record_and_a_way_to_save():
     model = build("llama")
     before = set(vars(model))
     expand(model, varied_plan(model))
-    assert set(vars(model)) - before == {"_expansion", "save_pretrained"}
+    assert set(vars(model)) - before == {"_expansion", "save_pretrained", "generate"}
     fuse(model)
     assert set(vars(model)) == before
 

@@ -24,6 +24,7 @@ import yaml
 from apexlib.files import file_hash
 from apexlib.suite import cli, execution
 from apexlib.suite import runner as reproduce
+from apexlib.suite.bars import RunBars
 from apexlib.suite.notebooks import ReproduceError, load_yaml, read_notebook, read_profile
 from apexlib.suite.runner import RunError, plan_profile, run_profile
 
@@ -204,6 +205,19 @@ def test_the_executed_copies_lie_in_the_runs_folder_and_the_sources_stay_clean(f
         copy = nbformat.read(finished.runs / path.name, as_version=4)
         assert all(cell.execution_count for cell in copy.cells if cell.cell_type == "code")
         assert not any(cell.get("execution_count") for cell in nbformat.read(path, as_version=4).cells)
+
+
+def test_executed_notebooks_are_published_for_readers(finished):
+    published = {path.name: nbformat.read(path, 4) for path in finished.root.glob("notebooks/executed/cpu/*.ipynb")}
+    assert sorted(published) == [f"{name}.ipynb" for name in ("00_make", "01_use", "02_last", "03_beside")]
+    for name, notebook in published.items():
+        source = nbformat.read(finished.root / "notebooks" / name, 4)
+        own = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        assert [(cell.cell_type, cell.source) for cell in own] == [(c.cell_type, c.source) for c in source.cells]
+        assert notebook.metadata["run"]["profile"] == "cpu"
+    injected = published["00_make.ipynb"].cells[2].source
+    assert injected == "# changed for this run\ntext = 'ä \"quoted\" \\\\ {n} $HOME'\nrates = [1.0, 0.5]"
+    assert len(published["01_use.ipynb"].cells) == 3  # nothing else was changed
 
 
 def test_the_manifest_tells_what_was_run_with_what(finished):
@@ -422,7 +436,7 @@ def test_only_from_and_force_choose(project):
     before = project.manifest["notebooks"]
     with redirect_stderr(Terminal()) as error:
         assert project.run(only=["03_b"], force=True) == {"03": "done"}
-    assert re.search(r"03_beside: +\d+%.* \d/2 ", error.getvalue())
+    assert re.search(r"notebook 1 of 1 .*03_beside  cell \d of 2 ", error.getvalue(), flags=re.S)
     after = project.manifest["notebooks"]
     assert {name for name in after if after[name] != before[name]} == {"03_beside"}
 
@@ -732,7 +746,7 @@ def test_without_a_budget_there_is_no_deadline(long):
 )
 def test_a_budget_is_read(small, monkeypatch, text, seconds):
     seen = {}
-    monkeypatch.setattr(reproduce, "run_profile", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr(reproduce, "run_profile", lambda *_, **options: seen.update(options) or [])
     assert main(["--budget", text]) == 0
     assert seen["budget"] == seconds
 
@@ -783,8 +797,8 @@ def test_every_promise_is_checked(tmp_path, monkeypatch, written, problem):
         return nbformat.v4.new_notebook()
 
     monkeypatch.setattr("papermill.execute_notebook", papermill_does)
-    notebook = read_notebook(tmp_path / "notebooks" / "00_any.ipynb", "cpu")
-    done = execution.execute(notebook, {}, root=tmp_path, copy=tmp_path / "runs" / "00_any.ipynb", environment={})
+    notebook, copy = read_notebook(tmp_path / "notebooks" / "00_any.ipynb", "cpu"), tmp_path / "runs" / "00_any.ipynb"
+    done = execution.execute(notebook, {}, root=tmp_path, copy=copy, environment={}, bars=RunBars({}))
     assert done.problem == problem
 
 

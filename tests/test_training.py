@@ -1,6 +1,7 @@
 """Staged training: one run cut into stages, every method through the same function."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.selection import select
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.tokenizer import train_tokenizer
+from apexlib.training import bar
 from apexlib.training.checkpoints import checkpoint_folder
 from apexlib.training.checks import first_not_finite
 from apexlib.training.data import check_data
@@ -612,9 +614,26 @@ def test_ten_lines_without_a_trainer_do_the_same_as_one_stage(tiny_model, tmp_pa
         assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-def test_progress_is_shown_live_by_the_trainers_own_option(tiny_model, tmp_path, capfd):
-    run(tiny_model, tmp_path, disable_tqdm=False)
-    assert capfd.readouterr().err.count("3/3 [") >= 2  # a bar for each stage
+def test_one_bar_tells_stage_step_and_loss_of_the_whole_run(tiny_model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(bar, "hide_progress", lambda: False)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars of files that it writes
+    evaluated = {"eval_dataset": Blocks(8, start=20), "eval_strategy": "steps", "eval_steps": 3}
+    record = run(tiny_model, tmp_path, disable_tqdm=False, **evaluated)
+    out, shown = capfd.readouterr()
+    assert out == ""  # what is logged is in the record
+    assert re.search(r"stage 1 of 2:.* 3/6 \[.*, loss=[\d.]+, eval_loss=", shown)
+    assert not re.search(r"stage 2 of 2:.* [012]/6 ", shown)
+    *_, last = re.findall(r"stage 2 of 2: 100%.* 6/6 \[[\d:]+<00:00,.* loss=([\d.]+), eval_loss=[\d.]+\]\n", shown)
+    assert float(last) == pytest.approx(record.log["loss"].dropna().iloc[-1], rel=0.01)
+    assert shown.count("\n") == shown.count("\n\r") + 1  # only one bar stays; those inside it return
+
+
+@pytest.mark.parametrize(("hidden", "disabled"), [(True, False), (False, True)])
+def test_there_is_no_bar_where_nobody_watches_or_wants_one(hidden, disabled, tiny_model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(bar, "hide_progress", lambda: hidden)
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
+    run(tiny_model, tmp_path, disable_tqdm=disabled)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_sft_trainer_of_trl_trains_in_stages(tiny_model, tmp_path):

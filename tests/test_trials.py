@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from apexlib.progress import hide_progress
 from apexlib.suite import trials
+from apexlib.suite.bars import Counts, read_counts
 from apexlib.suite.trials import OutOfTimeError, Trial, run_trials, time_left
 from apexlib.training.interruption import Stop
 
@@ -277,6 +280,38 @@ def test_no_process_outlives_a_killed_parent_for_longer_than_it_needs_to_save(ru
     workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
     wait_until(lambda: not any(alive(worker) for worker in workers), seconds=20)
     assert len(list(tmp_path.glob("*.saved"))) == (2 if run == "linger_until_asked" else 0)
+
+
+def test_trials_are_counted_for_who_watches_from_outside(here, tmp_path, monkeypatch):
+    file = tmp_path / "counts"
+    monkeypatch.setenv(trials.COUNTS, str(file))
+    run_trials(square, some(1), tmp_path)
+    run_trials(square, some(1, 2, 3), tmp_path)
+    assert read_counts(file) == Counts(before=1, now=3, total=4)
+    monkeypatch.setenv(trials.COUNTS, str(tmp_path / "gone" / "counts"))
+    assert len(run_trials(square, some(4), tmp_path)) == 1
+    for damaged in ("", "x", "1 2", "1 2 3\n4 5", "1 2 3 4"):
+        file.write_text(damaged)
+        assert read_counts(file) == Counts()
+
+
+def test_the_bar_of_a_set_stays(here, tmp_path, monkeypatch, capsys):
+    run_trials(square, some(1), tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(trials, "hide_progress", lambda: False)
+    run_trials(square, some(1, 2, 3), tmp_path)
+    shown = capsys.readouterr().err
+    assert re.search(r"trials: +33%.* 1/3 ", shown)
+    assert re.search(r"trials: 100%.* 3/3 .*\n$", shown)
+
+
+def test_processes_show_no_bars(tmp_path):
+    assert run_trials(hides, [Trial("a", {})], tmp_path, workers=2) == [{"hides": True}]
+
+
+def hides(folder):
+    sys.stderr.isatty = lambda: True
+    return {"hides": hide_progress()}
 
 
 def wait_until(holds, seconds=120):

@@ -16,7 +16,8 @@ import yaml
 import apexlib
 from apexlib.files import atomic_folder, pretrained
 from apexlib.progress import hide_progress
-from apexlib.suite.folders import folders, locate
+from apexlib.suite.bars import say
+from apexlib.suite.folders import folders, locate, project_root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = f"error: {error}; need pip install 'apexlib[notebooks]'", 2
     except KeyboardInterrupt as error:
         message, code = f"interrupted: {error}".removesuffix(": "), getattr(error, "code", 130)
-    print(message, file=sys.stderr)
+    say(message)
     return code
 
 
@@ -83,6 +84,8 @@ def _reproduce(
     *, profile: str, settings: list[str], claims: list[int], budget: float, dry_run: bool, listing: bool, **chosen: Any
 ) -> int:
     from apexlib.suite import runner
+    from apexlib.suite.notebooks import read_profile
+    from apexlib.suite.outcome import outcome
 
     root = runner.find_root()
     if listing:
@@ -97,7 +100,7 @@ def _reproduce(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        runner.run_profile(profile, **chosen, budget=budget)
+        steps = runner.run_profile(profile, **chosen, budget=budget)
     except runner.RunError as error:
         left = ", ".join(f"{step.notebook} ({step.status})" for step in error.left)
         print(f"error: {left}" if error.failed else f"time is over; left: {left}; run again to go on", file=sys.stderr)
@@ -108,7 +111,29 @@ def _reproduce(
     except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
-    return _show_verdicts(claims, profile, root) if claims else 0
+    if claims:
+        return _show_verdicts(claims, profile, root)
+    read = read_profile(profile, root / "notebooks" / "profiles")
+    for line in outcome(read, root, {step.notebook for step in steps}):
+        print(line)
+    return 0
+
+
+def _play() -> None:
+    from apexlib.suite.play import lay_out
+
+    for line in [*lay_out(project_root())]:  # all is laid out before a word is said
+        print(line)
+
+
+def _compare(*, profile: str) -> int:
+    from apexlib.suite.agreement import agreement
+
+    found = agreement(profile, project_root())
+    width = found["table"].str.len().max()
+    for row in found.itertuples():
+        print(f"{row.table:<{width}}  {row.agrees:<9}  {row.where}".rstrip())
+    return int(found["agrees"].eq("different").any())
 
 
 def _assigned(texts: Sequence[str], need: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Files are parsed, never imported. A definition is a function, a class or an assi
 uses are followed: in its module, through imports, and as attributes of modules. The other statements of a module
 (`register(…)`, `TABLE[…] = …`) belong to all that imports it, and so does what a decorator or a base class of the
 library may enter in a registry. Where a name is only known when the code runs, the whole module or package counts.
-The text of a `Part` has no docstrings, comments, formatting and messages: they decide no number.
+The text of a `Part` has no docstrings, comments, formatting, messages and statements that show a bar: they decide no
+number.
 """
 
 import ast
@@ -25,6 +26,7 @@ _IMPORTERS = ("import_module", "__import__")
 _LOADED = ("sys", "modules")
 _LOGS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 _BARS = ("progress", "tqdm", "trange", "set_description")
+_SHOWING = [("show_stages",)]  # a statement that calls one of these only tells how far a run is
 
 
 def code_of(function: Callable[..., Any]) -> dict[str, str]:
@@ -226,7 +228,8 @@ class Part(ast.NodeTransformer):
         self.text = "\n".join(ast.dump(each) for each in kept if each)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+        shows = isinstance(node.value, ast.Call) and chain_of(node.value.func) in _SHOWING
+        return None if shows or isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import) -> None:  # what it binds counts where it is used
         for each in node.names:

@@ -1,10 +1,10 @@
 """Run one notebook through papermill in a kernel of this interpreter; check that it finished and kept its promises."""
 
+import asyncio
 import logging
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
-from tqdm import tqdm
 
+from apexlib.suite.bars import Counts, RunBars, duration, read_counts, say
 from apexlib.suite.memory import resident_mb
 from apexlib.suite.notebooks import Notebook
+from apexlib.suite.trials import COUNTS
 
 Stamps = dict[str, list[int]]  # path below the root → size, time of change in ns
 
@@ -31,10 +32,17 @@ class Execution:
     seconds: float
     peak_memory_mb: int | None  # resident, of the kernel's own process
     out_of_time: bool = False  # the deadline passed before it was done; `problem` says what is left
+    trials: int | None = None  # that it ran; None: it has none
 
 
 def execute(
-    notebook: Notebook, values: Mapping[str, Any], *, root: Path, copy: Path, environment: Mapping[str, str]
+    notebook: Notebook,
+    values: Mapping[str, Any],
+    *,
+    root: Path,
+    copy: Path,
+    environment: Mapping[str, str],
+    bars: RunBars,
 ) -> Execution:
     """Run `notebook` in its folder with the parameters `values`, under more `environment` variables, into `copy`."""
     import papermill
@@ -42,10 +50,11 @@ def execute(
     for name in ("papermill", "asyncio"):  # repeats what is said here; complains of what an interrupt cuts off
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = {path: stamps(root, path) for path in notebook.writes}
-    follower, out_of_time = _Follower(notebook), False
+    follower, out_of_time = _Follower(notebook, copy.with_suffix(".trials"), bars), False
+    environment = {**environment, COUNTS: str(follower.file)}
     # papermill formats paths with the parameters
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook.path, copy))
-    with follower.bar, copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
+    with follower, copy.with_suffix(".log").open("w+", encoding="utf-8", errors="replace") as log:
         try:
             executed = papermill.execute_notebook(
                 source,
@@ -66,7 +75,8 @@ def execute(
         except Exception as error:  # whatever stopped this notebook, others may still run
             out_of_time = getattr(error, "ename", "") == "OutOfTimeError"
             problem = error.evalue if out_of_time else _explain(error, follower, log)
-    return Execution(problem, time.monotonic() - follower.began, follower.peak_memory_mb, out_of_time)
+    seconds, trials = time.monotonic() - follower.began, follower.counts.now if follower.counts.total else None
+    return Execution(problem, seconds, follower.peak_memory_mb, out_of_time, trials)
 
 
 def stamps(root: Path, path: str) -> Stamps:
@@ -76,24 +86,12 @@ def stamps(root: Path, path: str) -> Stamps:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    >>> duration(3.21), duration(754)
-    ('3.2 s', '12 min 34 s')
-    """
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
-
-
-def say(text: str) -> None:
-    """Write a line to stderr, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stderr)
-
-
 class _Follower:
-    """Follow a notebook while it runs: the cell it is in, how long cells take, how much memory the kernel needs."""
+    """Follow a notebook while it runs: the cell it is in, how long cells take, trials, how much memory it needs."""
 
-    def __init__(self, notebook: Notebook) -> None:
+    def __init__(self, notebook: Notebook, file: Path, bars: RunBars) -> None:
+        self.file, self.bars, self.counts = file, bars, Counts()
+        self.tick: asyncio.TimerHandle | None = None
         self.limit, self.total = notebook.timeout_minutes, 1 + len(notebook.cells)
         self.numbers: dict[int, int] = {}  # index in the executed copy → which of the notebook's own code cells
         self.index, self.source = 0, ""
@@ -101,7 +99,23 @@ class _Follower:
         self.ends_by = math.inf  # known once the kernel has started
         self.kernel: Any = None
         self.peak_memory_mb: int | None = None
-        self.bar = tqdm(total=self.total, desc=notebook.name, unit="cell", leave=False, disable=None)
+
+    def __enter__(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.tick:
+            self.tick.cancel()
+        self.counts = read_counts(self.file)
+        self.file.unlink(missing_ok=True)
+
+    def show(self) -> None:
+        self.bars.show(len(self.numbers), self.total, read_counts(self.file))
+
+    def keep_showing(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Show how far the notebook is, now and every second while the loop runs, as it does in every cell."""
+        self.show()
+        self.tick = loop.call_later(1.0, self.keep_showing, loop)
 
     def cell_starts(self, cell: Any, cell_index: int) -> None:
         if _is_own_code(cell):
@@ -109,15 +123,15 @@ class _Follower:
             if not self.numbers:
                 self.ends_by = self.cell_began + 60 * self.limit
             self.numbers[cell_index] = len(self.numbers) + 1
+            self.show()
 
     def cell_ends(self, cell: Any, cell_index: int, **_: Any) -> None:
         if cell_index not in self.numbers:
             return
         if not math.isnan(peak := resident_mb(self.kernel.provisioner.pid)):
             self.peak_memory_mb = round(peak)
-        self.bar.update()
         seconds = time.monotonic() - self.cell_began
-        if self.bar.disable and seconds > _LONG_CELL:
+        if self.bars.run.disable and seconds > _LONG_CELL:
             say(f"  code cell {self.numbers[cell_index]} of {self.total} took {duration(seconds)}")
 
 
@@ -133,6 +147,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "JPY_SESSION_NAME": "",  # a notebook of JupyterLab may have started the run
         "TQDM_DISABLE": "1",  # bars would flood the executed copy
         "IPYTHONDIR": str(ipython),  # a user's own start-up files are not part of the run
         **more,
@@ -143,6 +158,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
 
         async def start_kernel(self, **options: Any) -> None:
             follower.kernel = self
+            follower.keep_showing(asyncio.get_running_loop())
             await super().start_kernel(env=environment, stdout=log, stderr=log, **options)  # what no cell catches
 
     return OwnKernel

@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 from apexlib.files import clear_partial, content_hash, exclusive, file_hash, read_object, write_json
 from apexlib.provenance import git, provenance
+from apexlib.suite.bars import RunBars, duration, say
 from apexlib.suite.dependencies import LIBRARY, code_of_source, normalised
-from apexlib.suite.execution import duration, execute, say, stamps
+from apexlib.suite.execution import execute, stamps
 from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
 from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_profile, resolve, unknown, writer_of
+from apexlib.suite.publishing import publish
 
 _STATE_FORMAT = 2
 _STOPPED = ("failed", "unfinished", "not run")
@@ -63,8 +65,10 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
         held.callback(job.keep, steps)
         if edited := job.edited():
             say(f"note: {', '.join(edited)}: not as committed")
+        bars = held.enter_context(RunBars(job.expected(force=force)))
         for name in job.selected:
-            steps.append(job.take_turn(name, steps, force=force, deadline=deadline))
+            bars.begin(name)
+            steps.append(job.take_turn(name, steps, force=force, deadline=deadline, bars=bars))
             say("  ".join(filter(None, (name, steps[-1].status, steps[-1].reason))))
     if any(step.status in _STOPPED for step in steps):
         raise RunError(steps)
@@ -73,17 +77,7 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
 
 def plan_profile(profile: str = "cpu", *, force: bool = False, **chosen: Any) -> list[Step]:
     """Tell what `run_profile` would do, given the same choices; nothing is run and nothing written."""
-    job = _Job(profile, **chosen)
-    steps: list[Step] = []
-    for name in job.selected:
-        notebook, moving = job.notebooks[name], [step.notebook for step in steps if step.status != "skip"]
-        if reason := "forced" if force else job.stale(notebook):
-            steps.append(Step(name, "run", reason))
-        elif upstream := [path for path in notebook.needs if job.writer(path) in moving]:
-            steps.append(Step(name, "maybe", f"if {job.writer(upstream[0])} changes {upstream[0]}"))
-        else:
-            steps.append(Step(name, "skip", "up to date"))
-    return steps
+    return _Job(profile, **chosen).plan(force=force)
 
 
 def find_root(root: Path | None = None) -> Path:
@@ -216,7 +210,31 @@ class _Job:
                 return f"{'missing' if found is None else 'not as it was written'}: {path}"
         return ""
 
-    def take_turn(self, name: str, steps: Sequence[Step], *, force: bool, deadline: float) -> Step:
+    def plan(self, *, force: bool) -> list[Step]:
+        """Tell what will become of each selected notebook."""
+        steps: list[Step] = []
+        for name in self.selected:
+            notebook, moving = self.notebooks[name], [step.notebook for step in steps if step.status != "skip"]
+            if reason := "forced" if force else self.stale(notebook):
+                steps.append(Step(name, "run", reason))
+            elif upstream := [path for path in notebook.needs if self.writer(path) in moving]:
+                steps.append(Step(name, "maybe", f"if {self.writer(upstream[0])} changes {upstream[0]}"))
+            else:
+                steps.append(Step(name, "skip", "up to date"))
+        return steps
+
+    def expected(self, *, force: bool) -> dict[str, dict[str, Any]]:
+        """What is recorded of each selected notebook, as `RunBars` takes it; 0 seconds if it will not run."""
+        past: dict[str, dict[str, Any]] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or damaged
+            for name, entry in read_object(self.folders.results / "manifest.json")["notebooks"].items():
+                past[name] = {key: float(entry[key]) for key in ("seconds", "trials") if key in entry}
+        return {
+            step.notebook: {"seconds": 0.0} if step.status == "skip" else past.get(step.notebook, {})
+            for step in self.plan(force=force)
+        }
+
+    def take_turn(self, name: str, steps: Sequence[Step], *, force: bool, deadline: float, bars: RunBars) -> Step:
         """Run one notebook, unless it is up to date, needs what is not there yet, or the time is over."""
         try:
             # read once more, since it may have been edited while those before it ran
@@ -243,7 +261,7 @@ class _Job:
         values = resolve(notebook, self.profile, self.settings)
         copy = self.folders.runs / notebook.path.name
         environment = {"APEXLIB_DEADLINE": str(deadline)} if deadline < math.inf else {}
-        execution = execute(notebook, values, root=self.root, copy=copy, environment=environment)
+        execution = execute(notebook, values, root=self.root, copy=copy, environment=environment, bars=bars)
         if execution.out_of_time:
             return Step(name, "unfinished", execution.problem)
         if execution.problem:
@@ -255,8 +273,12 @@ class _Job:
             "parameters": values,
             "artifacts": artifacts,
             "seconds": round(execution.seconds, 1),
+            **({} if execution.trials is None else {"trials": execution.trials}),
             "peak_memory_mb": execution.peak_memory_mb,
         }
+        told = {"profile": self.profile.name, **{key: record[key] for key in ("created", "commit", "device")}}
+        changed = {key: value for key, value in values.items() if value != notebook.parameters[key].default}
+        publish(copy, self.folders.executed / copy.name, root=self.root, changed=changed, **told)
         self.state.notebooks[name] = {"inputs": inputs, "record": record}
         self.state.save()
         memory = f", {execution.peak_memory_mb} MB" if execution.peak_memory_mb else ""

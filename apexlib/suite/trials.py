@@ -15,13 +15,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from apexlib.files import content_hash, file_hash, read_object, write_json
-from apexlib.progress import progress
+from apexlib.progress import hide_progress
 from apexlib.provenance import provenance
 from apexlib.suite.dependencies import code_of
 
 RESULT = "trial.json"  # holds the key of a trial that has begun, and its result once it has finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
+COUNTS = "APEXLIB_COUNTS"  # another: a file that tells how many trials are done, for who watches from outside
 
 _GRACE = 60.0  # seconds that a process has to save, once its parent is gone
 _busy = threading.RLock()  # held while this process runs a trial
@@ -68,8 +71,7 @@ def run_trials(
     due = [call for call in calls if "result" not in _written(*call[2:])]
     workers = workers or default_workers()
     runs = (_finish(*call) for call in due if not _late()) if workers == 1 else _side_by_side(due, workers, threads)
-    done = progress(runs, "trials", total=len(calls), initial=len(calls) - len(due))
-    if failures := [error for error in done if error]:
+    if failures := [error for error in _counted(runs, len(calls) - len(due), len(calls)) if error]:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
     results = [_written(*call[2:]).get("result") for call in calls]
     if left := [name for name, result in zip(names, results, strict=True) if result is None]:
@@ -81,6 +83,20 @@ def time_left() -> float | None:
     """Seconds until the deadline that the environment variable `APEXLIB_DEADLINE` gives; None without one."""
     deadline = os.environ.get(DEADLINE)
     return float(deadline) - time.time() if deadline else None
+
+
+def _counted(runs: Iterator[str], before: int, total: int) -> Iterator[str]:
+    """Pass on what runs return, under a bar that stays; lines of `COUNTS`: done before, done now, of how many."""
+
+    def count(*numbers: int) -> None:
+        if path := os.environ.get(COUNTS):
+            with suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                print(*numbers, file=file)
+
+    count(before, 0, total)
+    for error in tqdm(runs, desc="trials", unit="trial", total=total, initial=before, disable=hide_progress()):
+        count(0, 1, 0)
+        yield error
 
 
 def _late() -> bool:
@@ -127,7 +143,7 @@ def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterato
 def _worker(threads: int, environment: Mapping[str, str]) -> None:
     """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order."""
     os.environ.update(environment)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers shows one for the weights of every file
+    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # the latter: of the files of weights
     import torch
 
     torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.training.bar import show_stages
 from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain, stage_borders
 from apexlib.training.checks import check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.data import Streamed, check_data, prepare
@@ -89,6 +90,8 @@ def train_in_stages(
     Raises ValueError before anything is trained where the run cannot be done, FloatingPointError at the first loss,
     gradient or weight that is not finite; warns, once a stage is saved, of parameters that should train and did not
     move, or are frozen and did. In the end `requires_grad` of each parameter is what it was.
+
+    One bar shows stage, step, loss and the time left, on a terminal and in JupyterLab, unless `args.disable_tqdm`.
     """
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     base = trainer_class or transformers.Trainer  # which needs accelerate; the rest of the library does not
@@ -204,6 +207,7 @@ class _Run:
         own.eval_on_start = args.eval_on_start and saved is None and not start
         trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
+        show_stages(trainer, self.stages)
         before = fingerprints(trained)
         with recorder or nullcontext():
             trainer.train(resume_from_checkpoint=saved and str(saved))

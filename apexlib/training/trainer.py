@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
 from apexlib.activations import ActivationRecorder, NotFiniteError
+from apexlib.projections import composed_once
 from apexlib.text.datasets import IGNORED
 from apexlib.training import checkpoints
 from apexlib.training.checkpoints import RunFolder, checkpoint_folder
@@ -147,7 +148,8 @@ class StageTraining(TrainerCallback):
     def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
         before = _random_state()
         try:
-            return super().evaluate(*given, **named)
+            with composed_once(self.model):
+                return super().evaluate(*given, **named)
         except Interrupted:
             _set_random_state(before)
             self.save_state(evaluated=False)
