@@ -279,7 +279,7 @@ def test_without_the_notebooks_extra_train_says_what_is_missing(tmp_path, capsys
     assert re.fullmatch(r"error: .*pydantic.*; need pip install 'apexlib\[notebooks\]'\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("command", ["reproduce", "difference", "spectrum", "train", "plan", "verify"])
+@pytest.mark.parametrize("command", ["reproduce", "difference", "spectrum", "train", "fuse", "plan", "verify"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
