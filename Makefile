@@ -13,6 +13,7 @@
 PROFILE ?= cpu
 WORKERS ?= -n auto --maxprocesses 4
 VENV := .venv
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
