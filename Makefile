@@ -1,10 +1,13 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
 #   make reproduce [PROFILE=smoke|cpu|study|study-110m|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
 #   make reproduce ARGS="--budget 9m"              start nothing after 9 minutes; "Error 3": work is left, run again to go on
+#   make compare [PROFILE=cpu]                     do the tables of a run agree with those recorded?
+#   make lab [ARGS=--no-browser]                   JupyterLab, with copies of the notebooks to play with
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
 #   make test-mutants [ARGS="--budget 30"]         change the method's room a little, again and again: do tests notice?
-#   make test | lint | format | lab | setup | lock | readme (its tables, from data/results/cpu)
+#   make docs                                      a site of README, pages, notebooks and public names: site/html/index.html
+#   make test | lint | format | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
 WORKERS ?= -n auto --maxprocesses 4
@@ -14,7 +17,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce bench test test-long test-mutants lint format readme lab setup lock clean
+.PHONY: reproduce compare bench test test-long test-mutants lint format readme docs lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -43,8 +46,15 @@ format: $(STAMP)
 readme: $(STAMP)
 	$(RUN) tests/readme.py
 
+docs: $(STAMP)
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -d site/doctrees -c docs . site/html
+
 lab: $(STAMP)
-	$(RUN) -m jupyter lab notebooks
+	$(RUN) -m apexlib play
+	$(RUN) -m jupyter lab play/index.ipynb $(ARGS)
+
+compare: $(STAMP)
+	$(RUN) -m apexlib compare --profile "$(PROFILE)"
 
 setup: $(STAMP)
 
@@ -67,5 +77,5 @@ lock:
 	grep -E '^(nvidia-|cuda-|triton)' .venv/lock/all.txt > requirements-cuda.lock
 
 clean:
-	rm -rf $(VENV) .mutants data/cache data/runs
+	rm -rf $(VENV) .mutants site data/cache data/runs
 	find data/models -mindepth 1 -maxdepth 1 ! -exec test -e {}/README.md \; -exec rm -rf {} +

@@ -62,30 +62,59 @@ class _Json:
 class ApexConfig(_Json):
     """Settings of a run; the defaults are the paper's for instruction tuning, and its "52 %" (see `preset`).
 
+    Which units, with n heads or channels in a layer:
+
+    - `fraction`: K, the share of them that is source, and as many target: ⌊K·n⌋; in (0, 0.5]. 0.1875: 6 of 32 heads.
+    - `direct_heads`: share of heads that train in all, source and target included; from 2K to 1.
+    - `direct_channels`: the same of channels; from 2K to 1.
+    - `strategy`: how units are chosen (see `select`): "advantage" (the paper's), "random", "reversed" or "magnitude".
+    - `statistic`: what "advantage" and "reversed" rank by: "rank" (the paper's), "mean", "ema" or "ema_rank".
+    - `assessment_samples`: sequences in the pass before the first stage that ranks units; at least 1. The paper: 10³
+      to 10⁴.
+    - `spread_heads`: where a share is less than a pair a layer, put pairs in so many layers, drawn at random.
+    - `align`: round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋.
+    - `halve_fraction`: halve K at each stage; earlier targets stay directly tuned, never selected again.
+
+    What trains in them, and how:
+
+    - `stages`: how often units are assessed, expanded, trained and fused, in equal parts of the run; at least 1. The
+      paper: 2 to 4.
+    - `operator`: the form of M, a name in `OPERATORS`: "monarch" (the paper's), "monarch_release", "diagonal",
+      "low_rank" or "dense".
+    - `operator_lr_scale`: learning rate of M, v and s over that of the weights; at least 0.
+    - `decay_to_start`: weight decay draws weights to their stage's start, not to zero.
+    - `balance_weight`: λ of the loss term that evens activations out; at least 0, the default: none.
+    - `train_embeddings`: train the embeddings and the LM head too.
+    - `train_norms`: train the norms too.
+    - `train_queries`: train queries and keys of heads that train.
+    - `train_rows`: train the rows of units; without them only M, v and s train.
+    - `ffn`: the form in which a gated FFN trains, "fused", "split" or "recompute", by memory and time: see `expand`.
+    - `seed`: of what is drawn at random; from 0.
+
     >>> ApexConfig(operator="butterfly")
     Traceback (most recent call last):
     ValueError: operator: unknown 'butterfly'; known: monarch, monarch_release, diagonal, low_rank, dense
     """
 
-    fraction: float = 0.1875  # K, of a layer's heads and of its channels: |source| = |target| = ⌊K·n⌋; in (0, 0.5]
-    direct_heads: float = 0.5625  # share of heads that train in all, source and target included; in [2K, 1]
-    direct_channels: float = 0.465  # the same of channels
+    fraction: float = 0.1875
+    direct_heads: float = 0.5625
+    direct_channels: float = 0.465
     stages: int = 2
     operator: str = "monarch"
-    strategy: str = "advantage"  # see `select`
-    statistic: str = "rank"  # what "advantage" and "reversed" rank by
-    balance_weight: float = 0.0  # λ of the loss term that evens activations out
-    operator_lr_scale: float = 1.0  # learning rate of M, v, s relative to the weights'
-    decay_to_start: bool = False  # weight decay draws weights to their stage's start, not to zero
-    assessment_samples: int = 1024  # sequences in the pass before the first stage
-    train_embeddings: bool = True  # and the LM head
+    strategy: str = "advantage"
+    statistic: str = "rank"
+    balance_weight: float = 0.0
+    operator_lr_scale: float = 1.0
+    decay_to_start: bool = False
+    assessment_samples: int = 1024
+    train_embeddings: bool = True
     train_norms: bool = False
-    train_queries: bool = True  # queries and keys of heads that train
-    train_rows: bool = True  # rows of units; without them only M, v, s train
-    spread_heads: bool = False  # a share of less than a pair a layer: pairs in so many layers, drawn at random
-    ffn: str = "fused"  # the form in which a gated FFN trains: see `expand`
-    halve_fraction: bool = False  # halve K at each stage; earlier targets stay directly tuned, never selected again
-    align: int = 1  # round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋
+    train_queries: bool = True
+    train_rows: bool = True
+    spread_heads: bool = False
+    ffn: str = "fused"
+    halve_fraction: bool = False
+    align: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from apexlib.suite.figures import DOTTED, LEVEL, MARKERS, PALETTE, around, finish, groups, new_figure, save_figure
+from apexlib.plot.forms import around, finish, groups
+from apexlib.plot.style import DOTTED, LEVEL, MARKERS, PALETTE
+from apexlib.suite.figures import new_figure, save_figure
 
 
 def draw(tables: dict[str, pd.DataFrame], folder: Path) -> None:

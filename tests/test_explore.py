@@ -31,8 +31,7 @@ from apexlib import (
 from apexlib.analysis.masked_losses import NOTHING, Mask, Masking
 from apexlib.analysis.unit_ranks import UnitRanks
 from apexlib.architectures import model_components
-from apexlib.explore.panel import ROLES, numbers, tokens_html
-from apexlib.suite import figures
+from apexlib.explore.panel import numbers, tokens_html
 from apexlib.suite.inputs import load_model, load_tokenizer
 from apexlib.suite.notebooks import read_notebook
 
@@ -184,11 +183,6 @@ def test_tokens_are_text_and_no_markup():
     assert "213, 94, 0, 0.38" in html
     assert "1, 115, 178, 0.75" in html
     assert html.count("outline") == 1
-
-
-def test_colours_are_those_of_the_figures():
-    assert ROLES == figures.ROLES
-    assert set(figures.PALETTE) > {colour for _, colour in ROLES.values() if colour.startswith("#")}
 
 
 # --------------------------------------------------------------------------------------------------------------- views

@@ -1,18 +1,23 @@
 """What a user gets who installs the library: names at once, a wheel with all rooms, nothing of the notebooks' needs."""
 
 import ast
+import inspect
+import operator
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from conftest import build
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
 from packaging.requirements import Requirement
 
 import apexlib
-from apexlib import train_tokenizer
+from apexlib import ApexConfig, plot, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,9 +36,34 @@ def test_public_names_are_there_without_torch():
 def test_every_public_name_is_where_the_package_says():
     assert len(apexlib.__all__) > 40
     for name in apexlib.__all__:
-        assert getattr(apexlib, name).__name__ == name
+        assert getattr(apexlib, name).__name__.removeprefix("apexlib.") == name
     with pytest.raises(AttributeError, match="no attribute 'expnad'"):
         _ = apexlib.expnad
+
+
+def test_help_lists_every_public_name_once_under_its_use():
+    groups = re.findall(r"^([A-Z]\w+): .+:\n((?: {4}.+\n?)+)", apexlib.__doc__, flags=re.MULTILINE)
+    assert {"Look", "Expand", "Train", "Measure", "Data", "Share", "Plot"} <= {name for name, _ in groups}
+    assert sorted(re.findall(r"\w+", " ".join(names for _, names in groups))) == apexlib.__all__
+
+
+@pytest.mark.parametrize("name", [*apexlib.__all__, *(f"plot.{name}" for name in plot.__all__)])
+def test_a_public_name_says_what_it_is_in_one_line(name):
+    first = inspect.getdoc(operator.attrgetter(name)(apexlib)).splitlines()[0]
+    assert re.fullmatch(r"[A-Z].{19,119}[.:]", first), first
+
+
+def test_every_setting_is_explained():
+    told = re.findall(r"^- `(\w+)`: \S", inspect.getdoc(ApexConfig), flags=re.MULTILINE)
+    assert sorted(told) == sorted(field.name for field in fields(ApexConfig))
+
+
+def test_tab_offers_what_is_public():
+    shell = InteractiveShell()
+    shell.run_cell("import apexlib")
+    for text, names in (("apexlib.", apexlib.__all__), ("apexlib.plot.", plot.__all__)):
+        with provisionalcompleter():
+            assert {each.text for each in shell.Completer.completions(text, len(text))} == set(names)
 
 
 def test_an_editor_sees_public_names_and_modules_only():
@@ -96,6 +126,12 @@ def test_the_wheel_has_every_room(clean_python):
 def test_the_clean_environment_is_clean(clean_python, module):
     done = subprocess.run([clean_python, "-I", "-c", f"import {module}"], capture_output=True, text=True)
     assert "ModuleNotFoundError" in done.stderr
+
+
+def test_help_works_without_what_plots_need(clean_python):
+    said = run(clean_python, "-I", "-c", "import apexlib; help(apexlib)")
+    assert "\n    masking_curve(model: " in said
+    assert "\n    draw_figure(" not in said
 
 
 @pytest.mark.case("a plain `pip install`, without the notebooks' packages: looking, expanding, training", "works")

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the table says; equal tables give equal bytes."""
+"""Figures: what is drawn is what the table says, means or what was measured; equal tables give equal bytes."""
 
 from functools import partial
 
@@ -11,13 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from apexlib import plot
+from apexlib.analysis.intervals import summarise
+from apexlib.plot.style import ROLES
 from apexlib.suite import figures as plotting
 from benchmarks.figures import plot_forecast, plot_scaling, plot_step_costs
 
 
 @pytest.fixture(autouse=True)
-def close():
-    yield
+def as_it_was():
+    with mpl.rc_context():
+        yield
     plt.close("all")
 
 
@@ -211,8 +215,9 @@ def test_a_level_to_compare_with_is_drawn_across(tmp_path):
 
 
 def test_an_unknown_figure_and_an_empty_table_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="figure 'pie' is not in FIGURES; known: loss_curve"):
-        plotting.redraw_figure("pie", tmp_path)
+    for draw in (plotting.redraw_figure, partial(plotting.draw_figure, curve())):
+        with pytest.raises(ValueError, match="figure 'pie' is not in FIGURES; known: loss_curve"):
+            draw("pie", tmp_path)
     with pytest.raises(ValueError, match="figure 'loss_curve': the table has no rows"):
         plotting.draw_figure(curve()[:0], "loss_curve", tmp_path)
     assert not list(tmp_path.iterdir())
@@ -221,7 +226,7 @@ def test_an_unknown_figure_and_an_empty_table_are_refused(tmp_path):
 def test_a_figure_without_its_data_is_refused(tmp_path):
     (ax,) = plotting.new_figure()
     ax.plot([1, 2])
-    with pytest.raises(ValueError, match="figure 'bare': every ax must come from a plot_"):
+    with pytest.raises(ValueError, match=r"figure 'bare': every ax must come from apexlib\.plot"):
         plotting.save_figure(ax, "bare", folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -240,7 +245,7 @@ def test_step_costs_are_drawn_from_above_with_their_quartiles():
 def test_a_biography_is_drawn_unit_by_unit_in_the_colours_of_roles():
     (ax,) = plotting.new_figure()
     plotting.plot(lives(), ax, "movement_by_role", panel=1)
-    names = list(plotting.ROLES)
+    names = list(ROLES)
     drawn = [[names[code] for code in row] for row in ax.images[0].get_array().tolist()]
     told = [
         ["source", "source"],
@@ -250,3 +255,121 @@ def test_a_biography_is_drawn_unit_by_unit_in_the_colours_of_roles():
         ["frozen", "frozen"],
     ]
     assert drawn == told
+
+
+def measured_masking():
+    """What `masking_curve` gives, in three orders; the random one has three draws."""
+    rows = [
+        ("channel", order, seed, share, slope * share * (1 + seed))
+        for order, slope, seeds in (("advantageous", 3.0, 1), ("random", 1.0, 3), ("disadvantageous", 0.1, 1))
+        for seed in range(seeds)
+        for share in (0.0, 0.5, 1.0)
+    ]
+    return pd.DataFrame(rows, columns=["component", "order", "seed", "share", "increase"])
+
+
+def measured_ranks():
+    """What `update_table` gives, of two seeds."""
+    where = {"layer": [-1, 0, 0, 1, 1], "role": ["embed_tokens", *["gate_proj", "v_proj"] * 2]}
+    one = pd.DataFrame(where | {"effective_rank": [9.0, 1, 2, 3, 4], "random": 10.0, "frobenius": 1.0})
+    return pd.concat([one.assign(seed=seed, effective_rank=one["effective_rank"] + seed) for seed in (0, 1)])
+
+
+def measured_imbalance():
+    rows = {"layer": [0, 0, 1, 1], "component": ["head", "channel"] * 2, "cv": [0.1, 1.0, 0.2, 2.0]}
+    return pd.DataFrame(rows | {"gini": 0.5})
+
+
+def measured_movement():
+    return lives().assign(relative=np.linspace(0.1, 1, 10)).query("stage == 0")
+
+
+def log():
+    columns = {"stage": [0, 0, 0, 1, 1], "step": [1, 2, 2, 3, 4], "loss": [3.0, 2.0, None, 1.5, 1.0]}
+    return pd.DataFrame(columns | {"eval_loss": [None, None, 2.5, None, None], "gradient_norm": 1.0})
+
+
+TABLES = {  # a plot, a table as it is measured, x and y of its first line or bar
+    "masking": (plot.masking, measured_masking, ([0, 0.5, 1], [0, 1.5, 3])),
+    "activations": (plot.activations, activations, ([0.01, 0.03], [2.0, 48 / 24.5])),
+    "imbalance": (plot.imbalance, measured_imbalance, ([0, 1], [0.1, 0.2])),
+    "spectrum": (plot.spectrum, measured_ranks, ([0, 1], [0.15, 0.35])),
+    "updates": (plot.updates, measured_ranks, ([0, 1], [0.15, 0.35])),
+    "movement": (plot.movement, lambda: measured_movement().drop(columns="role"), ([0.1, 0.3], [0.5 / 0.3, 0.4 / 0.3])),
+    "training": (plot.training, log, ([1, 2, 3, 4], [3, 2, 1.5, 1])),
+}
+
+
+@pytest.mark.parametrize(("draw", "make", "first"), TABLES.values(), ids=TABLES)
+def test_a_table_of_the_library_is_drawn_as_it_was_measured(draw, make, first, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = dict(mpl.rcParams)
+    ax = draw(make())
+    x, y = ax.get_lines()[0].get_xydata().T
+    np.testing.assert_allclose((x[: len(first[0])], y[: len(first[1])]), first)
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    assert not ax.spines["top"].get_visible()  # the project's style
+    assert dict(mpl.rcParams) == before
+    assert not list(tmp_path.iterdir())
+    mine = plt.figure().subplots()
+    assert draw(make(), mine) is mine
+    assert mine.spines["top"].get_visible()  # one's own style
+    plotting.save_figure(ax, "own", folder=tmp_path)
+    assert len(pd.read_csv(tmp_path / "own.csv")) == len(make())
+
+
+def test_every_plot_is_tried():
+    assert {*TABLES, "biography", "weight"} == set(plot.__all__) == set(dir(plot))
+
+
+@pytest.mark.parametrize("draw", [getattr(plot, name) for name in plot.__all__])
+def test_a_table_without_its_columns_is_refused_before_anything_is_drawn(draw):
+    with pytest.raises(ValueError, match=r"the table has no column .*: need .*; it has colour, taste"):
+        draw(pd.DataFrame({"colour": [1], "taste": [2]}))
+    assert not plt.get_fignums()
+
+
+def test_bands_are_intervals_over_draws():
+    table = measured_masking()
+    drawn = plot.masking(table).collections[0].get_paths()[0].vertices
+    means = summarise(table.query("order == 'random'"), ["share"], "increase").set_index("share")
+    assert drawn[drawn[:, 0] == 1, 1].max() == pytest.approx(means["high"][1])
+    assert drawn[drawn[:, 0] == 1, 1].min() == pytest.approx(means["low"][1])
+    again = plot.masking(summarise(table, ["order", "share"], "increase"))
+    np.testing.assert_allclose(again.collections[0].get_paths()[0].vertices, drawn)
+
+
+def test_what_must_not_be_averaged_is_refused():
+    both = pd.concat([measured_masking(), measured_masking().assign(component="head")])
+    with pytest.raises(ValueError, match="the table has component channel, head: need one, such as 'channel'"):
+        plot.masking(both)
+    stages = pd.concat([measured_ranks().assign(method="apex", stage=stage) for stage in (0, 1)])
+    with pytest.raises(ValueError, match="the table has stage 0, 1: need one, such as 0"):
+        plot.updates(stages)
+
+
+def test_updates_of_several_runs_are_drawn_by_method():
+    runs = pd.concat([measured_ranks().assign(method=method) for method in ("full", "apex")])
+    ax = plot.updates(runs)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["full", "apex"]
+    np.testing.assert_allclose(ax.get_lines()[0].get_xydata()[:, 1].astype(float), 0.3)  # without the embeddings
+
+
+def test_movement_with_roles_is_drawn_by_role():
+    ax = plot.movement(measured_movement())
+    heights = [bars[0].get_height() for bars in ax.containers]
+    means = measured_movement().groupby("role")["relative"].mean()
+    assert heights == pytest.approx([means[role] for role in ROLES])
+
+
+def test_a_figure_of_the_suite_takes_what_was_measured_and_writes_nothing_where_it_cannot(tmp_path):
+    before = dict(mpl.rcParams)
+    paths = plotting.draw_figure(measured_masking(), "masking_curve", tmp_path)
+    assert dict(mpl.rcParams) == before
+    assert [path.suffix for path in paths] == [".svg", ".png", ".csv"]
+    plt.close("all")
+    with pytest.raises(ValueError, match="figure 'instruction': the table has no column method, mean, low, high"):
+        plotting.draw_figure(measured_masking(), "instruction", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert not plt.get_fignums()

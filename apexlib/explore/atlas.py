@@ -10,8 +10,9 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from apexlib.analysis.difference import biography
 from apexlib.analysis.masked_losses import Mask, Masking
 from apexlib.analysis.unit_ranks import KEYS, Statistics, UnitRanks
-from apexlib.explore.panel import ROLES, Point, View, numbers, tokens_html
+from apexlib.explore.panel import Point, View, numbers, tokens_html
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.plot.style import ROLES
 
 _COLOURS = {  # of a map: column, its unit
     "activation": "activation (squared norm per token)",

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from apexlib.analysis.difference import biography
 from apexlib.analysis.first_steps import STEPS, FirstSteps
 from apexlib.architectures import Component
-from apexlib.explore.panel import ROLES, View
+from apexlib.explore.panel import View
 from apexlib.operators import OPERATORS
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.plot.style import ROLES
 
 _SHARES = ("direct_heads", "direct_channels")
 

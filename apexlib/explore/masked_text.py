@@ -12,7 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.analysis.masked_losses import NOTHING, Mask, Masking
-from apexlib.explore.panel import BLUE, DOTTED, GREEN, GREY, RED, Point, View, numbers, tokens_html
+from apexlib.explore.panel import BLUE, GREEN, GREY, RED, Point, View, numbers, tokens_html
+from apexlib.plot.style import DOTTED
 
 _COLOURS = {"advantageous": RED, "disadvantageous": BLUE, "random": GREY, "by hand": GREEN}  # of orders
 _FULL = 2.0  # nats: a change of full colour

@@ -17,19 +17,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
+from apexlib.plot.style import PALETTE
+
 Point = tuple[float, float]  # x, y
-RED, BLUE, GREEN, GREY = "#d55e00", "#0173b2", "#029e73", "0.6"  # told apart with any colour vision
-ROLES = {  # role of a unit in a plan: its name in a legend, colour; those of the suite's figures
-    "source": ("advantageous", RED),
-    "target": ("disadvantageous", BLUE),
-    "direct": ("directly tuned", GREEN),
-    "frozen": ("frozen", "0.85"),
-}
-DOTTED = {"color": "0.4", "linewidth": 0.9, "linestyle": ":"}  # a level to compare with
+RED, BLUE, GREEN, GREY = PALETTE[3], PALETTE[0], PALETTE[2], "0.6"
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "axes.grid": True}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.35, "grid.linewidth": 0.5}
-_CYCLE = f"{BLUE} #de8f05 {GREEN} {RED} #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()
-_STYLE |= {"lines.linewidth": 1.3, "lines.markersize": 4, "axes.prop_cycle": mpl.cycler(color=_CYCLE)}
+_STYLE |= {"lines.linewidth": 1.3, "lines.markersize": 4, "axes.prop_cycle": mpl.cycler(color=PALETTE)}
 
 
 _POINTER = Path(__file__).with_name("pointer.js").read_text(encoding="utf-8")

@@ -10,7 +10,8 @@ from ipywidgets import Dropdown, Layout, SelectMultiple, Text
 from matplotlib.axes import Axes
 
 from apexlib.analysis.records import Records
-from apexlib.explore.panel import BLUE, DOTTED, GREEN, GREY, RED, View
+from apexlib.explore.panel import BLUE, GREEN, GREY, RED, View
+from apexlib.plot.style import DOTTED
 
 VERDICTS = {"reproduced": GREEN, "opposite": RED, "no difference": BLUE}  # the others: GREY
 

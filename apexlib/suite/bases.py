@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from apexlib import perplexity
+from apexlib.suite.folders import NotReadyError, locate, relative
 from apexlib.suite.inputs import load_model, load_tokenizer, text_blocks
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.references import ngram_loss, unigram_loss
@@ -67,7 +68,11 @@ def is_final(models: pd.DataFrame) -> pd.Series:
 
 def models_table(results: Path) -> pd.DataFrame:
     """Read the models of notebook 00, with `is_final`."""
-    table = pd.read_csv(results / "models.csv")
+    if not (path := results / "models.csv").is_file():
+        raise NotReadyError(f"{relative(path)}: not there yet; run notebook 00 first")
+    table = pd.read_csv(path)
+    if gone := [each for each in table["path"] if each.startswith("data/") and not Path(locate(each)).is_dir()]:
+        raise NotReadyError(f"{gone[0]}: this model of {relative(path)} is not there; run notebook 00 first")
     return table.assign(is_final=is_final(table))
 
 

@@ -17,7 +17,7 @@ import apexlib
 from apexlib.files import atomic_folder, pretrained
 from apexlib.progress import hide_progress
 from apexlib.suite.bars import say
-from apexlib.suite.folders import folders, locate
+from apexlib.suite.folders import folders, locate, project_root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,6 +117,23 @@ def _reproduce(
     for line in outcome(read, root, {step.notebook for step in steps}):
         print(line)
     return 0
+
+
+def _play() -> None:
+    from apexlib.suite.play import lay_out
+
+    for line in [*lay_out(project_root())]:  # all is laid out before a word is said
+        print(line)
+
+
+def _compare(*, profile: str) -> int:
+    from apexlib.suite.agreement import agreement
+
+    found = agreement(profile, project_root())
+    width = found["table"].str.len().max()
+    for row in found.itertuples():
+        print(f"{row.table:<{width}}  {row.agrees:<9}  {row.where}".rstrip())
+    return int(found["agrees"].eq("different").any())
 
 
 def _assigned(texts: Sequence[str], need: str) -> dict[str, Any]:

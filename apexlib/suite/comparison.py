@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from apexlib import ExpansionPlan, biography
-from apexlib.suite.folders import home, locate, relative
+from apexlib.suite.folders import NotReadyError, home, locate, relative
 from apexlib.suite.inputs import data_files
 from apexlib.suite.runs import untouched_run
 from apexlib.suite.trials import RESULT, Trial, run_trials
@@ -225,11 +225,13 @@ def chosen_runs(results: Path) -> pd.DataFrame:
 
     `base` is the base model of a run's seed; where the seed has none, the first.
     """
-    runs = pd.read_csv(results / "instruction.csv").query("chosen").reset_index(drop=True)
+    if not (path := results / "instruction.csv").is_file():
+        raise NotReadyError(f"{relative(path)}: not there yet; run notebook 03 first")
+    runs = pd.read_csv(path).query("chosen").reset_index(drop=True)
     if runs["method"].eq("base").all() or not runs["method"].eq("base").any():
         raise ValueError("instruction.csv: need the base and at least one chosen run")
     if gone := [path for path in runs["path"] if not Path(locate(path)).is_dir()]:
-        raise FileNotFoundError(f"{gone[0]}: a chosen run has lost its models; run notebook 03 again")
+        raise NotReadyError(f"{gone[0]}: the models of this run are not there; run notebook 03 first")
     bases = runs[runs["method"] == "base"].set_index("seed")["path"]
     return runs.assign(base=[locate(bases.get(seed, bases.iloc[0])) for seed in runs["seed"]])
 

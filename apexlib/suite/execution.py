@@ -147,6 +147,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "JPY_SESSION_NAME": "",  # a notebook of JupyterLab may have started the run
         "TQDM_DISABLE": "1",  # bars would flood the executed copy
         "IPYTHONDIR": str(ipython),  # a user's own start-up files are not part of the run
         **more,

@@ -1,10 +1,21 @@
 """Where things lie: the project's root, the folders of a profile, what a result or a setting names by its path."""
 
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+
+PLAY = "play"  # a profile, and the folder of its notebooks: what is run in JupyterLab
+_RECORDED = ("cpu", "cpu-avx2", "study")  # profiles whose results are kept in the repository
+
+
+class NotReadyError(FileNotFoundError):
+    """Something has to be run first; in a notebook, the message is all that is shown."""
+
+    def _render_traceback_(self) -> list[str]:  # asked for by IPython
+        return [f"{type(self).__name__}: {self}"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,15 @@ def project_root(start: Path | None = None) -> Path:
 def folders(profile: str, root: Path | None = None) -> Folders:
     """Name the folders of `profile`.
 
+    In a notebook that JupyterLab runs, recorded results are not written over: their folders there are those of "play".
+
     >>> folders("cpu", Path("project")).results.as_posix()
     'project/data/results/cpu'
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", profile):
         raise ValueError(f"profile {profile!r}: need letters, digits, '_', '-' or '.', since it names a folder")
+    if root is None and profile in _RECORDED and os.environ.get("JPY_SESSION_NAME"):  # set by Jupyter's server
+        profile = PLAY
     root = root or project_root()
     own = {name: root / "data" / name / profile for name in ("results", "models", "runs")}
     own |= {"figures": root / "figures" / profile, "executed": root / "notebooks" / "executed" / profile}

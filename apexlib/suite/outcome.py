@@ -33,12 +33,17 @@ def outcome(profile: Profile, root: Path, notebooks: Collection[str]) -> Iterato
 
 def _verdicts(table: str, committed: str | None) -> Iterator[str]:
     """Count verdicts, and name those that are others in the table that was committed, if one was."""
-    now, *before = (
-        pd.read_csv(io.StringIO(text)).set_index("number")["verdict"] for text in (table, committed) if text
-    )
-    yield f"{'verdicts':<10} {', '.join(f'{count} {verdict}' for verdict, count in now.value_counts().items())}"
+    now, *before = (pd.read_csv(io.StringIO(text)) for text in (table, committed) if text)
+    counts = now["verdict"].value_counts()
+    yield f"{'verdicts':<10} {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"
     for old in before:
-        pairs = pd.DataFrame({"old": old, "new": now}).dropna().query("old != new")
-        changed = [f"claim {row.Index} {row.new}, was {row.old}" for row in pairs.itertuples()]
+        changed = changed_verdicts(old, now)
         more = [f"{len(changed) - _NAMED} more"] if len(changed) > _NAMED else []
         yield f"{'changed':<10} {'; '.join([*changed[:_NAMED], *more]) or 'none'} (against the last commit)"
+
+
+def changed_verdicts(before: pd.DataFrame, now: pd.DataFrame) -> list[str]:
+    """Name the claims whose verdict is another in a later table of claims."""
+    old, new = (table.set_index("number")["verdict"] for table in (before, now))
+    pairs = pd.DataFrame({"old": old, "new": new}).dropna().query("old != new")
+    return [f"claim {row.Index} {row.new}, was {row.old}" for row in pairs.itertuples()]

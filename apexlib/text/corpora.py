@@ -35,6 +35,7 @@ def load_corpus(
     """Read the documents of one split, each once.
 
     `source` is one of
+
     - the name of an embedded text (`EMBEDDED`): "stdlib-code", "stdlib-prose" or "stdlib" (both), the source of the
       running interpreter's standard library; its docstrings, one document a module in the split of its code, with
       pydoc's topics. "python", "python-code", "python-prose": the same of installed packages, with their READMEs;

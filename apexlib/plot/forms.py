@@ -1,0 +1,154 @@
+"""The forms of figures: each draws a tidy table on an `ax`; `finish` labels it."""
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from apexlib.plot.style import DOTS, DOTTED, LEVEL, MARKERS, PALETTE, SLANTED
+
+
+def loss_curve(table: pd.DataFrame, ax: Axes, *, x: str = "tokens", unit: float = 1e6) -> None:
+    """Draw training loss against `x` in the given unit, one line per model (mean over seeds, band: their range).
+
+    Columns: `model`, `x`, `loss` and `split` ("train": lines, "valid": markers, "reference": a level to compare with,
+    named by its `model`).
+    """
+    need(table, "model", x, "loss", "split")
+    for model, rows, look in groups(table[table["split"] != "reference"], "model"):
+        train = rows[rows["split"] == "train"].groupby(x)["loss"].agg(mean="mean", low="min", high="max")
+        ax.plot(train.index / unit, train["mean"], color=look["color"], label=f"{model}, training")
+        ax.fill_between(train.index / unit, train["low"], train["high"], color=look["color"], alpha=0.2, linewidth=0)
+        valid = rows[rows["split"] == "valid"].groupby(x)["loss"].mean()
+        if len(valid):
+            ax.plot(valid.index / unit, valid, **look, **DOTS, ms=5, label=f"{model}, held out")
+    for name, loss in table.loc[table["split"] == "reference", ["model", "loss"]].itertuples(index=False):
+        ax.axhline(loss, **DOTTED)
+        ax.annotate(name, (0.99, loss), (0, 2), ("axes fraction", "data"), "offset points", ha="right")
+
+
+def distribution(table: pd.DataFrame, ax: Axes, value: str) -> None:
+    """Draw `value` of every unit over its layer's mean, sorted, one line per `layer`; zeros at the lower edge.
+
+    Of several seeds the units at the same place are averaged.
+    """
+    table = table.assign(seed=table.get("seed", 0))
+    colours = mpl.colormaps["viridis"](np.linspace(0, 1, table["layer"].nunique() + 2)[1:-1])
+    for colour, (layer, rows) in zip(colours, table.groupby("layer"), strict=True):
+        seeds = [seed[value].sort_values(ascending=False).to_numpy() for _, seed in rows.groupby("seed")]
+        values = np.mean([each / each.mean() for each in seeds], axis=0)
+        share = (np.arange(len(values)) + 0.5) / len(values)
+        marker = "o" if len(values) <= 32 else None
+        ax.plot(share, np.maximum(values, 1e-4), color=colour, marker=marker, label=f"layer {layer}")
+    ax.axhline(1, **DOTTED)
+    low, high = ax.dataLim.intervaly
+    ax.set(yscale="log" if high > 20 * low else "linear", xlim=(0, 1))
+    ax.legend(ncols=2 if len(colours) > 4 else 1)
+
+
+def lines(
+    table: pd.DataFrame,
+    ax: Axes,
+    *,
+    by: str,
+    x: str,
+    y: str = "mean",
+    unit: float = 1,
+    looks: Mapping[str, tuple[str, int, str]] | None = None,
+    alpha: float = 0.2,
+    level: Mapping[str, Any] | None = None,
+    log: bool = False,
+    ticks: int = 0,
+    tick_format: str = "",
+) -> None:
+    """Draw `y` against `x` in the given unit, a line for each value of `by`, averaged where an x has several rows.
+
+    "mean" gets a band from `low` to `high`; rows that are `chosen` are filled; `by_chance` is dotted. A `level` lies
+    across. On a `log` axis 0 is drawn at the left edge. Each x has a tick, if there are at most so many `ticks`.
+    """
+    need(table, by, x, *(("mean", "low", "high") if y == "mean" else (y,)))
+    ax.set_xscale("log" if log else "linear")
+    edge = table.loc[table[x] > 0, x].min() / 2 if log else 0
+    for name, rows, look in groups(table, by, looks=looks):
+        rows = rows.groupby(x).mean(numeric_only=True)
+        at = rows.index.where(rows.index > 0, edge) / unit
+        ax.plot(at, rows[y], **look, label=name, mfc="white" if "chosen" in rows else None)
+        if "chosen" in rows:
+            ax.plot(at[rows["chosen"] > 0], rows.loc[rows["chosen"] > 0, y], **look, linestyle="none")
+        if y == "mean" and (rows["high"] > rows["low"]).any():
+            ax.fill_between(at, rows["low"], rows["high"], color=look["color"], alpha=alpha, linewidth=0)
+        if "by_chance" in rows:
+            ax.plot(at, rows["by_chance"], color=look["color"], linestyle=":", linewidth=1)
+    if level:
+        ax.axhline(**LEVEL | level)
+    if "by_chance" in table:
+        ax.plot([], [], color="0.4", linestyle=":", linewidth=1, label="random rows as large")
+    if (values := table[x].drop_duplicates().sort_values()).size <= ticks:
+        names = [f"{value / unit:{tick_format}}" for value in values] if tick_format else None
+        ax.set_xticks(values.where(values > 0, edge) / unit, names)
+        ax.minorticks_off()
+
+
+def by_method(table: pd.DataFrame, ax: Axes, *, null_name: str) -> None:
+    """Draw `mean` with `low` and `high` of each `method`, in order, beside `null`: what a null model gives."""
+    need(table, "method", "mean", "low", "high", "null")
+    x = range(len(table))
+    ax.errorbar(x, table["mean"], yerr=around(table), fmt="o", color=PALETTE[0], capsize=2, label="measured")
+    ax.plot(x, table["null"], "_", color=PALETTE[3], ms=11, mew=1.6, label=null_name)
+    ax.axhline(0, **LEVEL)
+    ax.set_xticks(x, table["method"], **SLANTED)
+    ax.set_xlim(-0.6, len(table) - 0.4)
+    ax.margins(y=0.4)
+
+
+def groups(
+    table: pd.DataFrame, by: str, *, sort_by: str = "", looks: Mapping[str, tuple[str, int, str]] | None = None
+) -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
+    """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in.
+
+    `looks` sets groups and order: of each its name in a legend, the number of its colour in PALETTE, its marker.
+    """
+    names = table[by].dropna().unique()
+    looks = looks or dict(zip(names, zip(names, cycle(range(len(PALETTE))), cycle(MARKERS)), strict=False))
+    for value, (name, colour, marker) in looks.items():
+        if len(rows := table[table[by] == value]):
+            yield name, rows.sort_values(sort_by) if sort_by else rows, {"color": PALETTE[colour], "marker": marker}
+
+
+def need(table: pd.DataFrame, *columns: str) -> None:
+    """Refuse a table without rows, or without one of these columns."""
+    if missing := [name for name in columns if name not in table]:
+        has = ", ".join(map(str, table)) or "none"
+        raise ValueError(f"the table has no column {', '.join(missing)}: need {', '.join(columns)}; it has {has}")
+    if table.empty:
+        raise ValueError("the table has no rows, nothing to draw")
+
+
+def around(table: pd.DataFrame, mean: str = "mean", low: str = "low", high: str = "high") -> np.ndarray:
+    """Return how far down and up the bars of an interval reach from its mean, as `errorbar` needs it."""
+    return np.abs(table[[low, high]].to_numpy().T - table[mean].to_numpy())
+
+
+def finish(ax: Axes, table: pd.DataFrame, *, legend: str = "", percent: Mapping | None = None, **labels: Any) -> Axes:
+    """Label the axes, add a legend and keep the plotted table with the ax, for `save_figure`.
+
+    `legend`: "inside", "beside" the ax where it would hide something, or one "below" all panels of the figure.
+    `percent`: the decimals of an axis, "x" or "y", that shows shares.
+    """
+    ax.set(**labels)
+    for axis, decimals in (percent or {}).items():
+        getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1, decimals))
+    if legend == "inside":
+        ax.legend()
+    elif legend == "beside" or (legend and not ax.figure.get_layout_engine()):  # which would make room below
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    elif legend == "below" and not ax.figure.legends:
+        columns = 4 if ax.figure.get_figwidth() > 5 else 2
+        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    ax._plotted = table
+    return ax
