@@ -40,8 +40,9 @@ class Units(View):
         self.masking = Masking(statistics=state.first, **at_work) if at_work else None
         self.given, self.by_hand, self._here, sizes = plan, {}, (), state.units.items()
         self.start = {name: (0, max(1, int(ApexConfig.fraction * count))) for name, count in sizes}
+        names = list(state.statistics)
         super().__init__(
-            checkpoint=SelectionSlider(options=list(state.statistics), disabled=len(state.statistics) == 1),
+            checkpoint=SelectionSlider(options=names, value=names[-1], disabled=len(names) == 1),
             component=Dropdown(options=list(state.units), value=list(state.units)[-1]),
             colour=Dropdown(options=list(_COLOURS)[: 3 if movement is None else 4]),
             layer=Dropdown(options=state.layers),
