@@ -16,8 +16,9 @@ class Records:
             raise ValueError(f"tables {', '.join(source) or 'none'}: need {' and '.join(sorted(missing))} too")
         self.claims, self.runs = source["claims"], source["instruction"]
         self.values = source.get("values", pd.DataFrame(columns=["claim", "seed", "value"]))
-        numbers = self.runs.select_dtypes("number").drop(columns=["learning_rate", "seed"]).count()
-        self.measures = numbers.sort_values(ascending=False, kind="stable").index.tolist()  # some are of few runs only
+        counts = self.runs.select_dtypes("number").drop(columns=["learning_rate", "seed"]).count()
+        # first what rates are chosen by, then what most runs have
+        self.measures = sorted(counts.index, key=lambda name: (name != "valid_loss", -counts[name]))
 
     def chosen(self, verdict: str, words: str) -> pd.DataFrame:
         """Claims of a verdict ("all": any) whose texts have every word."""

@@ -25,14 +25,13 @@ class Runs(View):
 
     def __init__(self, results: str | Path | Mapping[str, pd.DataFrame]) -> None:
         self.state = state = Records(results)
-        start = "valid_loss" if "valid_loss" in state.measures else state.measures[0]
         methods = state.runs["method"].unique().tolist()
         super().__init__(
             (3.3, 4.3),
             verdict=Dropdown(options=["all", *state.claims["verdict"].unique()]),
             words=Text(placeholder="LoRA forgets"),
             claim=Dropdown(options=_options(state.claims), layout=Layout(width="38em", max_width="100%")),
-            measure=Dropdown(options=state.measures, value=start),
+            measure=Dropdown(options=state.measures),
             methods=SelectMultiple(options=methods, value=[name for name in methods if name != "base"][:6], rows=5),
         )
 
