@@ -51,7 +51,7 @@ docs: $(STAMP)
 
 lab: $(STAMP)
 	$(RUN) -m apexlib play
-	$(RUN) -m jupyter lab play/index.ipynb $(ARGS)
+	$(RUN) -m jupyter lab --LabApp.default_url=/lab/tree/play/index.ipynb $(ARGS)
 
 compare: $(STAMP)
 	$(RUN) -m apexlib compare --profile "$(PROFILE)"
