@@ -14,20 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
 from apexlib.architectures import FAMILIES, NOT_COVERED
 from apexlib.suite.ledger import claims_table, measured, repeated
+from apexlib.suite.overview import WORDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
-
-
-QUESTIONS = {  # and the claims that answer them, in the README
-    "Are some units more important?": (1, 2, 5),
-    "Does half of the weights do better than all?": (9, 24),
-    "Do 2.4 % do better than LoRA of that size?": (19,),
-    "Do operators and selection matter?": (22, 23, 49),
-    "Does continued pre-training need a third of the tokens?": (38, 39),
-    "Does the effective rank rise, and with it the gain?": (43, 47),
-}
 
 
 def bottom() -> str:
@@ -36,7 +27,7 @@ def bottom() -> str:
     rows = {row.number: row for row in table.itertuples()}
     counts = ", ".join(f"**{count} {verdict}**" for verdict, count in table["verdict"].value_counts().items())
     lines = [f"Of {len(table)} claims, on the model that comes with the suite:", f"{counts}.", ""]
-    for question, numbers in QUESTIONS.items():
+    for question, numbers in WORDS["questions"].items():
         found = (rows[number] for number in numbers)
         said = (f"{row.statement.rstrip('.')}: *{row.verdict}*, {measured(row)}." for row in found)
         lines.append(f"- **{question}** {' '.join(said)}")
