@@ -311,6 +311,7 @@ def test_verify_tells_a_sound_folder_from_a_damaged_one(tmp_path, capsys):
 
 def test_every_public_name_can_be_imported():
     for name in apexlib.__all__:
-        assert callable(getattr(apexlib, name)), name
+        found = getattr(apexlib, name)
+        assert callable(found) or found.__name__ == f"apexlib.{name}", name
     with pytest.raises(AttributeError, match="no attribute 'expnad'"):
         apexlib.expnad  # noqa: B018
