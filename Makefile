@@ -6,18 +6,20 @@
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
 #   make test-mutants [ARGS="--budget 30"]         change the method's room a little, again and again: do tests notice?
+#   make test-versions         core tests under other Pythons, and the oldest and newest transformers that are allowed
 #   make docs                                      a site of README, pages, notebooks and public names: site/html/index.html
 #   make test | lint | format | setup | lock | readme (its tables, from data/results/cpu)
 
 PROFILE ?= cpu
 WORKERS ?= -n auto --maxprocesses 4
 VENV := .venv
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce compare bench test test-long test-mutants lint format readme docs lab setup lock clean
+.PHONY: reproduce compare bench test test-long test-mutants test-versions lint format readme docs lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -31,6 +33,9 @@ test: $(STAMP)
 
 test-mutants: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(ARGS)
+
+test-versions: $(STAMP)
+	$(RUN) tests/versions.py
 
 test-long: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(WORKERS) --dist worksteal $(ARGS)

@@ -24,7 +24,8 @@ from apexlib.plan import ComponentName
 class Family:
     """Module names of one model family, relative to a layer; equal names mean one fused projection.
 
-    `interleaved`: a fused qkv projection holds query, key and value head by head (GPT-NeoX), else one after another.
+    `interleaved`: a fused qkv projection holds query, key and value head by head (GPT-NeoX) where each head has all
+    three, else one after another.
     `coupled`: roles that a norm over all heads ties together, so that a head's output depends on other heads' rows.
     An empty `down` means that the FFN has no units here (mixture of experts).
     """
@@ -61,7 +62,8 @@ _BLOOM = {**dict.fromkeys(_QKV, "self_attention.query_key_value"), "output": "se
 _TIED = {"coupled": ("query", "key")}  # by norms over all heads or with weights for each, or by position biases
 _GPTJ = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj")
 _LIKE_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo granite cohere2 ernie4_5 helium"
-_LIKE_LLAMA += " hunyuan_v1_dense ministral seed_oss"
+_LIKE_LLAMA += " hunyuan_v1_dense ministral ministral3 seed_oss internlm3 exaone4 cwm vaultgemma"
+_MIXTURES = "mixtral qwen2_moe qwen3_moe granitemoe granitemoeshared ernie4_5_moe llama4_text phimoe glm4_moe"
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_LIKE_LLAMA.split(), _LLAMA),
@@ -78,10 +80,21 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(**dict.fromkeys(_QKV, "self_attn.qkv_proj"), **_PHI3_FFN),
     "gpt2": Family("transformer.h", **dict.fromkeys(_QKV, "attn.c_attn"), output="attn.c_proj", **_GPT2_FFN),
     "gpt_neox": Family("gpt_neox.layers", **_NEOX, output="attention.dense", **_NEOX_FFN),
+    "gpt_bigcode": Family(
+        "transformer.h", **dict.fromkeys(_QKV, "attn.c_attn"), output="attn.c_proj", interleaved=True, **_GPT2_FFN
+    ),
     "opt": Family("model.decoder.layers", output="self_attn.out_proj", **_ffn("fc1", "", "fc2", "activation_fn")),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "ernie4_5_moe", "llama4_text"), _EXPERTS),
+    **dict.fromkeys(_MIXTURES.split(), _EXPERTS),
     **dict.fromkeys(("olmoe", "gpt_oss"), replace(_EXPERTS, **_TIED)),
 }
+
+_ABSENT = {  # why a model type cannot be a row
+    "gemma3n gemma3n_text gemma4 gemma4_text": "layers use the keys and values of others, or their keys as values",
+    "deepseek_v2 deepseek_v3 minicpm3": "keys and values of all heads come from one latent vector (MLA)",
+    "bamba falcon_h1 granitemoehybrid jamba lfm2 nemotron_h qwen3_next zamba2": "some layers have no softmax attention",
+    "falcon_mamba mamba mamba2 rwkv": "there is no attention",
+}
+NOT_COVERED = {model_type: why for model_types, why in _ABSENT.items() for model_type in model_types.split()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +161,8 @@ def family_of(model: PreTrainedModel) -> Family:
     """Look up the family of `model` by its config's `model_type`."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in FAMILIES:
-        raise ValueError(f"model type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}")
+        because = f", because {NOT_COVERED[model_type]}" if model_type in NOT_COVERED else ""
+        raise ValueError(f"model type {model_type!r} is not supported{because}; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 
@@ -176,7 +190,7 @@ def _heads(model: PreTrainedModel, family: Family, layer: int) -> Component:
     output = query = torch.arange(heads * head_dim).view(groups, copies, head_dim)
     value = torch.arange(groups * head_dim).view(groups, 1, head_dim)
     starts = (0, 0)  # of key and value among the rows
-    if family.query == family.value and family.interleaved:  # head by head: its query, its key, its value
+    if family.query == family.value and family.interleaved and copies == 1:  # head by head: its query, key, value
         query = value = torch.arange(heads)[:, None, None] * 3 * head_dim + torch.arange(head_dim)
         starts = (head_dim, 2 * head_dim)
     elif family.query == family.value:

@@ -91,11 +91,13 @@ _GROUPED = {"num_key_value_heads": 2}
 _WIDE = {"intermediate_size": 24}
 _HEADS = {"head_dim": 8, "query_pre_attn_scalar": 8}
 _MOE = _GROUPED | _WIDE | EXPERTS
+OTHER_LAYOUTS = {"gpt_bigcode": {"multi_query": False, "n_head": 4}}  # beside the smallest configuration
 _OWN = {  # what a family's smallest configuration needs, or where it has no such field
     "gpt2": {},
     "bloom": {},
+    "gpt_bigcode": {},
     "gptj": {"rotary_dim": 2},
-    **dict.fromkeys(("helium", "hunyuan_v1_dense", "ministral"), _GROUPED | _WIDE | {"head_dim": 4}),
+    **dict.fromkeys(("helium", "hunyuan_v1_dense", "internlm3", "ministral"), _GROUPED | _WIDE | {"head_dim": 4}),
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "gpt_neox": _WIDE,
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _GROUPED | _WIDE | _HEADS),
@@ -103,7 +105,7 @@ _OWN = {  # what a family's smallest configuration needs, or where it has no suc
     "gpt_oss": _MOE | {"head_dim": 4},
     "ernie4_5_moe": _MOE | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     "llama4_text": _MOE | {"head_dim": 4, "intermediate_size_mlp": 24},
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "granitemoe"), _MOE),
+    **dict.fromkeys(("qwen3_moe", "mixtral", "granitemoe", "granitemoeshared", "phimoe", "glm4_moe"), _MOE),
     "qwen2_moe": _MOE | {"shared_expert_intermediate_size": 12},
     "stablelm": _GROUPED | _WIDE | {"qk_layernorm": True},
     "cohere": _GROUPED | _WIDE | {"use_qk_norm": True},

@@ -8,26 +8,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from conftest import VARIANTS, build, smallest
+from conftest import OTHER_LAYOUTS, VARIANTS, build, smallest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
-from apexlib.architectures import FAMILIES
+from apexlib.architectures import FAMILIES, NOT_COVERED
 from apexlib.suite.ledger import claims_table, measured, repeated
+from apexlib.suite.overview import WORDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
-
-
-QUESTIONS = {  # and the claims that answer them, in the README
-    "Are some units more important?": (1, 2, 5),
-    "Does half of the weights do better than all?": (9, 24),
-    "Do 2.4 % do better than LoRA of that size?": (19,),
-    "Do operators and selection matter?": (22, 23, 49),
-    "Does continued pre-training need a third of the tokens?": (38, 39),
-    "Does the effective rank rise, and with it the gain?": (43, 47),
-}
 
 
 def bottom() -> str:
@@ -36,7 +27,7 @@ def bottom() -> str:
     rows = {row.number: row for row in table.itertuples()}
     counts = ", ".join(f"**{count} {verdict}**" for verdict, count in table["verdict"].value_counts().items())
     lines = [f"Of {len(table)} claims, on the model that comes with the suite:", f"{counts}.", ""]
-    for question, numbers in QUESTIONS.items():
+    for question, numbers in WORDS["questions"].items():
         found = (rows[number] for number in numbers)
         said = (f"{row.statement.rstrip('.')}: *{row.verdict}*, {measured(row)}." for row in found)
         lines.append(f"- **{question}** {' '.join(said)}")
@@ -160,7 +151,8 @@ def support() -> str:
     warnings.filterwarnings("ignore", ".*experts' channels are not units")  # the table says so
     models = [(family, build(variant)) for variant, (family, _) in VARIANTS.items()]
     others = sorted(set(FAMILIES) - {"gemma3", *(family for family, _ in models)})  # gemma3_text beside a picture
-    models += [(family, AutoModelForCausalLM.from_config(smallest(family)).eval()) for family in others]
+    layouts = [*((family, {}) for family in others), *OTHER_LAYOUTS.items()]
+    models += [(family, AutoModelForCausalLM.from_config(smallest(family, **own)).eval()) for family, own in layouts]
     for family, model in models:
         parts = model_components(model)
         heads, channels = parts[0], next((part for part in parts if part.component == "channel"), None)
@@ -176,11 +168,14 @@ def support() -> str:
         rows.setdefault((attention, ffn, f"{fused}, {biases}", exact), []).append(family)
     lines = ["| model types | attention units | FFN | projections | expanded = fused |", "|---|---|---|---|---|"]
     lines += [f"| {', '.join(dict.fromkeys(types))} | {' | '.join(cells)} |" for cells, types in rows.items()]
+    lines += ["", "| not supported | because |", "|---|---|"]
+    for why in dict.fromkeys(NOT_COVERED.values()):
+        lines.append(f"| {', '.join(each for each in NOT_COVERED if NOT_COVERED[each] == why)} | {why} |")
     return "\n".join(lines)
 
 
 def fused_difference(model: PreTrainedModel) -> float:
-    """Expand half of the units, move all that trains at random, and compare training-mode logits with fused ones."""
+    """Expand half of the units, move all that trains at random, and compare logits in training mode with fused ones."""
     half = ApexConfig(fraction=0.25, direct_heads=0.5, direct_channels=0.6)
     batch = {"input_ids": torch.arange(2, 20).view(2, 9)}
     expand(model, select(activation_statistics(model, [batch], top=0.25), half)).train()
@@ -188,8 +183,10 @@ def fused_difference(model: PreTrainedModel) -> float:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+        torch.manual_seed(0)  # a router may draw experts in training
         before = model(**batch, use_cache=False).logits
-        return (fuse(model).eval()(**batch, use_cache=False).logits - before).abs().max().item()
+        torch.manual_seed(0)
+        return (fuse(model)(**batch, use_cache=False).logits - before).abs().max().item()
 
 
 def reliability() -> str:

@@ -187,6 +187,16 @@ NOT_HONOURED = {
     "push_to_hub": ({"push_to_hub": True}, {}),
     "resume_from_checkpoint": ({"resume_from_checkpoint": "checkpoint-500"}, {}),
     "train_sampling_strategy": ({"train_sampling_strategy": "group_by_length"}, {}),
+    "auto_find_batch_size": ({"auto_find_batch_size": True}, {}),
+    "use_liger_kernel": ({"use_liger_kernel": True}, {}),
+    "optim=galore_adamw": ({"optim": "galore_adamw", "optim_target_modules": None}, {}),
+    "optim=schedule_free_sgd": ({"optim": "schedule_free_sgd"}, {}),
+    "optim_target_modules": ({"optim_target_modules": ["mlp"]}, {}),
+    "save_only_model": ({"save_only_model": True}, {}),
+    "ignore_data_skip": ({"ignore_data_skip": True}, {}),
+    "enable_jit_checkpoint": ({"enable_jit_checkpoint": True}, {}),
+    "accelerator_config split_batches": ({"accelerator_config": {"split_batches": True}}, {}),
+    "optimizer_cls_and_kwargs": ({}, {"optimizer_cls_and_kwargs": (lambda: None, {})}),
     "optimizers": ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}),
     "model_init": ({}, {"model_init": lambda: build("llama")}),
     "peft_config": ({}, {"peft_config": object()}),
@@ -196,6 +206,10 @@ NOT_HONOURED = {
 @pytest.mark.case("`push_to_hub`: push the model that is returned", "refused")
 @pytest.mark.case('`train_sampling_strategy="group_by_length"`', "refused")
 @pytest.mark.case("`resume_from_checkpoint`: `resume=True` finds the newest state", "refused")
+@pytest.mark.case("`auto_find_batch_size`, `ignore_data_skip`, `accelerator_config` with `split_batches`", "refused")
+@pytest.mark.case("`save_only_model`: `checkpoints=[...]` keeps plain models; `enable_jit_checkpoint`", "refused")
+@pytest.mark.case("`use_liger_kernel`", "refused")
+@pytest.mark.case("GaLore, APOLLO, LOMO, schedule-free optimizers, factories of optimizers (Muon, Dion)", "refused")
 @pytest.mark.case("`optimizers` made for the plain model; `model_init`; `peft_config`", "refused")
 @pytest.mark.parametrize("name", NOT_HONOURED)
 def test_what_is_not_honoured_is_refused_by_name(name, tmp_path):
@@ -211,8 +225,67 @@ def test_an_option_that_nobody_takes_is_refused_by_name(tmp_path):
         train_in_stages(build("llama"), Blocks(), arguments(tmp_path), SMALL, lora_rnak=3)
 
 
+@pytest.mark.case("several GPUs in one process (`DataParallel`): `accelerate launch` uses them", "refused")
+def test_data_parallelism_inside_a_process_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2 if args.device else 0  # which asking for the device has set
+    with pytest.raises(ValueError, match=r"^n_gpu=2: need 0; DataParallel .* use accelerate launch"):
+        train_in_stages(build("llama"), Blocks(), args, SMALL)
+
+
+@pytest.mark.case("`WANDB_LOG_MODEL=checkpoint`, `HF_MLFLOW_LOG_ARTIFACTS`: states are no checkpoints", "refused")
+@pytest.mark.parametrize(("name", "value"), [("WANDB_LOG_MODEL", "checkpoint"), ("HF_MLFLOW_LOG_ARTIFACTS", "1")])
+def test_uploads_of_checkpoints_are_refused(name, value, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{name}={value}: need none"):
+        train_in_stages(build("llama"), Blocks(), arguments(tmp_path), SMALL)
+
+
+HONOURED = {  # by the Trainer of each stage as by one for the whole run
+    "cosine_with_min_lr": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    "warmup_stable_decay": {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 3},
+    },
+    "label_smoothing_factor": {"label_smoothing_factor": 0.3},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
+    "average_tokens_across_devices": {"average_tokens_across_devices": False},
+    "include_num_input_tokens_seen": {"include_num_input_tokens_seen": "all"},
+    "optim": {"optim": "adafactor"},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
+    "max_grad_norm": {"max_grad_norm": 0.01},
+}
+
+
+@pytest.mark.case("`cosine_with_min_lr`, `warmup_stable_decay` (WSD), with their arguments", "works")
+@pytest.mark.case("`label_smoothing_factor`, `neftune_noise_alpha`, `include_num_input_tokens_seen`", "works")
+@pytest.mark.parametrize("name", HONOURED)
+def test_what_a_stock_trainer_honours_is_honoured(name, tmp_path):
+    """One stage is the stock Trainer, to the bit; over two, steps, rates and tokens go on; neither is what it was."""
+    given = HONOURED[name]
+    args = arguments(tmp_path / "stock", train_sampling_strategy="sequential", seed=3, **given)
+    stock = Trainer(build("llama", vocab_size=64), args, None, Blocks())
+    stock.train()
+    expected = pd.DataFrame([row for row in stock.state.log_history if "loss" in row])
+
+    def log(method, **changes):
+        folder = tmp_path / f"{method} {len(changes)}"
+        args = arguments(folder, train_sampling_strategy="sequential", seed=3, **changes)
+        return train_in_stages(build("llama", vocab_size=64), Blocks(), args, SMALL, method=method).log
+
+    full, apex, plain = log("full", **given), log("apex", **given), log("apex")
+    timed = ["train_runtime", "train_tokens_per_second"]
+    for column in expected.columns.intersection(full.columns).difference(timed):
+        pd.testing.assert_series_equal(full[column], expected[column])
+    for column in ("learning_rate", "epoch", *expected.columns.intersection(["num_input_tokens_seen"])):
+        shares = (values / values.max() for values in (apex[column], expected[column]))
+        pd.testing.assert_series_equal(*shares)  # of several groups, the Trainer logs the first one's rate
+    same = ["average_tokens_across_devices"]  # in one process
+    assert (name in same) == apex.equals(plain)
+
+
 @pytest.mark.case("FSDP, DeepSpeed and Megatron, by arguments or from the environment", "refused")
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"])
 def test_sharding_that_comes_from_the_environment_is_refused(name, tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")

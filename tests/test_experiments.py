@@ -22,6 +22,7 @@ from apexlib.suite.bases import base_models, check_bases, masked_models, measure
 from apexlib.suite.comparison import (
     Comparison,
     above_first,
+    above_goal,
     beside_untouched,
     choose_rates,
     compare,
@@ -606,3 +607,14 @@ def test_conversations_may_come_from_a_pattern_of_files_and_are_scored_each_in_i
     assert len(result["correct"]) == 2 * 12
     assert set(result["families"]) == {"arithmetic", "arc_easy"}
     assert len(conversations(AutoTokenizer.from_pretrained(base), {**chat, "train": 5}, "train")) == 5
+
+
+def test_a_curve_is_compared_with_the_goal_of_its_own_seed():
+    rows = [(m, seed, t, loss + seed) for m, loss in (("full", 3.0), ("apex", 2.5)) for seed in (0, 1) for t in (0, 8)]
+    curves = pd.DataFrame(rows, columns=["method", "seed", "tokens", "loss"])
+    above = above_goal(curves.iloc[::-1], "full")
+    assert above.groupby("method")["loss"].agg(["min", "max"]).T.to_dict("list") == {
+        "apex": [-0.5, -0.5],
+        "full": [0, 0],
+    }
+    assert above[["method", "seed", "tokens"]].equals(curves.iloc[::-1][["method", "seed", "tokens"]])

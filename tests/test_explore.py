@@ -1,6 +1,7 @@
 """Views: what they show follows from the controls, what they say is what the library measures, and nothing twice."""
 
 import ast
+import copy
 import re
 import time
 from dataclasses import replace
@@ -18,16 +19,21 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from apexlib import (
+    ApexConfig,
     activation_statistics,
+    effective_rank,
     expand,
     explore,
     masking_curve,
+    parameter_groups,
     perplexity,
     select,
     silenced,
     train_tokenizer,
+    trainable_table,
     weight_difference,
 )
+from apexlib.analysis.first_steps import FirstSteps
 from apexlib.analysis.masked_losses import NOTHING, Mask, Masking
 from apexlib.analysis.unit_ranks import UnitRanks
 from apexlib.architectures import model_components
@@ -182,7 +188,7 @@ def test_tokens_are_text_and_no_markup():
     assert "<b>" not in html
     assert "213, 94, 0, 0.38" in html
     assert "1, 115, 178, 0.75" in html
-    assert html.count("outline") == 1
+    assert html.count("outline: 2px solid") == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- views
@@ -192,7 +198,7 @@ def moved(view, **values):
     """What a view shows after controls were moved."""
     for name, value in values.items():
         view.controls[name].value = value
-    return b"".join(map(bytes, (each.value for each in view.pictures))), view.words.value, view.said.value
+    return "".join(each.value for each in view.pictures), view.words.value, view.said.value
 
 
 def follows(view, **values):
@@ -248,7 +254,7 @@ def atlas(model, tokenizer, blocks, statistics):
 
 
 def test_units_follow_their_controls(atlas):
-    simple = {"checkpoint": "late", "component": "head", "colour": "role", "layer": 1, "unit": 5}
+    simple = {"checkpoint": "early", "component": "head", "colour": "role", "layer": 1, "unit": 5}
     assert follows(atlas, **simple, channel_ranks=(2, 9), by_hand="1, 2 > 3, 4")
     assert moved(atlas, colour="movement") != moved(atlas, colour="rank_score")
 
@@ -304,6 +310,115 @@ def test_a_unit_is_largest_where_the_view_says(atlas, model, blocks):
     assert_close(torch.from_numpy(atlas.masking.outputs("head", 1)[0][:, 1]), expected)
     cost = state.loss(Mask("head", "by hand", ((1, (1,)),))) - state.loss()
     assert f"{cost:+.4f} nats" in moved(atlas, component="head", layer=1, unit=1)[1]
+
+
+def pointed(view, picture, how, *corners):
+    """What a view shows after a pointer was at corners of a picture, in its data's coordinates."""
+    left, box = 160 * sum(view.widths[:picture]), 160 * np.array([view.widths[picture], view.height])
+    shares = [(view.axes[picture].transData.transform(corner) - (left, 0)) / box for corner in corners]
+    told = " ".join(f"{x} {1 - y}" for x, y in shares)
+    view.pointer.value = f"{picture} {how} {told} {time.time()}"
+    return moved(view)
+
+
+def test_a_pointer_over_the_map_tells_shows_and_chooses(atlas):
+    moved(atlas, layer=0, head_ranks=(0, 0))
+    said = pointed(atlas, 0, "hover", (5, 1), (5, 1))[2]
+    one = atlas.table.query("component == 'channel' and layer == 1 and unit == 5").iloc[0]
+    assert said.startswith("<b>layer 1, channel 5</b>: activation")
+    assert f"{one['activation']:.4g}" in said
+    assert (atlas["layer"], atlas["unit"]) == (0, 0)
+    pointed(atlas, 0, "click", (7, 1), (7, 1))
+    assert (atlas["layer"], atlas["unit"]) == (1, 7)
+    pointed(atlas, 0, "drag", (9, 1), (6, 0))  # from any corner to any other
+    for layer in atlas.plan.layers:
+        ranks = atlas.table.query("component == 'channel' and layer == @layer.layer").set_index("unit")["rank"]
+        lowest = [unit for unit in ranks.sort_values(ascending=False).index if unit not in range(6, 10)]
+        assert (layer.source, set(layer.target)) == ((6, 7, 8, 9), set(lowest[:4]))
+    assert len(atlas.plan.layers) == 2
+    assert atlas["by_hand"].startswith("6-9 > ")
+
+
+@pytest.mark.parametrize(("over", "chosen"), [((3, 6), (2, 6)), ((20, 23), (1, 5))])
+def test_a_pointer_over_the_ranks_chooses_pairs_from_either_end(atlas, over, chosen):
+    pointed(atlas, 1, "drag", *((rank, atlas.axes[1].get_ylim()[0] * 1.1) for rank in over))
+    assert atlas["channel_ranks"] == chosen
+    pointed(atlas, 1, "click", *[(3, atlas.axes[1].get_ylim()[0] * 1.1)] * 2)
+    assert atlas.table.query("component == 'channel' and layer == 0 and rank == 3")["unit"].item() == atlas["unit"]
+
+
+def test_a_pointer_outside_of_the_axes_does_nothing(atlas):
+    before = moved(atlas)
+    assert pointed(atlas, 0, "click", (-5, 0), (-5, 0)) == before
+    assert pointed(atlas, 0, "drag", (60, 9), (0, 0)) == before
+
+
+def test_a_stroke_masks_units_and_a_click_on_a_token_asks_what_follows(masks):
+    pointed(masks, 2, "drag", (3, 1), (8, 1))
+    assert masks.mask == Mask("channel", "by hand", ((1, (3, 4, 5, 6, 7, 8)),))
+    assert pointed(masks, 2, "hover", (4, 0), (4, 0))[2] == "layer 0, channel 4"
+    masks.pointer.value = "-1 click 3 0 3 0 1"
+    assert masks["after_token"] == 3
+    assert 'data-token="3" style="background' in masks.words.value
+
+
+@pytest.fixture(scope="module")
+def expansion(model, blocks, statistics):
+    return explore.expansion(model, blocks, statistics, ApexConfig(direct_heads=1.0, direct_channels=0.5))
+
+
+def test_an_expansion_follows_its_controls(expansion):
+    names = {"fraction": 0.25, "direct_channels": 0.75, "operator": "diagonal", "steps": 8}
+    assert follows(expansion, **names, weight="model.layers.1.self_attn.v_proj")
+    moved(expansion, fraction=0.5)
+    assert expansion["direct_channels"] == 1.0  # source and target are part of it
+    assert expansion.words.value.startswith('<div style="line-height: 1.4"><b>')
+    moved(expansion, fraction=0.1875, direct_channels=0.5)
+    assert expansion.plan == select(expansion.state.statistics, expansion.config)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_what_is_shown_is_what_the_method_makes_of_a_matrix(model, blocks, statistics, steps):
+    config, state = ApexConfig(direct_channels=0.5, operator="dense"), FirstSteps(model, blocks, statistics)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    found, sigma, row = state.measured(config, steps, "model.layers.1.mlp.down_proj")
+    own = expand(copy.deepcopy(model), select(statistics, config), operator="dense").train()
+    optimizer = torch.optim.AdamW(parameter_groups(own, 1e-3))
+    for step in range(steps):
+        ids = blocks[step % len(blocks)]["input_ids"]
+        own(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mlp, table = own.eval().model.layers[1].mlp, trainable_table(own)
+    assert_close(found["W"], mlp.down_proj.weight, rtol=0, atol=1e-6)
+    assert_close(found["ΔW"], mlp.down_proj.weight - before["model.layers.1.mlp.down_proj.weight"], rtol=0, atol=1e-6)
+    assert_close(found["M"], mlp.apex_channel.operator.dense(), rtol=0, atol=1e-6)
+    assert row["W_effective_rank"] == pytest.approx(effective_rank(mlp.down_proj.weight), rel=1e-4)
+    assert row["share"] == table["trainable"].sum() / table["total"].sum()
+    assert row["loss"] == pytest.approx(perplexity(own, blocks[:1])["loss"], rel=1e-5)
+    assert sigma["M"].any() == (steps > 0)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+
+
+def test_going_back_trains_nothing_and_gives_the_same(model, blocks, statistics):
+    state, shown = FirstSteps(model, blocks, statistics), "model.layers.0.mlp.up_proj"
+    there = state.measured(ApexConfig(), 4, shown)[0]["W"].clone()
+    further = state.measured(ApexConfig(), 8, shown)[0]["W"].clone()
+    state.batches = None
+    assert torch.equal(state.measured(ApexConfig(), 4, shown)[0]["W"], there)
+    assert torch.equal(state.measured(ApexConfig(), 8, shown)[0]["W"], further)
+    assert not torch.equal(there, further)
+    assert state.table[["steps", "weight"]].values.tolist() == [[4, shown], [8, shown]]
+    straight = FirstSteps(model, blocks, statistics).measured(ApexConfig(), 8, shown)[0]["W"]
+    assert_close(straight, further, rtol=0, atol=1e-7)
+
+
+def test_what_no_steps_can_be_taken_of_is_refused(model, blocks, statistics):
+    for batches in ([], [{"labels": torch.ones(1, 2)}]):
+        with pytest.raises(ValueError, match=f"batches: {len(batches)} of them; need one or more, each with input_ids"):
+            FirstSteps(model, batches, statistics)
+    with pytest.raises(ValueError, match="steps 3: need one of 0, 1, 2, 4"):
+        FirstSteps(model, blocks, statistics).after(ApexConfig(), 3)
 
 
 @pytest.fixture
@@ -397,7 +512,12 @@ def test_models_that_differ_have_no_common_spectrum(model):
 
 # --------------------------------------------------------------------------------------------------------- notebooks
 
-LOOKS = ("01_parameter_difference", "02_expansion_step_by_step", "03_instruction_tuning", "05_effective_rank")
+LOOKS = {
+    "01_parameter_difference": [explore.masks],
+    "02_expansion_step_by_step": [explore.units, explore.expansion],
+    "03_instruction_tuning": [explore.runs],
+    "05_effective_rank": [explore.spectrum],
+}
 
 
 def view_cells(name):
@@ -409,12 +529,12 @@ def view_cells(name):
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_notebook_ends_with_a_view_that_decides_nothing(name):
-    ((source, place),) = view_cells(name)
-    assert place == 2  # before what the notebook does not show
-    assert not re.search(r"save_|draw_figure|open\(|to_csv|write", source.partition("\n")[2])
-    notebook = read_notebook(ROOT / "notebooks" / f"{name}.ipynb", "cpu")
-    assert (source in notebook.cells, source in notebook.deciding) == (True, False)
-    assert len(notebook.cells) == len(notebook.deciding) + 1
+    views, notebook = view_cells(name), read_notebook(ROOT / "notebooks" / f"{name}.ipynb", "cpu")
+    assert [place for _, place in views] == [*range(len(views) + 1, 1, -1)]  # before what the notebook does not show
+    for source, _ in views:
+        assert not re.search(r"save_|draw_figure|open\(|to_csv|write", source.partition("\n")[2])
+        assert (source in notebook.cells, source in notebook.deciding) == (True, False)
+    assert len(notebook.cells) == len(notebook.deciding) + len(views)
     assert not any("explore" in cell for cell in notebook.deciding)
 
 
@@ -436,18 +556,20 @@ def test_the_views_of_the_notebooks_open_on_the_shipped_base(shipped):
         "largest": pd.DataFrame([{"path": folder, "seed": 0}]), "first": statistics.assign(seed=0), "revision": None,
         "text": lambda path, split, count: blocks, "load_model": load_model, "load_tokenizer": load_tokenizer,
         "base": shipped["base"], "fused": load_model(run["path"]), "tokenizer": shipped["tokenizer"], "plan": plan,
-        "held_out": blocks, "statistics": statistics, "pd": pd, "tuned": pd.DataFrame([run]),
+        "held_out": blocks, "assessment": blocks, "training": blocks, "torch": torch, "config": ApexConfig(),
+        "source": folder, "activation_statistics": activation_statistics, "statistics": statistics, "pd": pd,
+        "tuned": pd.DataFrame([run]),
         "stages_of": lambda path: [path], "verdicts": pd.read_csv(results / "claims.csv"),
         "paths": SimpleNamespace(results=results),
         "compared": SimpleNamespace(runs=pd.read_csv(results / "instruction.csv")),
     }  # fmt: skip
-    for name, kind in zip(LOOKS, (explore.masks, explore.units, explore.runs, explore.spectrum), strict=True):
-        ((source, _),) = view_cells(name)
-        *lines, last = ast.parse(source).body
+    for name, kinds in LOOKS.items():
         names = dict(around)
-        exec(compile(ast.Module(lines, []), name, "exec"), names)
-        began = time.perf_counter()
-        view = eval(compile(ast.Expression(last.value), name, "eval"), names)
-        assert isinstance(view, kind)
-        assert view.said.value == ""
-        assert time.perf_counter() - began < 60  # seconds, on a machine that does much else
+        for (source, _), kind in zip(view_cells(name), kinds, strict=True):
+            *lines, last = ast.parse(source).body
+            exec(compile(ast.Module(lines, []), name, "exec"), names)
+            began = time.perf_counter()
+            view = eval(compile(ast.Expression(last.value), name, "eval"), names)
+            assert isinstance(view, kind)
+            assert view.said.value == ""
+            assert time.perf_counter() - began < 60  # seconds, on a machine that does much else

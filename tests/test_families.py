@@ -1,19 +1,33 @@
 """Every family's row against the laws of an expansion, on a tiny random model of it; and rows that are wrong."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from conftest import smallest
+from conftest import OTHER_LAYOUTS, smallest
+from transformers import CONFIG_MAPPING
 
 from apexlib.analysis.family_check import check_family
-from apexlib.architectures import FAMILIES, Family, register_family
+from apexlib.architectures import FAMILIES, NOT_COVERED, Family, family_of, register_family
+
+MODEL_TYPES = sorted(set(FAMILIES) - {"gemma3"})  # that one is gemma3_text beside a picture
 
 
 @pytest.mark.case("decoders: every model type of [this table](models.md)", "works")
 @pytest.mark.filterwarnings("ignore:.*the experts' channels are not units here")
-@pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - {"gemma3"}))  # that one is gemma3_text beside a picture
-def test_a_family_obeys_the_laws(model_type):
-    check_family(smallest(model_type))
+@pytest.mark.parametrize(("model_type", "layout"), [*((each, {}) for each in MODEL_TYPES), *OTHER_LAYOUTS.items()])
+def test_a_family_obeys_the_laws(model_type, layout):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers has no {model_type}")
+    check_family(smallest(model_type, **layout))
+
+
+@pytest.mark.parametrize("model_type", NOT_COVERED)
+def test_what_is_not_covered_is_refused_with_the_reason(model_type):
+    assert model_type not in FAMILIES
+    config = SimpleNamespace(model_type=model_type)
+    with pytest.raises(ValueError, match=f"{model_type!r} is not supported, because {NOT_COVERED[model_type][:20]}"):
+        family_of(SimpleNamespace(config=config))
 
 
 WRONG = {

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from apexlib.suite.figures import draw_figure
-from apexlib.suite.ledger import claims_table
+from apexlib.suite.figures import FIGURES, draw_figure
+from apexlib.suite.ledger import claims_table, read_claims
 from apexlib.suite.overview import (
     VERDICTS,
     figure_pages,
@@ -27,7 +27,7 @@ from apexlib.suite.overview import (
     write_overview,
 )
 
-VOID = {"meta", "link", "br", "img"}
+VOID = {"meta", "link", "br", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -100,20 +100,55 @@ print("torch" in sys.modules)
     assert b"/CreationDate" not in written[0][1]
 
 
-def test_the_page_is_whole_holds_every_claim_and_asks_for_nothing(figures, ledger):
-    page = Page(overview_html(ledger, figures, "Made on cpu."))
+@pytest.fixture
+def results(tmp_path):
+    """A folder of a few trainings, at two rates, and of what decides a claim of them."""
+    runs = [("apex", rate, seed, 1 + seed + rate) for rate in (0.1, 0.2) for seed in range(3)]
+    table = pd.DataFrame([*runs, ("full", 0.1, 0, 4.0)], columns=["method", "learning_rate", "seed", "valid_loss"])
+    table["exact_match"], table["chosen"] = table["valid_loss"] / 2, table["learning_rate"] == 0.1
+    others = ("answer_loss", "retention_loss", "erank_change", "update_norm", "by_operator", "seconds_per_step")
+    table.assign(**dict.fromkeys((*others, "trainable"), table["valid_loss"])).to_csv(
+        tmp_path / "instruction.csv", index=False
+    )
+    return tmp_path
+
+
+def test_the_page_is_whole_holds_every_claim_and_asks_for_nothing(figures, ledger, results):
+    page = Page(overview_html(ledger, results, figures))
     said = " ".join(page.text.split())
     for row in ledger.itertuples():
         for text in (row.statement, row.expected, row.rule, row.limits, row.source, row.verdict):
             assert " ".join(text.split()) in said
     assert f"{len(ledger)} claims: {(ledger['verdict'] == 'reproduced').sum()} reproduced" in said
-    assert "Made on cpu." in said
+    assert run_facts(results) in said
     assert "silenced in every layer" in said
     assert "Loss of the base models" not in said  # no such figure lies there
     assert len(page.ids) == len(set(page.ids))
     assert page.asked
-    assert all(link.startswith(("#", "data:")) for link in page.asked)
+    notebooks = {f"../../notebooks/{name}.ipynb" for name in ledger["notebook"]}
+    assert all(link in notebooks or link.startswith(("#", "data:")) for link in page.asked)
+    assert notebooks <= set(page.asked)
     assert {link[1:] for link in page.asked if link.startswith("#")} <= set(page.ids)
+
+
+def test_the_page_tells_trainings_by_method_and_rate_and_seeds_of_a_claim(figures, ledger, results):
+    said = " ".join(re.sub(r"<[^>]+>", " ", overview_html(ledger, results, figures)).split())
+    assert "valid_loss 0.1 0.2 apex 2.1 [1.1, 3.1] 2.2 [1.2, 3.2] full 4 [4, 4]" in said
+    assert "exact_match 0.1 0.2 apex 1.05 [0.55, 1.55]" in said
+    values = {claim.number: claim.values(results) for claim in read_claims()}
+    seeds = ", ".join(f"{value:+.4g}" for value in values[9])
+    assert len(values[9]) == 1  # the seed that both methods have
+    assert f"3 seeds {seeds} limits" in said
+
+
+def test_claims_and_figures_lead_to_one_another(figures, ledger, results):
+    asked = Page(overview_html(ledger, results, figures)).asked
+    assert asked.count("#figure-masking_curve") == 4
+    assert asked.count("#claim-3") == 1  # from the figure; 1 and 2 are in the bottom line too
+    assert asked.count("#claim-1") == 2
+    shown = [number for figure in FIGURES.values() for number in figure.get("claims", ())]
+    assert set(shown) <= {claim.number for claim in read_claims()}
+    assert len(shown) == len(set(shown))
 
 
 def test_an_svg_keeps_its_picture_and_gets_names_of_its_own():

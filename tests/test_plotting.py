@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.container import BarContainer
 
 from apexlib import plot
 from apexlib.analysis.intervals import summarise
@@ -131,6 +132,7 @@ PANELS = {  # a table for each panel of a figure
     ("trade_off", 0): trade_off,
     ("continued_rates", 0): rates,
     ("continued", 0): token_curve,
+    ("continued", 1): token_curve,
     ("constructed_ranks", 0): constructed,
     ("effective_rank", 0): by_layer,
     ("effective_rank", 1): by_method,
@@ -358,7 +360,7 @@ def test_updates_of_several_runs_are_drawn_by_method():
 
 def test_movement_with_roles_is_drawn_by_role():
     ax = plot.movement(measured_movement())
-    heights = [bars[0].get_height() for bars in ax.containers]
+    heights = [bars[0].get_height() for bars in ax.containers if isinstance(bars, BarContainer)]
     means = measured_movement().groupby("role")["relative"].mean()
     assert heights == pytest.approx([means[role] for role in ROLES])
 
@@ -373,3 +375,24 @@ def test_a_figure_of_the_suite_takes_what_was_measured_and_writes_nothing_where_
         plotting.draw_figure(measured_masking(), "instruction", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert not plt.get_fignums()
+
+
+def test_a_comparison_shows_runs_beside_their_mean_and_levels_that_do_not_stretch_it():
+    runs = pd.DataFrame({"method": ["apex", "full"], "mean": [0.9, 2.2], "seed": 0})
+    levels = pd.DataFrame({"method": ["near", "far"], "mean": [2.6, 90.0]})
+    ax = plotting.new_figure()[0]
+    plotting.comparison(pd.concat([comparison(), runs, levels]), ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["apex", "full"]
+    dots, means = ax.collections[0].get_offsets(), ax.collections[-1].get_offsets()
+    assert dots[:, 0].tolist() == [0.9, 2.2]
+    assert means[:, 0].tolist() == [1.0, 2.0]
+    assert [text.get_text() for text in ax.texts] == ["near", "far: 90.00 →"]
+    assert ax.get_xlim()[1] < 10
+
+
+def test_gains_are_shown_over_the_mean_of_their_seed():
+    ax = plotting.new_figure()[0]
+    plotting.rank_gain(gains(), ax)
+    marked = [line for line in ax.get_lines() if line.get_marker() != "None"]
+    drawn = [y for line in marked for y in line.get_ydata()]
+    assert sorted(round(float(y), 9) for y in drawn) == [-0.1, -0.1, 0.1, 0.1]

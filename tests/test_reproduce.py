@@ -106,7 +106,7 @@ def four_notebooks(root: Path) -> Project:
         (models / "weights.bin").write_bytes(bytes(n))
         """,
         """
-        seen = {key: os.environ.get(key) for key in ("PYTHONHASHSEED", "TOKENIZERS_PARALLELISM")}
+        seen = {key: os.environ.get(key) for key in ("PYTHONHASHSEED", "TOKENIZERS_PARALLELISM", "OMP_WAIT_POLICY")}
         seen |= {"python": sys.executable, "where": apexlib.WHERE, "cwd": os.getcwd(), "text": text, "rates": rates}
         (results / "seen.json").write_text(json.dumps(seen))
         print(bytearray(80_000_000)[-1])  # 80 MB for a moment
@@ -197,6 +197,7 @@ def test_a_kernel_is_this_interpreter_in_the_notebooks_folder_and_sees_the_proje
     assert seen["python"] == sys.executable
     assert Path(seen["cwd"]) == finished.root / "notebooks"
     assert (seen["where"], seen["PYTHONHASHSEED"], seen["TOKENIZERS_PARALLELISM"]) == ("the project", "0", "false")
+    assert seen["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     assert (seen["text"], seen["rates"]) == ('ä "quoted" \\ {n} $HOME', [1.0, 0.5])
 
 

@@ -614,15 +614,6 @@ def test_ten_lines_without_a_trainer_do_the_same_as_one_stage(tiny_model, tmp_pa
         assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.case("TensorBoard, by the steps of the whole run", "works")
-def test_tensorboard_listens_by_the_trainers_own_option(tiny_model, tmp_path, monkeypatch):
-    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    run(tiny_model, tmp_path, report_to="tensorboard")
-    assert tensorboard.SummaryWriter
-    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
-
-
 def test_one_bar_tells_stage_step_and_loss_of_the_whole_run(tiny_model, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(bar, "hide_progress", lambda: False)
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)  # its bars of files that it writes

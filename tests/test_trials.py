@@ -296,6 +296,7 @@ def test_trials_are_counted_for_who_watches_from_outside(here, tmp_path, monkeyp
 
 
 def test_the_bar_of_a_set_stays(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trials, "hide_progress", lambda: True)
     run_trials(square, some(1), tmp_path)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(trials, "hide_progress", lambda: False)

@@ -35,8 +35,8 @@ def effective_rank(matrix: Float[Tensor, "rows columns"] | Float[np.ndarray, "ro
     0 · ln 0 is 0. A zero matrix has effective rank 0, its rank. Raises ValueError for what is no matrix, is empty or
     holds NaN or infinite values.
 
-    >>> round(effective_rank(torch.eye(5)), 12), effective_rank(torch.ones(4, 3)), effective_rank(torch.zeros(2, 2))
-    (5.0, 1.0, 0.0)
+    >>> [round(effective_rank(matrix), 6) for matrix in (torch.eye(5), torch.ones(4, 3), torch.zeros(2, 2))]
+    [5.0, 1.0, 0.0]
     """
     return _exp_entropy(singular_values(matrix))
 

@@ -5,8 +5,9 @@ They need the extra `notebooks`.
 """
 
 from apexlib.explore.atlas import Units
+from apexlib.explore.expanded import Expansion
 from apexlib.explore.masked_text import Masks
 from apexlib.explore.records import Runs
 from apexlib.explore.spectra import Spectrum
 
-masks, units, runs, spectrum = Masks, Units, Runs, Spectrum
+masks, units, expansion, runs, spectrum = Masks, Units, Expansion, Runs, Spectrum

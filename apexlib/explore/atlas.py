@@ -10,7 +10,7 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from apexlib.analysis.difference import biography
 from apexlib.analysis.masked_losses import Mask, Masking
 from apexlib.analysis.unit_ranks import KEYS, Statistics, UnitRanks
-from apexlib.explore.panel import View, numbers, tokens_html
+from apexlib.explore.panel import Point, View, numbers, tokens_html
 from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.plot.style import ROLES
 
@@ -27,9 +27,10 @@ _AROUND = 14  # tokens before and after one that drives a unit
 class Units(View):
     """See all units at one or several checkpoints, by name, and one of them at work; those chosen are a `plan`.
 
-    They are chosen by ranks, or by hand in the layer shown: "1, 4 > 0, 7", sources > targets. `movement` is a
-    `weight_difference`. With a `model`, its `tokenizer` and a `text`, as in `Masks`, one sees what masking a unit alone
-    costs, and the passages that drive it.
+    They are chosen by ranks, or by hand in the layer shown: "1, 4 > 0, 7", sources > targets. A stroke over the map
+    makes those under it sources, and as many of the lowest ranks targets; one over the ranks chooses these in every
+    layer; a click shows a unit. `movement` is a `weight_difference`. With `model`, `tokenizer` and `text`, as in
+    `Masks`, one sees what masking a unit alone costs, and the passages that drive it.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Units(View):
         self.masking = Masking(statistics=state.first, **at_work) if at_work else None
         self.given, self.by_hand, self._here, sizes = plan, {}, (), state.units.items()
         self.start = {name: (0, max(1, int(ApexConfig.fraction * count))) for name, count in sizes}
+        names = list(state.statistics)
         super().__init__(
-            checkpoint=SelectionSlider(options=list(state.statistics), disabled=len(state.statistics) == 1),
+            checkpoint=SelectionSlider(options=names, value=names[-1], disabled=len(names) == 1),
             component=Dropdown(options=list(state.units), value=list(state.units)[-1]),
             colour=Dropdown(options=list(_COLOURS)[: 3 if movement is None else 4]),
             layer=Dropdown(options=state.layers),
@@ -72,6 +74,32 @@ class Units(View):
         self.by_hand[here] = self["by_hand"]
         self.controls["unit"].max = self.state.units[self["component"]] - 1
 
+    def pointed(self, picture: int, how: str, start: Point, end: Point) -> str | None:
+        (layer, component), state = self._here, self.state
+        (left, right), (top, bottom) = (sorted(map(round, pair)) for pair in zip(start, end, strict=True))
+        table = self.table.query("component == @component")
+        if picture == 1:  # ranks of one layer
+            order = table.query("layer == @layer").sort_values("rank")["unit"].tolist()
+            if how == "drag":
+                mirrored = left > len(order) / 2  # targets: as far from the bottom
+                ranks = (len(order) - right, len(order) - left + 1) if mirrored else (left - 1, right)
+                self.move(**{f"{component}_ranks": ranks})
+                return None
+            left, top = order[min(max(left, 1), len(order)) - 1], state.layers.index(layer)
+        if how == "hover":
+            return _told(table.query("layer == @state.layers[@top]").set_index("unit").loc[left])
+        if how == "click":
+            self.move(layer=state.layers[top], unit=left)
+        elif picture == 0:
+            for layer in state.layers[top : bottom + 1]:
+                lowest = table.query("layer == @layer").sort_values("rank", ascending=False)["unit"].tolist()
+                sources = range(left, right + 1)
+                targets = sorted([unit for unit in lowest if unit not in sources][: len(sources)])
+                self.by_hand[layer, component] = f"{left}-{right} > {', '.join(map(str, targets))}"
+            self._here = ()  # so that its text is read again
+            self.move(layer=state.layers[top], unit=left)
+        return None
+
     def draw(self, atlas: Axes, profile: Axes) -> str:
         (layer, component), unit, colour = self._here, self["unit"], self["colour"]
         units = self.table.query("component == @component")
@@ -85,9 +113,7 @@ class Units(View):
         profile.plot(one["rank"], one["activation"], "s", ms=9, mfc="none", mec="black")
         profile.set(yscale="log", xlabel=f"rank in layer {layer}", ylabel="activation (squared norm per token)")
         profile.legend()
-        told = ", ".join(f"{name} {one[name]:.4g}" for name in ("activation", "rank_score", "movement") if name in one)
-        words = f"<b>layer {layer}, {component} {unit}</b>: {told}, rank {one['rank']} of {len(own)}, "
-        return words + ROLES[one["role"]][0] + (self._passages(layer, component, unit) if self.masking else "")
+        return _told(one) + (self._passages(layer, component, unit) if self.masking else "")
 
     def _passages(self, layer: int, component: str, unit: int) -> str:
         """Say what masking a unit alone costs, and show the text around the tokens at which it is largest."""
@@ -103,6 +129,13 @@ class Units(View):
             told = zip(pieces, values, map("{:.3g}".format, values), strict=True)
             html += tokens_html(told, sizes[row].max(), place - part.start)
         return html
+
+
+def _told(unit: pd.Series) -> str:
+    """Put a row of the table, with the unit as its name, into words."""
+    values = ", ".join(f"{name} {unit[name]:.4g}" for name in ("activation", "rank_score", "movement") if name in unit)
+    where = f"<b>layer {unit['layer']}, {unit['component']} {unit.name}</b>"
+    return f"{where}: {values}, rank {unit['rank']}, {ROLES[unit['role']][0]}"
 
 
 def _draw_map(units: pd.DataFrame, colour: str, state: UnitRanks, ax: Axes) -> None:

@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from ipywidgets import BoundedIntText, Dropdown, FloatSlider, SelectMultiple, Text
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import PercentFormatter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apexlib.analysis.masked_losses import NOTHING, Mask, Masking
-from apexlib.explore.panel import BLUE, GREEN, GREY, RED, View, numbers, tokens_html
+from apexlib.explore.panel import BLUE, GREEN, GREY, RED, Point, View, numbers, tokens_html
 from apexlib.plot.style import DOTTED
 
 _COLOURS = {"advantageous": RED, "disadvantageous": BLUE, "random": GREY, "by hand": GREEN}  # of orders
@@ -21,7 +23,8 @@ class Masks(View):
     """Silence units of a model and see what becomes of a text: its loss beside that of random masks, token by token.
 
     `text` is a text, or what `pack` or `batches` makes of one; `statistics` rank the units (default: taken on it).
-    `table` has every mask measured.
+    `table` has every mask measured. A click on a token asks what comes after it; a stroke over the map of units masks
+    those under it by hand.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class Masks(View):
         self.state = state = Masking(model, tokenizer, text, statistics)
         last, layers = list(state.parts.items())[-1]
         super().__init__(
+            (4.0, 3.2, 3.4),
             component=Dropdown(options=list(state.parts), value=last),
             order=Dropdown(options=list(_COLOURS)),
             share=FloatSlider(0.1, max=1, step=0.01, readout_format=".0%"),
@@ -55,10 +59,23 @@ class Masks(View):
         self.controls["share"].disabled = self["order"] == "by hand"
         self.controls["after_token"].max = len(self.state.rows[self["sequence"]][0]) - 1
 
-    def draw(self, curve: Axes, likely: Axes) -> str:
+    def pointed(self, picture: int, how: str, start: Point, end: Point) -> str | None:
+        (left, right), (top, bottom) = (sorted(map(round, pair)) for pair in zip(start, end, strict=True))
+        if picture == -1:
+            self.move(after_token=left)
+        elif picture == 2:
+            layers = list(self.state.parts[self["component"]])
+            if how != "hover":
+                self.move(order="by hand", layers=tuple(layers[top : bottom + 1]), by_hand=f"{left}-{right}")
+            else:
+                return f"layer {layers[top]}, {self['component']} {left}"
+        return None
+
+    def draw(self, curve: Axes, likely: Axes, units: Axes) -> str:
         state, mask, row, place = self.state, self.mask, self["sequence"], self["after_token"]
         base, loss, *others = (state.loss(each) for each in (NOTHING, mask, *state.random_like(mask)))
         _draw_curve(state.table, mask, curve)
+        _draw_units(state, mask, units)
         curve.axhline(base, **DOTTED)
         before, after = (state.logits(state.rows[row][0][: place + 1], each)[-1] for each in (NOTHING, mask))
         _draw_next(*(pd.Series(each.softmax(-1).cpu().numpy()) for each in (before, after)), state.tokenizer, likely)
@@ -83,6 +100,20 @@ def _draw_curve(table: pd.DataFrame, mask: Mask, ax: Axes) -> None:
     ax.set(xlim=(-0.02, 1.02), xlabel=f"share of {mask.component}s masked", ylabel="loss (nats per token)")
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
     ax.legend()
+
+
+def _draw_units(state: Masking, mask: Mask, ax: Axes) -> None:
+    """Draw a map of the units, a row per layer, the more active the darker, those masked in the colour of the order."""
+    own = state.statistics.query("component == @mask.component")
+    ranks = own.groupby("layer")["activation"].rank(pct=True)
+    matrix = own.assign(rank=ranks).pivot(index="layer", columns="unit", values="rank")
+    shades = mpl.colormaps["Greys"](0.8 * matrix.to_numpy())
+    for layer, units in mask.units:
+        shades[matrix.index.get_loc(layer), list(units)] = to_rgba(_COLOURS[mask.order])
+    ax.imshow(shades, aspect="auto", interpolation="nearest")
+    ax.set(xlabel=f"{mask.component} (coloured: masked)", ylabel="layer", yticks=range(len(matrix)))
+    ax.set_yticklabels(matrix.index)
+    ax.grid(visible=False)
 
 
 def _draw_next(before: pd.Series, after: pd.Series, tokenizer: object, ax: Axes) -> None:

@@ -1,15 +1,16 @@
 """What every view is made of: controls, and below them pictures and words that follow the controls."""
 
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from ipywidgets import HTML, HBox, Image, Layout, ValueWidget, VBox
+from ipywidgets import HTML, HBox, Layout, Text, ValueWidget, VBox
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,10 +19,14 @@ from matplotlib.image import imsave
 
 from apexlib.plot.style import PALETTE
 
+Point = tuple[float, float]  # x, y
 RED, BLUE, GREEN, GREY = PALETTE[3], PALETTE[0], PALETTE[2], "0.6"
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "axes.grid": True}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.35, "grid.linewidth": 0.5}
 _STYLE |= {"lines.linewidth": 1.3, "lines.markersize": 4, "axes.prop_cycle": mpl.cycler(color=PALETTE)}
+
+
+_POINTER = Path(__file__).with_name("pointer.js").read_text(encoding="utf-8")
 
 
 class View(VBox):
@@ -36,9 +41,12 @@ class View(VBox):
         self.controls, self.widths, self.height, self._busy = controls, widths, height, False
         self.said, self.words = HTML(layout=Layout(min_height="1.8em")), HTML()  # has its place, so that nothing jumps
         layouts = [Layout(width=f"{100 * width:.0f}px", max_width="100%") for width in widths]
-        self.pictures = [Image(format="png", layout=layout) for layout in layouts]
+        self.pictures, self.pointer = [HTML(layout=layout) for layout in layouts], Text(layout=Layout(display="none"))
         rows = [HBox(row, layout=Layout(flex_flow="row wrap")) for row in (list(controls.values()), self.pictures)]
-        self.children = (rows[0], self.said, rows[1], self.words)
+        self.children = (rows[0], self.said, rows[1], self.words, self.pointer)
+        self.add_class("apex-view")
+        self.pointer.add_class("apex-pointer")
+        self.pointer.observe(self._point, "value")
         for name, control in controls.items():
             control.description = control.description or name.replace("_", " ")
             control.continuous_update, control.style.description_width = False, "8em"
@@ -61,6 +69,22 @@ class View(VBox):
         """Draw on empty axes, one for each width, what the controls say, and return words, as HTML."""
         raise NotImplementedError
 
+    def pointed(self, picture: int, how: str, start: Point, end: Point) -> str | None:
+        """Answer a "hover", a "click" or a "drag" over a picture, in its data's coordinates; words are shown.
+
+        A click on the token of number n comes as one on picture -1, at (n, 0).
+        """
+
+    def move(self, **values: Any) -> None:
+        """Move several controls and draw once."""
+        self._busy = True
+        try:
+            for name, value in values.items():
+                self.controls[name].value = value
+        finally:
+            self._busy = False
+        self.show()
+
     def show(self, _: object = None) -> None:
         """Draw again."""
         if self._busy:  # one control has moved another
@@ -71,17 +95,33 @@ class View(VBox):
             with mpl.rc_context(_STYLE):
                 figure = Figure((sum(self.widths), self.height), dpi=160, layout="constrained")
                 parts = figure.subfigures(1, len(self.widths), width_ratios=self.widths, squeeze=False)[0]
-                words = self.draw(*(part.subplots() for part in parts))
+                self.axes = [part.subplots() for part in parts]
+                words = self.draw(*self.axes)
                 (canvas := FigureCanvasAgg(figure)).draw()
             self.pixels = np.array(canvas.buffer_rgba())
             borders = np.rint(160 * np.cumsum(self.widths[:-1])).astype(int)
-            for picture, part in zip(self.pictures, np.split(self.pixels, borders, axis=1), strict=True):
-                picture.value = _png(part)
+            for number, part in enumerate(np.split(self.pixels, borders, axis=1)):
+                self.pictures[number].value = _picture_html(_png(part), number)
             self.words.value, self.said.value = f'<div style="line-height: 1.4">{words}</div>', ""
         except (ValueError, OSError) as error:
             self.said.value = f'<b style="color: {RED}">{escape(str(error))}</b>'
         finally:
             self._busy = False
+
+    def _point(self, change: Mapping[str, str]) -> None:
+        number, how, *shares = change["new"].split()[:6]
+        corners = np.reshape([float(share) for share in shares], (2, 2))
+        if number == "-1":
+            self.pointed(-1, how, *map(tuple, corners))
+            return
+        ax = self.axes[int(number)]
+        left, (width, height) = sum(self.widths[: int(number)]), (self.widths[int(number)], self.height)
+        pixels = 160 * np.stack([left + corners[:, 0] * width, (1 - corners[:, 1]) * height], axis=1)
+        if ax.bbox.contains(*pixels[0]):
+            pixels = np.clip(pixels, ax.bbox.min + 1, ax.bbox.max - 1)
+            start, end = ax.transData.inverted().transform(pixels).tolist()
+            if (words := self.pointed(int(number), how, tuple(start), tuple(end))) is not None:
+                self.said.value = words
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         own = {"text/plain": type(self).__name__, "image/png": b64encode(_png(self.pixels)).decode()}
@@ -91,6 +131,13 @@ class View(VBox):
 def _png(pixels: UInt8[np.ndarray, "height width 4"]) -> bytes:
     imsave(file := BytesIO(), pixels, format="png")
     return file.getvalue()
+
+
+def _picture_html(png: bytes, number: int) -> str:
+    mouse = escape(_POINTER.replace("PICTURE", str(number)))
+    events = " ".join(f'onpointer{event}="{mouse}"' for event in ("down", "move", "up"))
+    image = f'<img draggable="false" style="width: 100%" src="data:image/png;base64,{b64encode(png).decode()}">'
+    return f'<div style="position: relative; cursor: crosshair; touch-action: none" {events}>{image}<i></i></div>'
 
 
 def numbers(text: str, below: int, what: str) -> tuple[int, ...]:
@@ -114,8 +161,7 @@ def tokens_html(tokens: Iterable[tuple[str, float, str]], most: float, mark: int
     for place, (token, value, remark) in enumerate(tokens):
         ground = f"{'213, 94, 0' if value > 0 else '1, 115, 178'}, {0.75 * min(1.0, abs(value) / most):.2f}"
         style = f"background: rgba({ground})" + "; outline: 2px solid" * (place == mark)
-        spans.append(
-            f'<span style="{style}" title="{escape(remark)}">{escape(token).replace(chr(10), "↵&#10;")}</span>'
-        )
+        text, told = escape(token).replace("\n", "↵&#10;"), escape(remark)
+        spans.append(f'<span data-token="{place}" style="{style}" title="{told}">{text}</span>')
     style = "white-space: pre-wrap; word-break: normal; line-height: 1.5; margin: 0.6em 0"
-    return f'<pre style="{style}">{"".join(spans)}</pre>'
+    return f'<pre style="{style}" onclick="{escape(_POINTER)}">{"".join(spans)}</pre>'

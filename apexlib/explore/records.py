@@ -9,34 +9,11 @@ import pandas as pd
 from ipywidgets import Dropdown, Layout, SelectMultiple, Text
 from matplotlib.axes import Axes
 
+from apexlib.analysis.records import Records
 from apexlib.explore.panel import BLUE, GREEN, GREY, RED, View
 from apexlib.plot.style import DOTTED
 
 VERDICTS = {"reproduced": GREEN, "opposite": RED, "no difference": BLUE}  # the others: GREY
-
-
-class Records:
-    """The tables of a run."""
-
-    def __init__(self, source: str | Path | Mapping[str, pd.DataFrame]) -> None:
-        if not isinstance(source, Mapping):
-            source = {name: pd.read_csv(Path(source) / f"{name}.csv") for name in ("claims", "instruction")}
-        if missing := {"claims", "instruction"} - set(source):
-            raise ValueError(f"tables {', '.join(source) or 'none'}: need {' and '.join(sorted(missing))} too")
-        self.claims, self.runs = source["claims"], source["instruction"]
-        self.values = source.get("values", pd.DataFrame(columns=["claim", "seed", "value"]))
-        self.measures = [name for name in self.runs.select_dtypes("number") if name not in ("learning_rate", "seed")]
-
-    def chosen(self, verdict: str, words: str) -> pd.DataFrame:
-        """Claims of a verdict ("all": any) whose texts have every word."""
-        claims = self.claims if verdict == "all" else self.claims[self.claims["verdict"] == verdict]
-        texts = claims.select_dtypes(exclude="number").astype(str).agg(" ".join, axis=1).str.lower()
-        return claims[[all(word in text for word in words.lower().split()) for text in texts]]
-
-    def chart(self, measure: str, methods: tuple[str, ...]) -> pd.DataFrame:
-        """Mean and range over seeds, where measured: `method`, `learning_rate`, `mean`, `min`, `max`, `count`."""
-        runs = self.runs[self.runs["method"].isin(methods)].groupby(["method", "learning_rate"], sort=False)
-        return runs[measure].agg(["mean", "min", "max", "count"]).reset_index().dropna().sort_values("learning_rate")
 
 
 class Runs(View):
@@ -89,8 +66,11 @@ class Runs(View):
                 continue
             ends, at = [rows["mean"] - rows["min"], rows["max"] - rows["mean"]], rows["learning_rate"] * 1.03**number
             right.errorbar(at, rows["mean"], yerr=ends, marker="os^Dv"[number % 5], capsize=2, lw=1, label=method)
+        rates = sorted({rate for rate in self.chart["learning_rate"] if rate > 0})
         right.set(xscale="log", xlabel="learning rate (methods set apart; bars: all seeds)", ylabel=self["measure"])
-        right.legend(ncols=2)
+        right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        right.minorticks_off()
+        right.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
         told = "".join(f"<br><b>{name}:</b> {escape(str(claim[name]))}" for name in ("rule", "because", "limits"))
         number = f"{claim['mean']:.3g} [{claim['low']:.3g}, {claim['high']:.3g}] {claim['unit']}, n = {claim['n']}"
         return f"<b>{escape(claim['statement'])}</b><br>{number}: <b>{claim['verdict']}</b>{told}"

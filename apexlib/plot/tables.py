@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from apexlib.analysis.intervals import summarise
-from apexlib.plot.forms import by_method, distribution, finish, lines, loss_curve, need
+from apexlib.plot.forms import around, by_method, distribution, finish, lines, loss_curve, need
 from apexlib.plot.style import DOTTED, ORDERS, ROLES, SLANTED, STYLE
 
 
@@ -114,8 +114,9 @@ def movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     groups, width = list(dict.fromkeys(table[by])), 0.8 / len(ROLES)
     with _canvas(ax) as ax:
         for step, (role, (name, colour)) in enumerate(ROLES.items()):
-            rows = table[table["role"] == role].groupby(by)["relative"].mean().reindex(groups)
-            ax.bar(np.arange(len(groups)) + (step - 1.5) * width, rows, width, color=colour, label=name)
+            rows = _means(table[table["role"] == role], [by], "relative").set_index(by).reindex(groups)
+            bars = {"yerr": around(rows), "error_kw": {"linewidth": 0.7, "ecolor": "0.3"}}
+            ax.bar(np.arange(len(groups)) + (step - 1.5) * width, rows["mean"], width, color=colour, label=name, **bars)
         ax.set_xticks(range(len(groups)), groups, **SLANTED)
         ax.grid(visible=False, axis="x")
         return finish(ax, table, legend="below", percent={"y": 1}, xlabel=by, ylabel="change of a unit / its norm")

@@ -300,6 +300,23 @@ def _plan(*, model: str, method: list[str], apex: Path | None, calibrate: bool, 
     print(table.to_string(float_format=lambda value: f"{value:,.4g}" if value < 100 else f"{value:,.0f}"))
 
 
+def _fuse(*, folder: Path, base: str | None, out: Path) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from apexlib.files import check_new
+    from apexlib.training.unfinished import newest_model
+
+    check_new(out)
+    disable_progress_bar()  # of weights
+    base = base and locate(base)
+    model, state, plans = newest_model(folder, base)
+    sources = [source for source in (state, base) if source and (Path(source) / "tokenizer_config.json").is_file()]
+    tokenizer = pretrained(AutoTokenizer, sources[0]) if sources else None
+    apexlib.save_fused(model, out, tokenizer=tokenizer, plans=plans, facts={"state": f"{state.name} of {folder.name}"})
+    print(f"{out}: {state.name} of {folder}, {'with' if tokenizer else 'without'} a tokenizer")
+
+
 def _verify(*, folder: Path) -> int:
     checks = apexlib.verify_folder(folder)
     for row in checks.itertuples():

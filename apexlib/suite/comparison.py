@@ -191,6 +191,13 @@ def curves_table(training: Comparison) -> pd.DataFrame:
     return table[["method", "learning_rate", "chosen", "seed", "tokens", "loss", "retention_loss", "path"]]
 
 
+def above_goal(curves: pd.DataFrame, goal: str) -> pd.DataFrame:
+    """The `curves_table` with `loss` less that of the method `goal` after as many tokens from the same seed."""
+    of_goal = curves[curves["method"] == goal].set_index(["seed", "tokens"])["loss"].rename("goal")
+    joined = curves.join(of_goal, on=["seed", "tokens"])
+    return joined.assign(loss=joined["loss"] - joined["goal"]).drop(columns="goal")
+
+
 def token_ratios(curves: pd.DataFrame, methods: Sequence[str], seeds: Sequence[int], *, goal: str) -> pd.DataFrame:
     """Tokens after which a method reaches the last loss of the method `goal`, over its tokens; inf if it never does."""
     rows = []

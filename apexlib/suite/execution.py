@@ -143,6 +143,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
     from jupyter_client.kernelspec import KernelSpec
 
     environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # beside other work, threads that spin take several times as long
         "OPENBLAS_NUM_THREADS": "1",  # two libraries' threads on the same cores wait for each other
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),

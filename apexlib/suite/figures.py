@@ -33,34 +33,54 @@ def trade_off(table: pd.DataFrame, ax: Axes) -> None:
         ax.plot(*points, **look, linewidth=0.9, label=method, mfc="white")
         ax.plot(*points[:, :1], **look, mfc="white", ms=7, linestyle="none")
         ax.plot(*points[:, chosen], **look, ms=7 if chosen[0] else None, linestyle="none")
-    far, beyond = ax.get_xlim()[1], []
-    for name, loss in table.loc[is_level, ["method", "retention_loss"]].itertuples(index=False):
-        if loss > far:
-            beyond.append(f"{name}: {loss:.2f} →")
+    levels(table[is_level].set_index("method")["retention_loss"], ax)
+
+
+def levels(at: pd.Series, ax: Axes) -> None:
+    """Draw upright lines, named by the index; one that would stretch the axis is told at its edge."""
+    low, high = ax.get_xlim()
+    beyond = []
+    for name, value in at.items():
+        if low - 0.5 * (high - low) < value < high + 0.5 * (high - low):
+            ax.axvline(value, **DOTTED)
+            ax.annotate(name, (value, 0.98), (2, 0), ("data", "axes fraction"), "offset points", **UPRIGHT)
         else:
-            ax.axvline(loss, **DOTTED)
-            ax.annotate(name, (loss, 0.98), (2, 0), ("data", "axes fraction"), "offset points", **UPRIGHT)
-    ax.annotate("\n".join(beyond), (0.99, 0.02), xycoords="axes fraction", ha="right", va="bottom")
+            beyond.append(f"{name}: {value:.2f} →" if value > high else f"← {name}: {value:.2f}")
+    ax.annotate("\n".join(beyond), (0.98, 0.98), xycoords="axes fraction", ha="right", va="top")
 
 
 def comparison(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `mean` with `low` and `high` of each `method`, in order from above; a line through the first."""
+    """Draw `mean` with `low` and `high` of each `method`, in order from above; a line through the first.
+
+    Where there is a `seed`, rows that have one are dots beside it, of a single run; rows without an interval are
+    levels to compare with.
+    """
     need(table, "method", "mean", "low", "high")
-    rows, colours = range(len(table)), [PALETTE[3], *[PALETTE[0]] * (len(table) - 1)]
-    ax.axvline(table["mean"].iloc[0], **DOTTED)
-    ax.errorbar(table["mean"], rows, xerr=around(table), fmt="none", ecolor="0.55", capsize=2, linewidth=1)
-    ax.scatter(table["mean"], rows, color=colours, s=18, zorder=3)
-    ax.set(ylim=(len(table) - 0.5, -0.5), yticks=rows, yticklabels=table["method"])
+    of_runs = table.get("seed", pd.Series(index=table.index)).notna()
+    runs, means = table[of_runs], table[~of_runs & table["low"].notna()]
+    rows, colours = range(len(means)), [PALETTE[3], *[PALETTE[0]] * (len(means) - 1)]
+    ax.axvline(means["mean"].iloc[0], **DOTTED)
+    place = {name: row for row, name in zip(rows, means["method"], strict=True)}
+    ax.scatter(runs["mean"], [place[name] + 0.28 for name in runs["method"]], color="0.7", s=3, linewidth=0, zorder=2)
+    ax.errorbar(means["mean"], rows, xerr=around(means), fmt="none", ecolor="0.55", capsize=2, linewidth=1)
+    ax.scatter(means["mean"], rows, color=colours, s=18, zorder=3)
+    compared = table[~of_runs & table["low"].isna()].set_index("method")["mean"]
+    ax.set(ylim=(len(means) - 0.4, -1.5 if len(compared) else -0.5), yticks=rows, yticklabels=means["method"])
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    levels(compared, ax)
     ax.grid(axis="y", visible=False)
 
 
 def rank_gain(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `answer_loss_gain` against `erank_change` (relative), one marker per run, one colour per `method`."""
-    need(table, "method", "erank_change", "answer_loss_gain")
+    """Draw `answer_loss_gain` less the mean of its `seed` against `erank_change` (relative), a marker per run."""
+    need(table, "method", "seed", "erank_change", "answer_loss_gain")
+    gain = table["answer_loss_gain"]
+    table = table.assign(answer_loss_gain=gain - gain.groupby(table["seed"]).transform("mean"))
     for method, rows, look in groups(table, "method"):
         ax.plot(rows["erank_change"], rows["answer_loss_gain"], **look, **DOTS, ms=6)
         ax.plot([], [], **look, linestyle="none", ms=4, label=method)
     ax.axvline(0, **LEVEL)
+    ax.axhline(0, **LEVEL)
     ax.xaxis.set_major_locator(MaxNLocator(4))
 
 

@@ -1,8 +1,8 @@
-"""One page for readers without Python: the ledger of claims and every figure, as HTML and as PDF; no torch."""
+"""For readers without Python: the ledger of claims, runs and figures, as a page to look through and a PDF; no torch."""
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,9 +13,10 @@ from jinja2 import StrictUndefined, Template
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure as Page
 
+from apexlib.analysis.records import Records
 from apexlib.files import atomic_write, read_object
 from apexlib.suite.figures import FIGURES
-from apexlib.suite.ledger import measured
+from apexlib.suite.ledger import measured, read_claims
 
 _BESIDE = Path(__file__).parent
 WORDS = yaml.safe_load((_BESIDE / "overview.yaml").read_text(encoding="utf-8"))
@@ -28,12 +29,13 @@ Part = tuple[float, Callable[[Page, float], None]]  # of a page: its height in i
 def write_overview(claims: pd.DataFrame, results: Path, figures: Path) -> list[Path]:
     """Write `overview.html` and `overview.pdf` to `figures`, from a `claims_table` and what lies in the two folders.
 
-    The HTML holds everything itself (figures as SVG) and asks for nothing elsewhere. Equal inputs give equal bytes.
+    The HTML holds all it shows (figures as SVG) and asks for nothing elsewhere; it links notebooks where they lie
+    beside `figures`. Equal inputs give equal bytes.
     """
     figures, facts = Path(figures), run_facts(results)
     paths = [figures / "overview.html", figures / "overview.pdf"]
     with atomic_write(paths[0]) as file:
-        file.write_text(overview_html(claims, figures, facts), encoding="utf-8")
+        file.write_text(overview_html(claims, results, figures), encoding="utf-8")
     look, nothing = {"pdf.fonttype": 42, "font.size": 8}, dict.fromkeys(("Creator", "Producer", "CreationDate"))
     with atomic_write(paths[1]) as file, mpl.rc_context(look), PdfPages(file, metadata=nothing) as pdf:
         for page in [*ledger_pages(claims, facts), *figure_pages(figures)]:
@@ -51,14 +53,30 @@ def run_facts(results: Path) -> str:
     return f"Profile {Path(results).name}. Made on {where}, with {', '.join(sorted(versions))}."
 
 
-def overview_html(claims: pd.DataFrame, figures: Path, facts: str) -> str:
-    """Write the page: how many claims got which verdict, the ledger by notebook, the figures with captions."""
-    ledger = [(_heading(name), rows.itertuples()) for name, rows in claims.groupby("notebook", sort=False)]
-    said = WORDS | {"counts": _counts(claims), "facts": facts, "ledger": ledger, "measured": measured}
-    said["drawn"] = _drawn(figures)
+def overview_html(claims: pd.DataFrame, results: Path, figures: Path) -> str:
+    """Write the page: the bottom line, the ledger to look through, trainings by method and rate, the figures."""
+    drawn, rows = _drawn(figures), {row.number: row for row in claims.itertuples()}
+    questions = {name: [rows[n] for n in numbers if n in rows] for name, numbers in WORDS["questions"].items()}
+    said = WORDS | {"claims": rows, "counts": _counts(claims), "facts": run_facts(results), "heading": _heading}
+    said |= {"questions": questions, "measured": measured, "drawn": drawn, "rates": dict(_rates(claims, results))}
+    said["values"] = {claim.number: claim.values(results).tolist() for claim in read_claims()}
+    said["shows"] = {name: [n for n in FIGURES[name].get("claims", ()) if n in rows] for name, _ in drawn}
     said["svg"] = lambda name: inline_svg((figures / f"{name}.svg").read_text(encoding="utf-8"), name)
     page = (_BESIDE / "overview.html").read_text(encoding="utf-8")
-    return Template(page, autoescape=True, trim_blocks=True, undefined=StrictUndefined).render(said)
+    return Template(page, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined).render(said)
+
+
+def _rates(claims: pd.DataFrame, results: Path) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Tell of each measure of instruction tuning a row per method, a column per rate: mean and range over seeds."""
+    if (path := Path(results) / "instruction.csv").is_file():
+        records = Records({"claims": claims, "instruction": pd.read_csv(path)})
+        for measure in records.measures:
+            means = records.chart(measure, records.runs["method"].unique())
+            said = means.agg(lambda row: f"{row['mean']:.4g} [{row['min']:.4g}, {row['max']:.4g}]", axis=1)
+            yield (
+                measure,
+                means.assign(said=said).pivot(index="method", columns="learning_rate", values="said").fillna(""),
+            )
 
 
 def inline_svg(text: str, name: str) -> str:

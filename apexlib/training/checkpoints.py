@@ -18,7 +18,7 @@ from typing import Any, Self
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apexlib.files import atomic_folder, clear_partial, file_hash, read_hashes, read_object, remove_folder, write_json
@@ -63,6 +63,15 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return Path(folder) / f"step-{step:05d}"
 
 
+def stage_borders(steps: int, stages: int) -> list[int]:
+    """Count the steps of a run before each of its stages, and in all.
+
+    >>> stage_borders(7, 3)
+    [0, 2, 5, 7]
+    """
+    return [round(steps * stage / stages) for stage in range(stages + 1)]
+
+
 class RunFolder:
     """The folder of one run: refuses another run's, finds where to go on, keeps the last few steps.
 
@@ -79,14 +88,18 @@ class RunFolder:
             (self.path / RUN).unlink(missing_ok=True)
             for folder in [*self._found(), *self._named(_CHECKPOINT), *self.path.glob(BEST)]:
                 remove_folder(folder)
-        if not (found := self._found()) and not (self.path / RUN).exists():
+        if not self._found() and not (self.path / RUN).exists():
             write_json({"format": _FORMAT, "identity": identity, "provenance": provenance()}, self.path / RUN)
             return None
         if not resume:
             ways = "continue it (resume=True), replace it (overwrite=True) or choose another output_dir"
             raise FileExistsError(f"{self.path}: holds a run already; {ways}")
         self._compare(identity)
-        for folder in found:
+        return self.newest()
+
+    def newest(self) -> Path | None:
+        """Return the newest state that is complete, and builds on a model that is."""
+        for folder in self._found():
             stage, why = position(folder)[0], fault(folder)
             base = self.model(stage - 1) if stage else folder  # the plain model that it builds on
             if not why and base != folder and (found_there := fault(base)):
@@ -163,6 +176,7 @@ class Progress:
     trainable: list[dict[str, float]] = field(default_factory=list)  # one a stage
     seconds: list[float] = field(default_factory=list)  # of every optimizer step
     ended: bool = False  # before its last step, as a callback wanted it
+    tokens: int = 0  # read so far, where `include_num_input_tokens_seen` asks for them
     best: float | None = None  # metric of an evaluation so far, where one is named
     assessed: list[pd.DataFrame] = field(default_factory=list)  # the statistics behind each plan
 
@@ -201,6 +215,15 @@ def read_state(folder: Path) -> Any:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"), object_hook=unpack)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no state of a run ({type(error).__name__}: {error})") from None
+
+
+def load_trained(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Load what trains, from a state, into a module that trains the same."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if name not in parameters or parameters[name].shape != parameter.shape:
+                raise ValueError(f"the state has no {name} of shape {tuple(parameter.shape)}; need one of the same run")
+            parameter.data.copy_(parameters[name])
 
 
 def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> None:

@@ -19,7 +19,22 @@ _NOT_HONOURED = {  # arguments that a run takes at few values only, and what to 
     "push_to_hub": ((False,), "push the model once it is trained, model.push_to_hub(...)"),
     "resume_from_checkpoint": ((None,), "resume=True goes on from the newest state in output_dir"),
     "train_sampling_strategy": (("random", "sequential"), "batches of equal lengths are not made"),
+    "auto_find_batch_size": ((False,), "a stage's data are cut for one size of batch"),
+    "use_liger_kernel": ((False,), "its FFN shows no activation of a channel"),
+    "optim_target_modules": ((None,), "a method says what trains"),
+    "save_only_model": ((False,), "a run goes on from all of its state; checkpoints=[...] keeps plain models"),
+    "ignore_data_skip": ((False,), "a resumed run reads on where it stopped"),
+    "enable_jit_checkpoint": ((False,), "SIGTERM saves the run without it"),
+    "n_gpu": ((0, 1), "DataParallel divides batches on its own; use accelerate launch, or hide GPUs"),
 }
+_OWN_STEPS = (
+    "galore",
+    "apollo",
+    "lomo",
+    "adalomo",
+    "schedule_free",
+)  # optimizers that do not step by groups
+_COPIED = {"WANDB_LOG_MODEL": ("checkpoint",), "HF_MLFLOW_LOG_ARTIFACTS": ("1", "true", "on", "yes", "y", "t")}
 _DECISIVE = str.split(
     "per_device_train_batch_size gradient_accumulation_steps world_size seed data_seed learning_rate lr_scheduler_type "
     "lr_scheduler_kwargs warmup_steps warmup_ratio optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon "
@@ -54,12 +69,20 @@ def check_run(args: TrainingArguments, method: Method, kept: Collection[int]) ->
     if (schedule := SchedulerType(args.lr_scheduler_type).value) not in _BY_STEP:
         need = f"one that depends on the step alone: {', '.join(_BY_STEP)}"
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
-    sharded = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"))
-    if args.deepspeed or args.fsdp or any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in sharded):
+    sharded = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
+    asked = args.deepspeed or args.fsdp or getattr(args, "parallelism_config", None)
+    if asked or any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in sharded):
         raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
     for name, (taken, instead) in _NOT_HONOURED.items():
-        if (value := getattr(args, name)) not in taken:
+        if (value := getattr(args, name, taken[0])) not in taken:
             raise ValueError(f"{name}={value}: need {taken[0]!r}; {instead}")
+    if args.optim.startswith(_OWN_STEPS):
+        raise ValueError(f"optim={args.optim.value}: need an optimizer that steps by the groups that a method makes")
+    if args.accelerator_config.split_batches:
+        raise ValueError("accelerator_config split_batches=True: need False; a batch is that of each process")
+    for name, values in _COPIED.items():
+        if (value := os.environ.get(name, "")).lower() in values:
+            raise ValueError(f"{name}={value}: need none; the states of a run are no checkpoints to be copied")
     if method.config.decay_to_start and not args.optim.startswith("adamw"):
         raise ValueError(f"decay_to_start: need AdamW, which decays apart from moments; got optim={args.optim.value!r}")
     if method.config.balance_weight and not method.assesses:

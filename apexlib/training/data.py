@@ -6,6 +6,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -28,6 +29,9 @@ def prepare(
     """
     if refused := [name for name in _NOT_TAKEN if options.get(name) is not None]:
         raise ValueError(f"{refused[0]}: {_NOT_TAKEN[refused[0]]}")
+    made = (options.get("optimizer_cls_and_kwargs") or (Optimizer,))[0]
+    if not isinstance(made, type) or not issubclass(made, Optimizer):
+        raise ValueError(f"optimizer_cls_and_kwargs: need a class of torch.optim.Optimizer, got {made!r}")
     trainer = kind(model=model, args=args, train_dataset=train, **{**options, "callbacks": None})
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     return trainer.train_dataset, {**options, "eval_dataset": trainer.eval_dataset}, collate

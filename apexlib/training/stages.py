@@ -22,10 +22,11 @@ from apexlib.activations import ActivationRecorder, activation_statistics, weigh
 from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.training.bar import show_stages
-from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain
+from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain, stage_borders
 from apexlib.training.checks import check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.data import Streamed, check_data, prepare
 from apexlib.training.interruption import Stop
+from apexlib.training.loggers import Loggers
 from apexlib.training.methods import METHODS, Method, Name, method_of
 from apexlib.training.trainer import Stage, StageTraining
 
@@ -116,6 +117,7 @@ def train_in_stages(
                 break
         if args.load_best_model_at_end:
             run.load_best()
+        run.loggers.finish(run.model)
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(required[name])
     return run.record()
@@ -143,8 +145,8 @@ class _Run:
         seed, count = args.seed if args.data_seed is None else args.data_seed, steps * self.per_step
         in_order = streamed or args.train_sampling_strategy == "sequential"
         self.data, self.order = data, data_order(size, count, None if in_order else seed)
-        self.borders = [round(steps * stage / stages) for stage in range(stages + 1)]
-        self.folder = RunFolder(Path(args.output_dir), self.borders, kept)
+        self.borders = stage_borders(steps, stages)
+        self.folder, self.loggers = RunFolder(Path(args.output_dir), self.borders, kept), Loggers(args)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
 
     def begin(self, named: Mapping[str, Any], held: ExitStack, **choice: bool) -> Path | None:
@@ -200,7 +202,7 @@ class _Run:
         rows = self.order[start * self.per_step : end * self.per_step]
         data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
         own, epoch = copy.copy(args), len(self.data) / self.per_step
-        stage = Stage(number, start, epoch, method, recorder, self.folder, stop)
+        stage = Stage(number, start, epoch, method, recorder, self.folder, stop, self.loggers)
         vars(own).update(max_steps=end - start, train_sampling_strategy="sequential")
         own.eval_on_start = args.eval_on_start and saved is None and not start
         trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
@@ -211,8 +213,10 @@ class _Run:
             trainer.train(resume_from_checkpoint=saved and str(saved))
         trainer.check_weights()
         unexpected = unexpected_movement(trained, before, number)
-        progress.ended, progress.best = trainer.state.global_step < end - start, trainer.state.best_metric
-        progress.histories.append(trainer.state.log_history)
+        state = trainer.state
+        progress.ended, progress.best = state.global_step < end - start, state.best_metric
+        progress.tokens = state.num_input_tokens_seen
+        progress.histories.append(state.log_history)
         progress.trainable.append({"stage": number, "trainable": trains, "total": weights, "share": trains / weights})
         self.model = method.end(trained)
         if recorder is not None:

@@ -23,6 +23,7 @@ from apexlib.training import checkpoints
 from apexlib.training.checkpoints import RunFolder, checkpoint_folder
 from apexlib.training.checks import first_not_finite
 from apexlib.training.interruption import Interrupted, Stop
+from apexlib.training.loggers import Loggers
 from apexlib.training.methods import Method
 
 
@@ -37,6 +38,7 @@ class Stage:
     recorder: ActivationRecorder | None  # gathers the statistics behind the next plan
     folder: RunFolder
     stop: Stop
+    loggers: Loggers
 
 
 class WholeRun(DefaultFlowCallback):
@@ -72,7 +74,10 @@ class StageTraining(TrainerCallback):
         self.saved: dict[str, Any] | None = None  # the state to go on from; `own`: what is of this process in it
         super().__init__(**rest)
         given = self.callback_handler.callbacks
-        given[:] = [WholeRun(stage) if isinstance(each, DefaultFlowCallback) else each for each in given]
+        given[:] = [
+            WholeRun(stage) if isinstance(each, DefaultFlowCallback) else stage.loggers.in_place_of(each)
+            for each in given
+        ]
         self.add_callback(self)
         draws = stage.method.config.decay_to_start and self.args.weight_decay
         weights = [p for p in self.model.parameters() if p.requires_grad and p.dim() > 1] if draws else []
@@ -176,8 +181,11 @@ class StageTraining(TrainerCallback):
     # what happens around its steps
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        done = self.stage.folder.progress
         if state.best_metric is None:
-            state.best_metric = self.stage.folder.progress.best
+            state.best_metric = done.best
+        if not state.global_step:  # of the stage; a state inside it has its own
+            state.num_input_tokens_seen = self._initial_num_input_tokens_seen = done.tokens
         if self.saved is not None:
             self.optimizer.load_state_dict(self.saved["optimizer"])
             self.lr_scheduler.load_state_dict(self.saved["scheduler"])
@@ -256,9 +264,7 @@ class StageTraining(TrainerCallback):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.saved = checkpoints.read_state(Path(resume_from_checkpoint))
         self.own = self.saved["processes"][self.args.process_index]
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(self.saved["parameters"][name])
+        checkpoints.load_trained(self.model, self.saved["parameters"])
         if self.stage.recorder is not None:
             self.stage.recorder.load_state(self.own["recorder"])
 
