@@ -113,10 +113,31 @@ def test_what_was_changed_stays_what_was_not_follows_and_what_was_removed_comes_
         source.write_text(source.read_text().replace("**Question.**", "**The question.**"))
     said = list(lay_out(project))
     assert [line.partition(":")[0] for line in said] == [f"play/{p.name}" for p in (mine, theirs, removed)]
-    assert "left as you changed it" in said[0]
+    assert "left as you changed or ran it" in said[0]
     assert mine.read_text() == "{}"
     assert "**The question.**" in theirs.read_text()
     assert "**Question.**" in duplicate.read_text()
+
+
+def test_a_copy_that_was_only_opened_follows_and_one_that_was_run_stays(project):
+    list(lay_out(project))
+    opened, ran = (next((project / "play").glob(f"{number}*")) for number in ("02", "04"))
+    for path in (opened, ran, project / "play" / "index.ipynb"):
+        notebook = nbformat.read(path, 4)
+        notebook.metadata["language_info"] = {"name": "python", "version": "3"}  # as JupyterLab does
+        if path == ran:
+            code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+            code.outputs.append(nbformat.v4.new_output("stream", text="mine"))
+        nbformat.write(notebook, path)
+    for name in (f"notebooks/{opened.name}", f"notebooks/{ran.name}", "docs/play.md"):
+        source = project / name
+        source.write_text(source.read_text().replace("**Question.**", "**Ask.**").replace("**Try**", "**Do**"))
+    assert [line.split()[:2] for line in lay_out(project)] == [
+        ["play/index.ipynb:", "new"],
+        [f"play/{opened.name}:", "new"],
+        [f"play/{ran.name}:", "left"],
+    ]
+    assert "mine" in ran.read_text()
 
 
 def test_a_copy_is_one_of_the_notebook_whatever_profile_that_was_left_with(project):

@@ -4,12 +4,13 @@ What lies there is the user's and no part of the project: what was changed is ne
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from apexlib.files import atomic_write, file_hash, read_object, write_json
+from apexlib.files import atomic_write, content_hash, read_object, write_json
 from apexlib.suite.folders import PLAY, folders
 from apexlib.suite.notebooks import read_profile
 
@@ -28,8 +29,8 @@ def lay_out(root: Path, recorded: str = "cpu") -> Iterator[str]:
         written = read_object(note)
     notebooks = {root / PLAY / "index.ipynb": _index(root), **dict(_copies(root, recorded))}
     for target, content in (notebooks | dict(_tables(root, recorded))).items():
-        name, new = target.relative_to(root).as_posix(), hashlib.sha256(content).hexdigest()
-        found = file_hash(target) if target.exists() else None
+        name, new = target.relative_to(root).as_posix(), _hash(content)
+        found = _hash(target.read_bytes()) if target.exists() else None
         if found in (None, written.get(name)) and found != new:
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(target) as temporary:
@@ -40,8 +41,16 @@ def lay_out(root: Path, recorded: str = "cpu") -> Iterator[str]:
         if found == new:
             written[name] = new
         elif target in notebooks and written.get(name) != new:
-            yield f"{name}: left as you changed it; it has changed in the project too, remove it for a new one"
+            yield f"{name}: left as you changed or ran it; it is another in the project now, remove it for that"
     write_json(written, note)
+
+
+def _hash(content: bytes) -> str:
+    """A notebook's by its cells with their outputs: to open it in JupyterLab changes the rest."""
+    with suppress(ValueError, KeyError, TypeError):
+        cells = json.loads(content)["cells"]
+        return content_hash([[cell["cell_type"], "".join(cell["source"]), cell.get("outputs")] for cell in cells])
+    return hashlib.sha256(content).hexdigest()
 
 
 def _copies(root: Path, profile: str) -> Iterator[tuple[Path, bytes]]:
