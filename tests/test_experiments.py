@@ -181,9 +181,11 @@ def test_curves_start_at_the_base_and_forgetting_is_known_at_both_ends():
     assert table.loc[0, ["learning_rate", "tokens", "loss", "chosen"]].tolist() == [0.0, 0, 4.0, False]
 
 
-def test_an_unknown_variant_is_named():
+def test_an_unknown_variant_and_seeds_without_a_base_are_named():
     with pytest.raises(ValueError, match=r"unknown variant 'apx'; known: apex, full"):
         grid_trials(["apx"], [1e-3], [0], {0: "base"})
+    with pytest.raises(ValueError, match=r"seeds \[1, 2\] of the grid: need a base for each, got those of seeds \[0\]"):
+        grid_trials(["apex"], [1e-3], [0, 1, 2], {0: Path("a")})
 
 
 @given(st.lists(st.floats(0.1, 5), min_size=6, max_size=6))

@@ -32,6 +32,8 @@ def grid_trials(
     """
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
+    if missing := sorted({*seeds} - {*bases}):
+        raise ValueError(f"seeds {missing} of the grid: need a base for each, got those of seeds {sorted(bases)}")
     files = data_files(settings)
     return [
         Trial(
