@@ -46,8 +46,9 @@ MARKS = re.compile(r"`([^`]+)`(?=(\w?))|([*|])")
 
 def complete(app, docname, source):
     """Put the table of contents below the README, and every public name into the page of names."""
+    if docname == root_doc or docname.startswith("docs/"):
+        source[0] = re.sub(r"\]\((\.\./)?notebooks/(?!executed)", rf"](\g<1>{NOTEBOOKS}/", source[0])
     if docname == root_doc:
-        source[0] = source[0].replace("](notebooks/", f"]({NOTEBOOKS}/")
         source[0] += "\n".join(["\n```{toctree}", ":hidden:", ":glob:", "", *PAGES, "```\n"])
     if docname == "docs/api":
         for group, names in apexlib._GROUPS.items():

@@ -302,7 +302,7 @@ def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, 
             else:
                 results[mutant.key] = "no test"
             mutant = next(waiting, None)
-        child, status = os.waitpid(-1, os.WNOHANG)
+        child, status = os.waitpid(-1, os.WNOHANG) if under_way else (0, 0)
         if not child:
             for other, (_, limit, _) in under_way.items():
                 if time.monotonic() > limit:
