@@ -5,6 +5,7 @@
 #   make lab [ARGS=--no-browser]                   JupyterLab, with copies of the notebooks to play with
 #   make bench [ARGS=--quick]   time and memory of a training step by method, to data/results/bench and figures/bench
 #   make test-long                                 kill, resume and fuzz for a quarter of an hour
+#   make test-browser                              move each control of each view in JupyterLab; needs Chromium
 #   make test-mutants [ARGS="--budget 30"]         change the method's room a little, again and again: do tests notice?
 #   make test-versions         core tests under other Pythons, and the oldest and newest transformers that are allowed
 #   make docs                                      a site of README, pages, notebooks and public names: site/html/index.html
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.ready
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: reproduce compare bench test test-long test-mutants test-versions lint format readme docs lab setup lock clean
+.PHONY: reproduce compare bench test test-browser test-long test-mutants test-versions lint format readme docs lab setup lock clean
 .DEFAULT_GOAL := reproduce
 
 reproduce: $(STAMP)
@@ -31,6 +32,10 @@ bench: $(STAMP)
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) --dist loadscope $(ARGS)
 
+test-browser: $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check playwright==1.61.0
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "browser and not slow" $(ARGS) tests/test_browser.py
+
 test-mutants: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) tests/mutants.py $(ARGS)
 
@@ -38,7 +43,7 @@ test-versions: $(STAMP)
 	$(RUN) tests/versions.py
 
 test-long: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(WORKERS) --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not browser" $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -347,6 +347,13 @@ def test_a_pointer_over_the_ranks_chooses_pairs_from_either_end(atlas, over, cho
     assert atlas.table.query("component == 'channel' and layer == 0 and rank == 3")["unit"].item() == atlas["unit"]
 
 
+def test_where_the_plan_is_none_a_pointer_says_so_and_a_stroke_mends_it(atlas):
+    moved(atlas, layer=0, by_hand="1, 2 > 3")
+    assert "need as many sources as targets, got 2 and 1" in pointed(atlas, 0, "hover", (5, 1), (5, 1))[2]
+    assert pointed(atlas, 0, "drag", (4, 0), (5, 0))[2] == ""
+    assert "need as many sources as targets, got 20 and 4" in pointed(atlas, 0, "drag", (0, 0), (19, 0))[2]
+
+
 def test_a_pointer_outside_of_the_axes_does_nothing(atlas):
     before = moved(atlas)
     assert pointed(atlas, 0, "click", (-5, 0), (-5, 0)) == before

@@ -77,17 +77,18 @@ class Units(View):
     def pointed(self, picture: int, how: str, start: Point, end: Point) -> str | None:
         (layer, component), state = self._here, self.state
         (left, right), (top, bottom) = (sorted(map(round, pair)) for pair in zip(start, end, strict=True))
-        table = self.table.query("component == @component")
+        table = state.table(self["checkpoint"]).query("component == @component")
         if picture == 1:  # ranks of one layer
             order = table.query("layer == @layer").sort_values("rank")["unit"].tolist()
             if how == "drag":
-                mirrored = left > len(order) / 2  # targets: as far from the bottom
-                ranks = (len(order) - right, len(order) - left + 1) if mirrored else (left - 1, right)
-                self.move(**{f"{component}_ranks": ranks})
+                targets = left > len(order) / 2  # as far from the bottom as their sources from the top
+                ranks = (len(order) - right, len(order) - left + 1) if targets else (left - 1, right)
+                self.move(**{f"{component}_ranks": [min(max(rank, 0), len(order) // 2) for rank in ranks]})
                 return None
             left, top = order[min(max(left, 1), len(order)) - 1], state.layers.index(layer)
         if how == "hover":
-            return _told(table.query("layer == @state.layers[@top]").set_index("unit").loc[left])
+            where = state.layers[top], component, left
+            return _told(self.table.set_index(KEYS, drop=False).loc[where])
         if how == "click":
             self.move(layer=state.layers[top], unit=left)
         elif picture == 0:
@@ -109,7 +110,7 @@ class Units(View):
         own = units.query("layer == @layer").sort_values("rank")
         for role, these in own.groupby("role", sort=False):
             profile.plot(these["rank"], these["activation"], ".", color=ROLES[role][1], label=ROLES[role][0])
-        one = own.set_index("unit").loc[unit]
+        one = own.set_index("unit", drop=False).loc[unit]
         profile.plot(one["rank"], one["activation"], "s", ms=9, mfc="none", mec="black")
         profile.set(yscale="log", xlabel=f"rank in layer {layer}", ylabel="activation (squared norm per token)")
         profile.legend()
@@ -132,9 +133,9 @@ class Units(View):
 
 
 def _told(unit: pd.Series) -> str:
-    """Put a row of the table, with the unit as its name, into words."""
+    """Put a row of the table into words."""
     values = ", ".join(f"{name} {unit[name]:.4g}" for name in ("activation", "rank_score", "movement") if name in unit)
-    where = f"<b>layer {unit['layer']}, {unit['component']} {unit.name}</b>"
+    where = f"<b>layer {unit['layer']}, {unit['component']} {unit['unit']}</b>"
     return f"{where}: {values}, rank {unit['rank']}, {ROLES[unit['role']][0]}"
 
 

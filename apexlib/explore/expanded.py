@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from ipywidgets import Dropdown, FloatSlider, SelectionSlider
+from ipywidgets import Dropdown, FloatSlider, Layout, SelectionSlider
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor, cat
@@ -43,7 +43,7 @@ class Expansion(View):
         start = next((name for name, part in parts.items() if part.component == "channel"), next(iter(parts)))
         super().__init__(
             (2.7, 2.7, 2.4, 3.2),
-            weight=Dropdown(options=list(parts), value=start),
+            weight=Dropdown(options=list(parts), value=start, layout=Layout(width="32em", max_width="100%")),
             steps=SelectionSlider(options=STEPS, value=4),
             operator=Dropdown(options=list(OPERATORS), value=self.start.operator),
             fraction=FloatSlider(self.start.fraction, min=0.0125, max=0.5, description="fraction (K)", **look),

@@ -33,7 +33,7 @@ class Masks(View):
         self.state = state = Masking(model, tokenizer, text, statistics)
         last, layers = list(state.parts.items())[-1]
         super().__init__(
-            (4.0, 3.2, 3.4),
+            (3.9, 3.0, 3.4),
             component=Dropdown(options=list(state.parts), value=last),
             order=Dropdown(options=list(_COLOURS)),
             share=FloatSlider(0.1, max=1, step=0.01, readout_format=".0%"),

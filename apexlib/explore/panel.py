@@ -24,8 +24,7 @@ RED, BLUE, GREEN, GREY = PALETTE[3], PALETTE[0], PALETTE[2], "0.6"
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "axes.grid": True}
 _STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.35, "grid.linewidth": 0.5}
 _STYLE |= {"lines.linewidth": 1.3, "lines.markersize": 4, "axes.prop_cycle": mpl.cycler(color=PALETTE)}
-
-
+_DPI = 160
 _POINTER = Path(__file__).with_name("pointer.js").read_text(encoding="utf-8")
 
 
@@ -49,7 +48,8 @@ class View(VBox):
         self.pointer.observe(self._point, "value")
         for name, control in controls.items():
             control.description = control.description or name.replace("_", " ")
-            control.continuous_update, control.style.description_width = False, "8em"
+            control.continuous_update, control.style.description_width = False, "7.5em"
+            control.layout.width = control.layout.width or "262px"  # two beside one another in a narrow window
             control.observe(self.show, "value")
         self.show()
 
@@ -93,39 +93,44 @@ class View(VBox):
         try:
             self.adapt()
             with mpl.rc_context(_STYLE):
-                figure = Figure((sum(self.widths), self.height), dpi=160, layout="constrained")
+                figure = Figure((sum(self.widths), self.height), dpi=_DPI, layout="constrained")
                 parts = figure.subfigures(1, len(self.widths), width_ratios=self.widths, squeeze=False)[0]
-                self.axes = [part.subplots() for part in parts]
-                words = self.draw(*self.axes)
+                words = self.draw(*(axes := [part.subplots() for part in parts]))
                 (canvas := FigureCanvasAgg(figure)).draw()
-            self.pixels = np.array(canvas.buffer_rgba())
-            borders = np.rint(160 * np.cumsum(self.widths[:-1])).astype(int)
+            self.axes, self.pixels = axes, np.array(canvas.buffer_rgba())
+            answers = type(self).pointed is not View.pointed
+            borders = np.rint(_DPI * np.cumsum(self.widths[:-1])).astype(int)
             for number, part in enumerate(np.split(self.pixels, borders, axis=1)):
-                self.pictures[number].value = _picture_html(_png(part), number)
+                self.pictures[number].value = _picture_html(_png(part), number if answers else None)
             self.words.value, self.said.value = f'<div style="line-height: 1.4">{words}</div>', ""
         except (ValueError, OSError) as error:
-            self.said.value = f'<b style="color: {RED}">{escape(str(error))}</b>'
+            self.said.value = _refusal(error)
         finally:
             self._busy = False
 
     def _point(self, change: Mapping[str, str]) -> None:
         number, how, *shares = change["new"].split()[:6]
-        corners = np.reshape([float(share) for share in shares], (2, 2))
-        if number == "-1":
-            self.pointed(-1, how, *map(tuple, corners))
-            return
-        ax = self.axes[int(number)]
-        left, (width, height) = sum(self.widths[: int(number)]), (self.widths[int(number)], self.height)
-        pixels = 160 * np.stack([left + corners[:, 0] * width, (1 - corners[:, 1]) * height], axis=1)
-        if ax.bbox.contains(*pixels[0]):
+        number, corners = int(number), np.reshape([float(share) for share in shares], (2, 2))
+        if number >= 0:
+            ax, left, size = self.axes[number], sum(self.widths[:number]), (self.widths[number], self.height)
+            pixels = _DPI * ((left, size[1]) + corners * (1, -1) * size)
+            if not ax.bbox.contains(*pixels[0]):
+                return
             pixels = np.clip(pixels, ax.bbox.min + 1, ax.bbox.max - 1)
-            start, end = ax.transData.inverted().transform(pixels).tolist()
-            if (words := self.pointed(int(number), how, tuple(start), tuple(end))) is not None:
-                self.said.value = words
+            corners = ax.transData.inverted().transform(pixels)
+        try:
+            words = self.pointed(number, how, *map(tuple, corners.tolist()))
+        except ValueError as error:
+            words = _refusal(error)
+        self.said.value = words if words is not None else self.said.value
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         own = {"text/plain": type(self).__name__, "image/png": b64encode(_png(self.pixels)).decode()}
         return (super()._repr_mimebundle_(**options) or {}) | own
+
+
+def _refusal(error: Exception) -> str:
+    return f'<b style="color: {RED}">{escape(str(error))}</b>'
 
 
 def _png(pixels: UInt8[np.ndarray, "height width 4"]) -> bytes:
@@ -133,10 +138,12 @@ def _png(pixels: UInt8[np.ndarray, "height width 4"]) -> bytes:
     return file.getvalue()
 
 
-def _picture_html(png: bytes, number: int) -> str:
+def _picture_html(png: bytes, number: int | None) -> str:
+    image = f'<img draggable="false" style="width: 100%" src="data:image/png;base64,{b64encode(png).decode()}">'
+    if number is None:  # nothing answers a pointer over it
+        return image
     mouse = escape(_POINTER.replace("PICTURE", str(number)))
     events = " ".join(f'onpointer{event}="{mouse}"' for event in ("down", "move", "up"))
-    image = f'<img draggable="false" style="width: 100%" src="data:image/png;base64,{b64encode(png).decode()}">'
     return f'<div style="position: relative; cursor: crosshair; touch-action: none" {events}>{image}<i></i></div>'
 
 
