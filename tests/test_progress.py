@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import termios
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 
 import nbformat
@@ -113,7 +113,7 @@ def test_a_log_has_a_line_at_each_start_and_end_and_no_control_characters(toy):
 
 
 def test_a_log_is_told_of_trials_now_and_then(monkeypatch, capsys):
-    with RunBars({"00_any": {"seconds": 700.0}}) as shown:
+    with closing(RunBars({"00_any": {"seconds": 700.0}})) as shown:
         shown.begin("00_any")
         shown.show(1, 2, Counts(0, 1, 10))
         assert capsys.readouterr().err == ""

@@ -5,14 +5,15 @@ from typing import Any
 import pandas as pd
 from ipywidgets import BoundedIntText, Dropdown, IntRangeSlider, SelectionSlider, Text
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 
 from apexlib.analysis.difference import biography
 from apexlib.analysis.masked_losses import Mask, Masking
 from apexlib.analysis.unit_ranks import KEYS, Statistics, UnitRanks
 from apexlib.explore.panel import Point, View, numbers, tokens_html
 from apexlib.plan import ApexConfig, ExpansionPlan
-from apexlib.plot.style import ROLES
+from apexlib.plot.forms import roles
+from apexlib.plot.style import IMAGE, ROLES
 
 _COLOURS = {  # of a map: column, its unit
     "activation": "activation (squared norm per token)",
@@ -20,7 +21,6 @@ _COLOURS = {  # of a map: column, its unit
     "role": "role in the plan",
     "movement": "movement ‖Δw‖ / ‖w‖",
 }
-_AS_IT_IS = {"aspect": "auto", "interpolation": "nearest"}
 _AROUND = 14  # tokens before and after one that drives a unit
 
 
@@ -143,13 +143,12 @@ def _draw_map(units: pd.DataFrame, colour: str, state: UnitRanks, ax: Axes) -> N
     """Draw one column of all units of a component, a row per layer, in colours that all checkpoints share."""
     matrix = units.pivot(index="layer", columns="unit", values=colour)
     if colour == "role":
-        shades = ListedColormap([shade for _, shade in ROLES.values()])
-        ax.imshow(matrix.map(list(ROLES).index), **_AS_IT_IS, cmap=shades, vmin=0, vmax=len(ROLES) - 1)
+        roles(matrix.map([*ROLES].index), ax)
     else:
         low, high = state.limits(units["component"].iloc[0], colour)
         norms = {"activation": LogNorm(low, high, clip=True), "rank_score": Normalize(-high, high)}
         cmap = "RdBu_r" if colour == "rank_score" else "viridis"
-        image = ax.imshow(matrix, **_AS_IT_IS, cmap=cmap, norm=norms.get(colour, Normalize(0, high)))
+        image = ax.imshow(matrix, **IMAGE, cmap=cmap, norm=norms.get(colour, Normalize(0, high)))
         ax.figure.colorbar(image, ax=ax, pad=0.02)
     ax.set_yticks(range(len(matrix)), matrix.index)
     ax.grid(visible=False)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from ipywidgets import Dropdown, FloatSlider, Layout, SelectionSlider
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor, cat
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from apexlib.architectures import Component
 from apexlib.explore.panel import View
 from apexlib.operators import OPERATORS
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.plot.forms import signed
 from apexlib.plot.style import ROLES
 
 _SHARES = ("direct_heads", "direct_channels")
@@ -67,17 +67,15 @@ class Expansion(View):
     def draw(self, whole: Axes, change: Axes, operator: Axes, spectrum: Axes) -> str:
         weight, plan = self["weight"], self.plan
         part, (found, sigma, row) = self.state.parts[weight], self.state.measured(self.config, self["steps"], weight)
-        axis, rows = (
-            next(slot.axis for slot in part.slots.values() if slot.module == weight),
-            _by_role(part, weight, plan),
-        )
+        axis = next(slot.axis for slot in part.slots.values() if slot.module == weight)
+        rows = _by_role(part, weight, plan)
         for ax, name in ((whole, "W"), (change, "ΔW")):
-            _draw_matrix(found[name].movedim(axis, 0)[cat(list(rows.values()))], ax)
+            signed(found[name].movedim(axis, 0)[cat(list(rows.values()))].float().cpu().numpy(), ax)
             ax.set(title=f"{name}, norm {row[f'{name}_frobenius']:.3g}", xticks=[])
             _draw_roles(rows, ax)
         operator.set(title="no M: no pair of units", xticks=[], yticks=[])
         if "M" in found:
-            _draw_matrix(found["M"], operator)
+            signed(found["M"].float().cpu().numpy(), operator)
             operator.set(title=f"M, {self['operator']}, norm {row['M_frobenius']:.3g}")
             operator.set(xlabel=f"advantageous {part.component}s", ylabel=f"disadvantageous {part.component}s")
         for name, values in sigma.items():
@@ -96,14 +94,6 @@ class Expansion(View):
         words += f"{row['steps']} step{'s' * many}. Predicted: {row['train_mib']:.0f} MiB and "
         words += f"{row['seconds_per_step']:.2g} s a step; full fine-tuning"
         return f"{words} {full['train_mib']:.0f} MiB and {full['seconds_per_step']:.2g} s."
-
-
-def _draw_matrix(matrix: Float[Tensor, "rows columns"], ax: Axes) -> None:
-    """Draw a matrix, blue below zero and red above."""
-    values = matrix.float().cpu().numpy()
-    limit = np.quantile(np.abs(values), 0.995) or 1
-    ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    ax.grid(visible=False)
 
 
 def _draw_roles(rows: Mapping[str, Tensor], ax: Axes) -> None:

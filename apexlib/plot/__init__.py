@@ -4,19 +4,8 @@ It draws on the `ax` given, or in a figure of its own, and returns the `ax`; it 
 other figures alone. `save_figure` writes the picture, and the table beside it. Needs matplotlib (extra `notebooks`).
 """
 
-from apexlib.plot.tables import (
-    activations,
-    biography,
-    imbalance,
-    masking,
-    movement,
-    spectrum,
-    training,
-    updates,
-    weight,
-)
-
-__all__ = ["activations", "biography", "imbalance", "masking", "movement", "spectrum", "training", "updates", "weight"]
+from apexlib.plot.tables import *  # noqa: F403
+from apexlib.plot.tables import __all__
 
 
 def __dir__() -> list[str]:

@@ -8,9 +8,10 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
-from apexlib.plot.style import DOTS, DOTTED, LEVEL, MARKERS, PALETTE, SLANTED
+from apexlib.plot.style import DOTS, DOTTED, IMAGE, LEVEL, MARKERS, PALETTE, ROLES, SLANTED
 
 
 def loss_curve(table: pd.DataFrame, ax: Axes, *, x: str = "tokens", unit: float = 1e6) -> None:
@@ -104,6 +105,20 @@ def by_method(table: pd.DataFrame, ax: Axes, *, null_name: str) -> None:
     ax.set_xticks(x, table["method"], **SLANTED)
     ax.set_xlim(-0.6, len(table) - 0.4)
     ax.margins(y=0.4)
+
+
+def signed(matrix: np.ndarray, ax: Axes) -> AxesImage:
+    """Draw a matrix as an image, blue below zero and red above."""
+    limit = np.quantile(np.abs(matrix), 0.995) or 1
+    ax.grid(visible=False)
+    return ax.imshow(matrix, **IMAGE, cmap="RdBu_r", vmin=-limit, vmax=limit)
+
+
+def roles(table: pd.DataFrame, ax: Axes) -> None:
+    """Draw a table of roles, by their numbers in ROLES, as an image."""
+    shades = mpl.colors.ListedColormap([colour for _, colour in ROLES.values()])
+    ax.imshow(table, **IMAGE, cmap=shades, vmin=-0.5, vmax=len(ROLES) - 0.5)
+    ax.grid(visible=False)
 
 
 def groups(

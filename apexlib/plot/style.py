@@ -12,6 +12,7 @@ DOTTED = LEVEL | {"linestyle": ":"}  # that is there to compare with
 SLANTED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # names below an axis
 UPRIGHT = {"rotation": 90, "ha": "left", "va": "top"}  # the name of a level, beside it
 DOTS = {"linestyle": "none", "mec": "white", "mew": 0.4}  # markers that may lie on one another
+IMAGE = {"aspect": "auto", "interpolation": "nearest"}  # a cell for each entry of a matrix
 ROLES = {  # role of a unit in a plan: its name in a legend, colour
     "source": ("advantageous", PALETTE[3]),
     "target": ("disadvantageous", PALETTE[0]),

@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from apexlib.analysis.intervals import summarise
-from apexlib.plot.forms import around, by_method, distribution, finish, lines, loss_curve, need
+from apexlib.plot.forms import around, by_method, distribution, finish, lines, loss_curve, need, roles, signed
 from apexlib.plot.style import DOTTED, ORDERS, ROLES, SLANTED, STYLE
+
+__all__ = ["activations", "biography", "imbalance", "masking", "movement", "spectrum", "training", "updates", "weight"]
 
 
 def masking(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -36,11 +37,7 @@ def masking(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def activations(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw how unequal the units of one component are: `activation_statistics`, sorted, over the mean of the layer."""
     _one(table, "component", "model")
-    need(table, "layer", "activation")
-    with _canvas(ax) as ax:
-        distribution(table, ax, "activation")
-        labels = {"xlabel": "units of a layer, most active first", "ylabel": "activation / mean of layer"}
-        return finish(ax, table, percent={"x": 0}, **labels)
+    return _unit_by_unit(table, ax, "activation", "most active first", "activation")
 
 
 _MEASURES = {"cv": "coefficient of variation", "cv_norm": "coefficient of variation of norms"}
@@ -102,11 +99,7 @@ def movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     if "role" not in table:
         _one(table, "component", "method")
-        need(table, "layer", "relative")
-        with _canvas(ax) as ax:
-            distribution(table, ax, "relative")
-            labels = {"xlabel": "units of a layer, most moved first", "ylabel": "change of a unit / mean of layer"}
-            return finish(ax, table, percent={"x": 0}, **labels)
+        return _unit_by_unit(table, ax, "relative", "most moved first", "change of a unit")
     by = "method" if "method" in table else "component"
     need(table, by, "role", "relative")
     if by == "method":
@@ -125,16 +118,12 @@ def movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def biography(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the role of every unit, stage by stage: a `biography`, its units sorted by their roles."""
     need(table, "layer", "component", "unit", "stage", "role")
-    names = list(ROLES)
-    roles = table.pivot(index=["layer", "component", "unit"], columns="stage", values="role")
-    codes = roles.map(names.index).sort_values(list(roles.columns)).to_numpy()
-    colours = mpl.colors.ListedColormap([colour for _, colour in ROLES.values()])
+    lives = table.pivot(index=["layer", "component", "unit"], columns="stage", values="role").map([*ROLES].index)
     with _canvas(ax) as ax:
-        ax.imshow(codes, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, aspect="auto", interpolation="nearest")
-        for edge in range(1, codes.shape[1]):
+        roles(lives.sort_values([*lives]), ax)
+        for edge in range(1, lives.shape[1]):
             ax.axvline(edge - 0.5, color="white", linewidth=2)
-        ax.set_xticks(range(codes.shape[1]), roles.columns)
-        ax.grid(visible=False)
+        ax.set_xticks(range(lives.shape[1]), lives.columns)
         for name, colour in ROLES.values():
             ax.bar(0, 0, color=colour, label=name)
         return finish(ax, table, legend="below", xlabel="stage", ylabel="units, sorted by role")
@@ -146,18 +135,15 @@ def weight(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     The left edge marks the roles.
     """
     need(table, "unit", "column", "value", "role")
-    roles = table.drop_duplicates("unit").set_index("unit")["role"].sort_index()
-    roles = roles.sort_values(key=lambda role: role.map([*ROLES].index), kind="stable")
-    matrix = table.pivot(index="unit", columns="column", values="value").loc[roles.index].to_numpy()
-    limit = np.quantile(np.abs(matrix), 0.995)
+    own = table.drop_duplicates("unit").set_index("unit")["role"].sort_index()
+    own = own.sort_values(key=lambda role: role.map([*ROLES].index), kind="stable")
+    matrix = table.pivot(index="unit", columns="column", values="value").loc[own.index].to_numpy()
     with _canvas(ax) as ax:
-        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        ax.figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02).ax.tick_params(labelsize=6)
-        rows, strip = np.arange(len(roles)), -0.06 * matrix.shape[1]
+        ax.figure.colorbar(signed(matrix, ax), ax=ax, shrink=0.8, pad=0.02).ax.tick_params(labelsize=6)
+        rows, strip = np.arange(len(own)), -0.06 * matrix.shape[1]
         for role, (name, colour) in ROLES.items():
-            ax.barh(rows[roles == role], width=strip, height=1.0, left=-0.5, color=colour, linewidth=0, label=name)
+            ax.barh(rows[own == role], width=strip, height=1.0, left=-0.5, color=colour, linewidth=0, label=name)
         ax.set(xlim=(strip - 0.5, matrix.shape[1] - 0.5), ylim=(len(matrix) - 0.5, -0.5))
-        ax.grid(visible=False)
         return finish(ax, table, legend="below", xlabel="input dimension", ylabel="unit, sorted by role")
 
 
@@ -175,6 +161,14 @@ def training(log: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for step in log.groupby("stage")["step"].min().iloc[1:]:
             ax.axvline(step, **DOTTED)
         return finish(ax, log, legend="inside", xlabel="optimizer steps", ylabel="loss (nats per token)")
+
+
+def _unit_by_unit(table: pd.DataFrame, ax: Axes | None, value: str, order: str, what: str) -> Axes:
+    need(table, "layer", value)
+    with _canvas(ax) as ax:
+        distribution(table, ax, value)
+        labels = {"xlabel": f"units of a layer, {order}", "ylabel": f"{what} / mean of layer"}
+        return finish(ax, table, percent={"x": 0}, **labels)
 
 
 @contextmanager

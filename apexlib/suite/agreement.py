@@ -1,6 +1,5 @@
 """Whether a run agrees with the recorded one: table by table, number by number, verdict by verdict."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 
 from apexlib.provenance import git
 from apexlib.suite.folders import folders
-from apexlib.suite.outcome import changed_verdicts
+from apexlib.suite.outcome import changed_verdicts, recorded
 
 TOLERANCE = 1e-6  # relative; what is nearer counts as equal
 _OF_THE_MACHINE = ("seconds", "_mb")  # in names of columns: times and memory are left aside
@@ -26,46 +25,39 @@ def agreement(profile: str, root: Path) -> pd.DataFrame:
     found = git(root, "ls-tree", "--name-only", "HEAD", f"{results.relative_to(root).as_posix()}/") or ""
     if not (known := {Path(name).stem for name in found.splitlines() if name.endswith(".csv")}):
         raise FileNotFoundError(f"{results.relative_to(root)}: the last commit has no tables there to compare with")
-    rows = []
-    for path in tables:
-        recorded = git(root, "show", f"HEAD:./{path.relative_to(root).as_posix()}")
-        if recorded is None:
-            rows.append((path.stem, "different", "not recorded in the last commit"))
-        else:
-            rows.append((path.stem, *compared(pd.read_csv(io.StringIO(recorded)), pd.read_csv(path))))
+    rows = [(path.stem, *compared(recorded(path, root), pd.read_csv(path))) for path in tables]
     rows += [(name, "different", "is missing") for name in sorted(known - {path.stem for path in tables})]
     return pd.DataFrame(rows, columns=["table", "agrees", "where"])
 
 
-def compared(recorded: pd.DataFrame, now: pd.DataFrame) -> tuple[str, str]:
+def compared(before: pd.DataFrame | None, now: pd.DataFrame) -> tuple[str, str]:
     """Compare two tables row by row: whether they agree, and where they do not.
 
     >>> compared(pd.DataFrame({"loss": [1.0, 2.0], "seconds": 2}), pd.DataFrame({"loss": [1.0, 2.5], "seconds": 3}))
     ('different', 'loss: 1 of 2 rows, by 0.5 at most')
     """
-    recorded, now = (table[[c for c in table if not any(w in c for w in _OF_THE_MACHINE)]] for table in (recorded, now))
-    if other := sorted(set(recorded) ^ set(now)):
+    if before is None:
+        return "different", "not recorded in the last commit"
+    before, now = (table[[c for c in table if not any(w in c for w in _OF_THE_MACHINE)]] for table in (before, now))
+    if other := sorted(set(before) ^ set(now)):
         return "different", f"columns: {', '.join(other)}"
-    if len(recorded) != len(now):
-        return "different", f"{len(now)} rows, recorded {len(recorded)}"
-    if {"verdict", "number"} <= set(now) and (turned := changed_verdicts(recorded, now)):
+    if len(before) != len(now):
+        return "different", f"{len(now)} rows, recorded {len(before)}"
+    if {"verdict", "number"} <= set(now) and (turned := changed_verdicts(before, now)):
         return "different", "; ".join(turned)
     worst, where, equal = TOLERANCE, "", True
-    for name in recorded:
-        old, new = recorded[name], now[name]
-        if not all(pd.api.types.is_numeric_dtype(each) for each in (old, new)):
-            differs = (old.astype(str) != new.astype(str)).to_numpy()
-            relative, absolute = np.where(differs, np.inf, 0.0), None
-        else:
+    for name in before:
+        old, new, by = before[name], now[name], ""
+        if all(map(pd.api.types.is_numeric_dtype, (old, new))):
             old, new = (each.to_numpy(float) for each in (old, new))
             same = (old == new) | (np.isnan(old) & np.isnan(new))
             with np.errstate(invalid="ignore", over="ignore"):
                 absolute = np.where(same, 0.0, np.nan_to_num(np.abs(new - old), nan=np.inf))
-                relative = np.where(same, 0.0, absolute / np.maximum(np.abs(old), np.finfo(float).tiny))
-            relative = np.nan_to_num(relative, nan=np.inf)
+                relative = np.nan_to_num(absolute / np.maximum(np.abs(old), np.finfo(float).tiny), nan=np.inf)
+            by = f", by {absolute.max(initial=0):.3g} at most"
+        else:
+            relative = np.where(old.astype(str) != new.astype(str), np.inf, 0.0)
         equal &= not relative.any()
-        if relative.size and relative.max() > worst:
-            worst, count = relative.max(), int((relative > TOLERANCE).sum())
-            by = "" if absolute is None else f", by {absolute.max():.3g} at most"
-            where = f"{name}: {count} of {len(now)} rows{by}"
+        if (largest := relative.max(initial=0)) > worst:
+            worst, where = largest, f"{name}: {(relative > TOLERANCE).sum()} of {len(now)} rows{by}"
     return ("different", where) if where else ("equal" if equal else "to 1e-6", "")

@@ -67,10 +67,8 @@ class RunBars:
         hidden = True if os.environ.get("TQDM_DISABLE") else None  # None: unless on a terminal
         self.run, self.notebook = tqdm(disable=hidden, **_LOOK), tqdm(disable=hidden, **_LOOK)
 
-    def __enter__(self) -> "RunBars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Take both bars away."""
         self.notebook.close()
         self.run.close()
 

@@ -26,18 +26,23 @@ def outcome(profile: Profile, root: Path, notebooks: Collection[str]) -> Iterato
     name = table.relative_to(root).as_posix()
     if writer_of(name, profile.read_notebooks(root / "notebooks")) in notebooks:
         with suppress(OSError, ValueError, KeyError):
-            yield from _verdicts(table.read_text(encoding="utf-8"), git(root, "show", f"HEAD:./{name}"))
+            yield from _verdicts(pd.read_csv(table), recorded(table, root))
     pages = filter(Path.is_file, (own.figures / "overview.html", own.figures / "overview.pdf"))
     yield from (f"{'to open':<10} {os.path.relpath(page)}" for page in [*pages][:1])
 
 
-def _verdicts(table: str, committed: str | None) -> Iterator[str]:
+def recorded(table: Path, root: Path) -> pd.DataFrame | None:
+    """Read a table as the last commit of `root` has it; None if it has none."""
+    text = git(root, "show", f"HEAD:./{table.relative_to(root).as_posix()}")
+    return pd.read_csv(io.StringIO(text)) if text else None
+
+
+def _verdicts(now: pd.DataFrame, before: pd.DataFrame | None) -> Iterator[str]:
     """Count verdicts, and name those that are others in the table that was committed, if one was."""
-    now, *before = (pd.read_csv(io.StringIO(text)) for text in (table, committed) if text)
     counts = now["verdict"].value_counts()
     yield f"{'verdicts':<10} {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"
-    for old in before:
-        changed = changed_verdicts(old, now)
+    if before is not None:
+        changed = changed_verdicts(before, now)
         more = [f"{len(changed) - _NAMED} more"] if len(changed) > _NAMED else []
         yield f"{'changed':<10} {'; '.join([*changed[:_NAMED], *more]) or 'none'} (against the last commit)"
 

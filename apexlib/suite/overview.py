@@ -73,10 +73,8 @@ def _rates(claims: pd.DataFrame, results: Path) -> Iterator[tuple[str, pd.DataFr
         for measure in records.measures:
             means = records.chart(measure, records.runs["method"].unique())
             said = means.agg(lambda row: f"{row['mean']:.4g} [{row['min']:.4g}, {row['max']:.4g}]", axis=1)
-            yield (
-                measure,
-                means.assign(said=said).pivot(index="method", columns="learning_rate", values="said").fillna(""),
-            )
+            table = means.assign(said=said).pivot(index="method", columns="learning_rate", values="said")
+            yield measure, table.fillna("")
 
 
 def inline_svg(text: str, name: str) -> str:

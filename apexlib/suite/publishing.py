@@ -44,15 +44,14 @@ def _clean(output: Any, root: str) -> bool:
     """Clean an output in place; whether there is anything left of it."""
     if "text" in output:
         output["text"] = output["text"].replace(f"{root}/", "")
-    if (data := output.get("data")) is not None:
-        data.pop(_WIDGET, None)
-        for kind, value in data.items():
-            if kind == "image/png":
-                data[kind] = _with_fewer_colours(value)
-            elif isinstance(value, str):
-                data[kind] = value.replace(f"{root}/", "")
-        return bool(data)
-    return True
+    data = output.get("data", {})
+    data.pop(_WIDGET, None)
+    for kind, value in data.items():
+        if kind == "image/png":
+            data[kind] = _with_fewer_colours(value)
+        elif isinstance(value, str):
+            data[kind] = value.replace(f"{root}/", "")
+    return bool(data) or "data" not in output
 
 
 def _with_fewer_colours(png: str) -> str:
@@ -61,5 +60,4 @@ def _with_fewer_colours(png: str) -> str:
     smaller = io.BytesIO()
     with Image.open(io.BytesIO(b64decode(png))) as image:
         image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(smaller, "png", optimize=True)
-    encoded = b64encode(smaller.getvalue()).decode()
-    return min(encoded, png, key=len)
+    return min(b64encode(smaller.getvalue()).decode(), png, key=len)

@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -65,7 +65,7 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
         held.callback(job.keep, steps)
         if edited := job.edited():
             say(f"note: {', '.join(edited)}: not as committed")
-        bars = held.enter_context(RunBars(job.expected(force=force)))
+        bars = held.enter_context(closing(RunBars(job.expected(force=force))))
         for name in job.selected:
             bars.begin(name)
             steps.append(job.take_turn(name, steps, force=force, deadline=deadline, bars=bars))

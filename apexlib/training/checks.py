@@ -27,13 +27,7 @@ _NOT_HONOURED = {  # arguments that a run takes at few values only, and what to 
     "enable_jit_checkpoint": ((False,), "SIGTERM saves the run without it"),
     "n_gpu": ((0, 1), "DataParallel divides batches on its own; use accelerate launch, or hide GPUs"),
 }
-_OWN_STEPS = (
-    "galore",
-    "apollo",
-    "lomo",
-    "adalomo",
-    "schedule_free",
-)  # optimizers that do not step by groups
+_OWN_STEPS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")  # optimizers that do not step by groups
 _COPIED = {"WANDB_LOG_MODEL": ("checkpoint",), "HF_MLFLOW_LOG_ARTIFACTS": ("1", "true", "on", "yes", "y", "t")}
 _DECISIVE = str.split(
     "per_device_train_batch_size gradient_accumulation_steps world_size seed data_seed learning_rate lr_scheduler_type "
