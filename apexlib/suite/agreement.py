@@ -53,7 +53,8 @@ def compared(before: pd.DataFrame | None, now: pd.DataFrame) -> tuple[str, str]:
             same = (old == new) | (np.isnan(old) & np.isnan(new))
             with np.errstate(invalid="ignore", over="ignore"):
                 absolute = np.where(same, 0.0, np.nan_to_num(np.abs(new - old), nan=np.inf))
-                relative = np.nan_to_num(absolute / np.maximum(np.abs(old), np.finfo(float).tiny), nan=np.inf)
+                scale = np.maximum(np.abs(old), np.finfo(float).tiny)
+                relative = np.where(same, 0.0, np.nan_to_num(absolute / scale, nan=np.inf))
             by = f", by {absolute.max(initial=0):.3g} at most"
         else:
             relative = np.where(old.astype(str) != new.astype(str), np.inf, 0.0)
