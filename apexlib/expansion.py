@@ -12,12 +12,12 @@ directly. M = 0 and v = s = s' = 1 at the start, so that the function does not c
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from apexlib.architectures import Component, Slot, family_of, model_components
 from apexlib.fused_ffn import take_form, wide
 from apexlib.inspection import composed_weights
-from apexlib.operators import Operator, make_operator, operator_class
+from apexlib.operators import Operator, make_operator, operator_class, without_autocast
 from apexlib.plan import FFN_FORMS, ExpansionPlan, LayerPlan
 from apexlib.projections import (
     SplitProjection,
@@ -180,12 +180,65 @@ class Mixer(nn.Module):
         self.operator = operator
 
     def forward(
-        self, rows: Float[Tensor, "n d"], copies: int = 1, scale: Float[Tensor, " k"] | None = None
-    ) -> Float[Tensor, "n d"]:
-        """Apply the formula to rows [N | P | D], to each of several copies (query heads) alike."""
-        rows = rearrange(rows, "(unit copy dim) d -> (unit dim) (copy d)", copy=copies, dim=self.dim)
-        rows = expand_rows(rows, self.operator, self.v, scale)
-        return rearrange(rows, "(unit dim) (copy d) -> (unit copy dim) d", copy=copies, dim=self.dim)
+        self,
+        matrices: Sequence[Float[Tensor, "n columns"]],
+        scales: Sequence[Float[Tensor, "1 k"] | None],
+        dtype: torch.dtype,
+    ) -> Sequence[Float[Tensor, "n columns"]]:
+        """Apply the formula to each of several matrices, with the same M and v, and cast the result."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            pairs = zip(matrices, scales, strict=True)
+            found = (expand_rows(rows, self.operator, self.v, None if s is None else s[0]) for rows, s in pairs)
+            return [rows.to(dtype) for rows in found]
+        with without_autocast(self.v.device):
+            factors = self.operator._parameters.values()
+            return _Composed.apply(type(self.operator), len(matrices), dtype, self.v, *factors, *matrices, *scales)
+
+
+class _Composed(torch.autograd.Function):
+    """`expand_rows` of several matrices side by side: one product by M, the rest in place, one cast.
+
+    Nothing is kept for backward but what is there anyway; it makes M P anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, m: type[Operator], count: int, dtype: torch.dtype, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.m, ctx.count = m, count
+        ctx.save_for_backward(*inputs)
+        (v, *factors), matrices, scales = inputs[: -2 * count], inputs[-2 * count : -count], inputs[-count:]
+        k, rows, columns = len(v), torch.cat(matrices, 1), _columns(matrices)
+        torch.addcmul(m.product(rows[k : 2 * k], *factors), v[:, None], rows[:k], out=rows[:k])
+        for own, s in zip(columns, scales, strict=True):
+            if s is not None:
+                rows[k : 2 * k, own].mul_(s.T)
+        rows = rows.to(dtype)
+        return tuple(rows[:, own] for own in columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        inputs, count = ctx.saved_tensors, ctx.count
+        (v, *factors), matrices, scales = inputs[: -2 * count], inputs[-2 * count : -count], inputs[-count:]
+        k, columns, by_scale = len(v), _columns(matrices), []
+        target, source = (torch.cat([matrix[start : start + k] for matrix in matrices], 1) for start in (0, k))
+        with without_autocast(v.device):
+            found = torch.cat(grads, 1).to(v.dtype)
+            given = found.clone() if torch.is_grad_enabled() else found  # of which each part is used before it changes
+            by_target, by_source = given[:k], given[k : 2 * k]
+            through_m, *by_factor = ctx.m.gradients(by_target, source, *factors)
+            by_v = (by_target * target).sum(1)
+            found[:k].mul_(v[:, None])
+            for own, s in zip(columns, scales, strict=True):
+                by_scale.append(None if s is None else (by_source[:, own] * source[:, own]).sum(1)[None])
+                if s is not None:
+                    found[k : 2 * k, own].mul_(s.T)
+            found[k : 2 * k].add_(through_m)
+        return None, None, None, by_v, *by_factor, *(found[:, own] for own in columns), *by_scale
+
+
+def _columns(matrices: Sequence[Tensor]) -> list[slice]:
+    """Where the columns of each lie among those of all."""
+    ends = [0, *accumulate(matrix.shape[1] for matrix in matrices)]
+    return [slice(*bounds) for bounds in pairwise(ends)]
 
 
 def _refuse_cache(model: nn.Module, _: tuple, inputs: dict[str, Any]) -> None:

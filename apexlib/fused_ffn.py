@@ -147,9 +147,7 @@ class FusedFFN(nn.Module):
         if plain or any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
-        dtype, device = down.frozen.dtype, x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = dtype_of_products(down.frozen)
         tuned, frozen = _channels(gate, up, down, dtype)
         parts = [part for part in (tuned, frozen) if len(part.gate)]
         bias = None if down.bias is None else down.bias.to(dtype)
@@ -168,6 +166,14 @@ class FusedFFN(nn.Module):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Dtype in which the weights of a model of `dtype` train, and in which sums are taken."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_of_products(weight: Tensor) -> torch.dtype:
+    """Dtype in which activations are multiplied by a weight: its own, or autocast's."""
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def take_form(module: nn.Module, names: tuple[str, str, str, str], mode: str) -> None:
@@ -207,21 +213,20 @@ def _has_other_hooks(module: nn.Module, observers: list[ChannelObserver]) -> boo
 
 
 def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, Part]:
-    """The channels that train, composed by plain autograd, and the frozen ones."""
+    """The channels that train, composed by one product by M, and the frozen ones."""
     readers = [gate] if gate is up else [gate, up]
-    tuned, tuned_bias = zip(*((each.compose(each.rows), each.composed_bias()) for each in readers), strict=True)
-    frozen, frozen_bias = zip(*((each.frozen, each.bias_frozen) for each in readers), strict=True)
+    tuned = down.composed_with(*readers, dtype=dtype)
+    frozen = [(each.frozen, each.bias_frozen) for each in (down, *readers)]
 
-    def pair(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        if len(tensors) == 1:  # one projection holds gate, then up
-            tensors = [None, None] if tensors[0] is None else tensors[0].chunk(2)
-        return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    def part(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> Part:
+        (written, _), *read = pairs
+        weights, biases = zip(*read, strict=True)
+        if len(read) == 1:  # one projection holds gate, then up
+            weights, biases = weights[0].chunk(2), (None, None) if biases[0] is None else biases[0].chunk(2)
+        tensors = (*weights, written, *biases)
+        return Part(*(None if tensor is None else tensor.to(dtype) for tensor in tensors))
 
-    composed = down.compose(down.rows).to(dtype)
-    return (
-        Part(*pair(tuned), composed, *pair(tuned_bias)),
-        Part(*pair(frozen), down.frozen.to(dtype), *pair(frozen_bias)),
-    )
+    return part(tuned), part(frozen)
 
 
 def _twice_differentiable(ctx: Any, grad: Tensor, x: Tensor, bias: Tensor | None, flat: list[Tensor | None]) -> tuple:

@@ -9,12 +9,11 @@ A new operator is a class with its `factors` and its product, and a row of `OPER
 parameters and its start follow from these.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import isqrt, prod
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
@@ -57,18 +56,29 @@ class Operator(nn.Module):
         """
         if rows.shape[0] != self.k:
             raise ValueError(f"{type(self).__name__} maps {self.k} rows, got {rows.shape[0]}")
-        device = rows.device.type  # some (meta) have no autocast and refuse even to switch it off
-        off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with off:
-            return self._multiply(rows.to(next(self.parameters()).dtype))
+        factors = self._parameters.values()
+        with without_autocast(rows.device):
+            return self.product(rows.to(next(self.parameters()).dtype), *factors)
 
     def dense(self) -> Float[Tensor, "k k"]:
         """Write M out in full."""
         parameter = next(self.parameters())
         return self(torch.eye(self.k, dtype=parameter.dtype, device=parameter.device))
 
-    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
+    @staticmethod
+    def product(rows: Float[Tensor, "k d"], *factors: Tensor | None) -> Float[Tensor, "k d"]:
+        """Multiply rows by the M of these factors, which are in the order of `factors`."""
         raise NotImplementedError
+
+    @classmethod
+    def gradients(cls, grad: Float[Tensor, "k d"], rows: Float[Tensor, "k d"], *factors: Tensor | None) -> tuple:
+        """Gradients of `product` by the rows and by each factor, from nothing but these."""
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            given = [None if each is None else each.view_as(each).requires_grad_() for each in (rows, *factors)]
+            leaves = [each for each in given if each is not None]
+            found = iter(torch.autograd.grad(cls.product(*given), leaves, grad, create_graph=twice))
+        return tuple(None if each is None else next(found) for each in given)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, parameters={sum(parameter.numel() for parameter in self.parameters())}"
@@ -92,47 +102,22 @@ class MonarchOperator(Operator):
         n, m = monarch_blocks(k)
         return {"first": (n, m, m) if m > 1 else None, "second": (m, n, n)}
 
-    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        m, n, _ = self.second.shape
-        if padding := n * m - self.k:  # padding by zero rows would still copy
-            rows = nn.functional.pad(rows, (0, 0, 0, padding))
-        blocks = rearrange(rows, "(block column) d -> block column d", block=n)
-        one_factor = self.first is None
-        product = _second(self.second, blocks) if one_factor else _Product.apply(self.first, self.second, blocks)
-        return rearrange(product, "out row d -> (out row) d")[: self.k]
-
-
-class _Product(torch.autograd.Function):
-    """Both factors at once: backward makes L₁ P anew, since keeping it takes as much memory as the rows themselves."""
-
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(first: Tensor, second: Tensor, blocks: Tensor) -> Tensor:
-        return _second(second, _first(first, blocks))
+    def product(rows: Float[Tensor, "k d"], first: Tensor | None, second: Tensor) -> Float[Tensor, "k d"]:
+        blocks = _blocks(rows, second)
+        blocks = blocks if first is None else torch.bmm(first, blocks)
+        # Π hands row r of every L₁ block to L₂ block r, Πᵀ hands it back
+        return torch.bmm(second, blocks.transpose(0, 1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first, second, blocks = ctx.saved_tensors
-        between = einsum(second, grad, "row out block, out row d -> block row d")
-        return (
-            einsum(between, blocks, "block row d, block column d -> block row column"),
-            einsum(grad, _first(first, blocks), "out row d, block row d -> row out block"),
-            einsum(first, between, "block row column, block row d -> block column d"),
-        )
-
-
-def _first(factor: Tensor, blocks: Tensor) -> Tensor:
-    return einsum(factor, blocks, "block row column, block column d -> block row d")
-
-
-def _second(factor: Tensor, blocks: Tensor) -> Tensor:
-    """Π hands row r of every L₁ block to L₂ block r, Πᵀ hands it back."""
-    return einsum(factor, blocks, "row out block, block row d -> out row d")
+    @classmethod
+    def gradients(cls, grad: Tensor, rows: Tensor, first: Tensor | None, second: Tensor) -> tuple[Tensor | None, ...]:
+        blocks, by_out = _blocks(rows, second), _blocks(grad, second).transpose(0, 1)
+        between = blocks if first is None else torch.bmm(first, blocks)
+        by_second = torch.bmm(by_out, between.transpose(0, 1).mT)
+        by_between = torch.bmm(second.mT, by_out).transpose(0, 1)
+        by_first = None if first is None else torch.bmm(by_between, blocks.mT)
+        by_blocks = by_between if first is None else torch.bmm(first.mT, by_between)
+        return by_blocks.flatten(0, 1)[: len(rows)], by_first, by_second
 
 
 class ReleaseMonarchOperator(MonarchOperator):
@@ -148,8 +133,9 @@ class DiagonalOperator(Operator):
     def factors(cls, k: int) -> Factors:
         return {"diagonal": (k,)}
 
-    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        return self.diagonal[:, None] * rows
+    @staticmethod
+    def product(rows: Float[Tensor, "k d"], diagonal: Tensor) -> Float[Tensor, "k d"]:
+        return diagonal[:, None] * rows
 
 
 class LowRankOperator(Operator):
@@ -167,8 +153,9 @@ class LowRankOperator(Operator):
             raise ValueError(f"a low-rank operator for k={k} rows needs a rank from 1 to {k}, got {rank}")
         return {"down": (rank, k), "up": (k, rank)}
 
-    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        return self.up @ (self.down @ rows)
+    @staticmethod
+    def product(rows: Float[Tensor, "k d"], down: Tensor, up: Tensor) -> Float[Tensor, "k d"]:
+        return up @ (down @ rows)
 
 
 class DenseOperator(Operator):
@@ -178,8 +165,9 @@ class DenseOperator(Operator):
     def factors(cls, k: int) -> Factors:
         return {"matrix": (k, k)}
 
-    def _multiply(self, rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-        return self.matrix @ rows
+    @staticmethod
+    def product(rows: Float[Tensor, "k d"], matrix: Tensor) -> Float[Tensor, "k d"]:
+        return matrix @ rows
 
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -198,6 +186,12 @@ def make_operator(kind: str, k: int, **options: Any) -> Operator:
     DiagonalOperator(k=5, parameters=5)
     """
     return operator_class(kind)(k, **options)
+
+
+def _blocks(rows: Float[Tensor, "k d"], second: Float[Tensor, "m n n"]) -> Float[Tensor, "n m d"]:
+    m, n, _ = second.shape
+    padding = n * m - len(rows)  # padding by zero rows would still copy
+    return (nn.functional.pad(rows, (0, 0, 0, padding)) if padding else rows).view(n, m, -1)
 
 
 def monarch_blocks(k: int) -> tuple[int, int]:
@@ -234,6 +228,12 @@ def operator_class(kind: str) -> type[Operator]:
     if kind not in OPERATORS:
         raise ValueError(f"unknown operator {kind!r}; known: {', '.join(OPERATORS)}")
     return OPERATORS[kind]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Compute in the dtypes given; some devices (meta) have no autocast and refuse even to switch it off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _drawn(

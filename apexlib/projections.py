@@ -10,10 +10,10 @@ goes on working: references, hooks, names of modules. A wrapper in its place wou
 when it goes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import compress
 from typing import Any
 
 import torch
@@ -24,34 +24,53 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from apexlib.architectures import Slot
-from apexlib.fused_ffn import FusedFFN, leave_form, wide
+from apexlib.fused_ffn import FusedFFN, dtype_of_products, leave_form, wide
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (*_HALF, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Which rows of a projection belong to a unit, role by role (a fused projection has several)."""
+class Layout:
+    """Which rows of a projection belong to a unit, by role: a fused projection has several, query heads are some."""
 
     axis: int  # along which units lie in the plain weight
     is_input: bool
     widths: tuple[int, ...]  # rows per unit
     expands: tuple[bool, ...]  # query and key are tuned directly
-    copies: int  # query heads per unit that share M and v
-    by_unit: bool  # roles alternate unit by unit (GPT-NeoX), else they lie one after another
+    by_unit: bool  # roles alternate unit by unit (GPT-NeoX, query heads that share M), else they lie one after another
     reordered: bool  # what lies on the other side needs the model's order of units
+
+    def apart(self, rows: Float[Tensor, "n d"]) -> Sequence[Tensor]:
+        """Take the rows of each role."""
+        if len(self.widths) == 1:
+            return [rows]
+        if not self.by_unit:
+            return rows.split(self.sizes(len(rows)))
+        return [part.flatten(0, 1) for part in rows.unflatten(0, (-1, sum(self.widths))).split(self.widths, 1)]
+
+    def together(self, parts: Sequence[Tensor]) -> Float[Tensor, "n d"]:
+        """Undo `apart`."""
+        if len(parts) == 1 or not self.by_unit:
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        blocks = [part.unflatten(0, (-1, width)) for part, width in zip(parts, self.widths, strict=True)]
+        return torch.cat(blocks, 1).flatten(0, 1)
+
+    def sizes(self, rows: int) -> list[int]:
+        """Count the rows of each role among so many trainable or frozen ones."""
+        units = rows // sum(self.widths)
+        return [units * width for width in self.widths]
 
 
 class SplitProjection(nn.Module):
     """A Linear or Conv1D in split form: two dense products, of which one has gradients.
 
     `rows` and `frozen` replace its weight, `bias_rows` and `bias_frozen` its bias; `weight` and `bias` are what they
-    compose to. `mixer(rows, copies, scale)` is the formula with the M and v of the layer.
+    compose to. `mixer` is the formula with the M and v of the layer, for the rows of all projections that share them.
     """
 
     plain_class: type[nn.Module]
-    layout: _Layout
+    layout: Layout
     mixer: nn.Module | None  # registered in the parent module only
     order: Tensor  # where each of [rows | frozen] lies in the plain weight; saved, so that a state says what it holds
     held: dict[str, Tensor] | None = None  # what it was composed to, inside `composed_once`
@@ -87,34 +106,22 @@ class SplitProjection(nn.Module):
     def forward(self, x: Float[Tensor, "*batch n_in"]) -> Float[Tensor, "*batch n_out"]:
         if not self.training:
             return super().forward(x)
-        layout, dtype = self.layout, self.frozen.dtype
-        composed = self.compose(self.rows).to(dtype)
+        layout, frozen = self.layout, self.frozen
+        ((composed, bias),) = self.composed_with(dtype=dtype_of_products(frozen))
         if layout.is_input:
             x = x.index_select(-1, self.order) if layout.reordered else x
-            tuned, rest = x.split([len(composed), len(self.frozen)], dim=-1)
-            return linear(tuned, composed.T) + linear(rest, self.frozen.T, self.bias)
-        bias = None if self.bias_rows is None else self.composed_bias().to(dtype)
-        tuned, rest = linear(x, composed, bias), linear(x, self.frozen, self.bias_frozen)
+            tuned, rest = x.split([len(composed), len(frozen)], dim=-1)
+            return linear(tuned, composed.T) + linear(rest, frozen.T, self.bias)
+        tuned, rest = linear(x, composed, bias), linear(x, frozen, self.bias_frozen)
         if len(layout.widths) > 1 and not layout.by_unit:  # role by role
-            tuned, rest = (y.split(self._sizes(y.shape[-1]), dim=-1) for y in (tuned, rest))
+            tuned, rest = (y.split(layout.sizes(y.shape[-1]), dim=-1) for y in (tuned, rest))
             return torch.cat([y for pair in zip(tuned, rest, strict=True) for y in pair], dim=-1)
         output = torch.cat([tuned, rest], dim=-1)
         return output.index_select(-1, self.order.argsort()) if layout.reordered else output
 
     def compose(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """Apply M, v and s to trainable rows, in their dtype."""
-        layout = self.layout
-        if self.mixer is None or not any(layout.expands):
-            return rows
-        sizes = self._sizes(len(rows))
-        by_unit = layout.by_unit
-        blocks = rows.unflatten(0, (-1, sum(layout.widths))).split(layout.widths, 1) if by_unit else rows.split(sizes)
-        scales = repeat(None) if self.s is None else iter(self.s.unbind())
-        composed = [
-            self.mixer(block.flatten(0, -2), layout.copies, next(scales)).view_as(block) if expands else block
-            for block, expands in zip(blocks, layout.expands, strict=True)
-        ]
-        return torch.cat(composed, dim=int(layout.by_unit)).flatten(0, -2) if len(composed) > 1 else composed[0]
+        return _compose([(self, rows)], rows.dtype)[0]
 
     def composed_bias(self) -> Float[Tensor, " n"] | None:
         """Apply M, v and s to the trainable entries of the bias."""
@@ -127,6 +134,16 @@ class SplitProjection(nn.Module):
             tensors["bias"] = self.composed_bias()[:, None]
         return {name: tensor.to(self.frozen.dtype) for name, tensor in tensors.items()}
 
+    def composed_with(self, *others: "SplitProjection", dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
+        """Compose what trains of weight and bias, here and in others with the same M and v, by one product by M."""
+        modules = (self, *others)
+        rows = [(each, each.rows) for each in modules]
+        entries = [(each, each.bias_rows[:, None]) for each in modules if each.bias_rows is not None]
+        found = iter(_compose([*rows, *entries], dtype))
+        weights = [next(found) for _ in modules]
+        biases = [None if each.bias_rows is None else next(found).squeeze(1) for each in modules]
+        return list(zip(weights, biases, strict=True))
+
     def whole(self, composed: Float[Tensor, "n d"], frozen: Float[Tensor, "m d"]) -> Tensor:
         """Lay composed and frozen rows out as the plain matrix, in the dtype of `frozen`."""
         shape = (len(self.order), frozen.shape[1])
@@ -136,10 +153,22 @@ class SplitProjection(nn.Module):
         by_unit.index_copy_(0, self.order[len(composed) :], frozen)
         return matrix
 
-    def _sizes(self, rows: int) -> list[int]:
-        """Count the rows of each role among so many trainable or frozen ones."""
-        units = rows // sum(self.layout.widths)
-        return [units * width for width in self.layout.widths]
+
+def _compose(given: Sequence[tuple[SplitProjection, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """Apply M, v and s to trainable rows of projections that share them, role by role."""
+    if (mixer := given[0][0].mixer) is None or not any(given[0][0].layout.expands):
+        return [rows.to(dtype) for _, rows in given]
+    taken, mixed, scales = [], [], []
+    for module, rows in given:
+        taken.append(parts := module.layout.apart(rows))
+        mixed += (own := list(compress(parts, module.layout.expands)))
+        scales += [module.s] * len(own) if module.s is None or len(own) == 1 else module.s.split(1)
+    found = iter(mixer(mixed, scales, dtype))
+    composed = []
+    for (module, _), parts in zip(given, taken, strict=True):
+        roles = zip(parts, module.layout.expands, strict=True)
+        composed.append(module.layout.together([next(found) if mixes else part.to(dtype) for part, mixes in roles]))
+    return composed
 
 
 @contextmanager
@@ -181,13 +210,13 @@ def split(
 ) -> None:
     """Bring a plain projection into split form; `units` in the order [N | P | D | F], the first `tuned` train."""
     weight, bias = module._parameters["weight"].detach(), module._parameters["bias"]
-    reader, index = slots[0].is_input, [slot.index[units].flatten(1).to(weight.device) for slot in slots]
-    layout = _Layout(
+    reader, index = slots[0].is_input, [slot.index[units].to(weight.device) for slot in slots]
+    index, by_unit = (index[0].unbind(1), True) if reader else ([rows.flatten(1) for rows in index], by_unit)
+    layout = Layout(
         axis=slots[0].axis,
         is_input=reader,
         widths=tuple(rows.shape[1] for rows in index),
-        expands=tuple(slot.role not in ("query", "key") for slot in slots),
-        copies=slots[0].index.shape[1] if reader else 1,
+        expands=(True,) * len(index) if reader else tuple(slot.role not in ("query", "key") for slot in slots),
         by_unit=by_unit,
         reordered=reordered,
     )

@@ -349,19 +349,25 @@ def test_weights_and_gradients_equal_the_literal_formula(variant, batch, softmax
 
 
 @pytest.mark.parametrize("operator", OPERATOR_KINDS)
-@pytest.mark.parametrize("copies", [1, 2])
-def test_composition_has_exact_gradients(operator, copies):
+@pytest.mark.parametrize("count", [1, 3])
+def test_composition_has_exact_gradients(operator, count):
     generator = torch.Generator().manual_seed(0)
     mixer = Mixer(make_operator(operator, 6, generator=generator), dim=3).double()
     perturb(mixer, 0.5)
-    rows = torch.randn((2 * 6 + 2 * 3) * copies, 2, generator=generator, dtype=torch.float64, requires_grad=True)
-    scale = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
+    wide = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
+    matrices = [torch.randn(2 * 6 + 2 * 3, 2 + number, **wide) for number in range(count)]
+    scales = [torch.randn(1, 6, **wide) for _ in range(count - 1)]
     names, parameters = zip(*mixer.named_parameters(), strict=True)
 
-    def composed(rows, scale, *values):
-        return functional_call(mixer, dict(zip(names, values, strict=True)), (rows, copies, scale))
+    def composed(*inputs):
+        given, values = (inputs[:count], [*inputs[count : 2 * count - 1], None]), inputs[2 * count - 1 :]
+        return functional_call(mixer, dict(zip(names, values, strict=True)), (*given, torch.float64))
 
-    assert torch.autograd.gradcheck(composed, (rows, scale, *parameters))
+    inputs = (*matrices, *scales, *parameters)
+    for found, rows, s in zip(composed(*inputs), matrices, [*scales, None], strict=True):
+        assert_close(found, expand_rows(rows, mixer.operator, mixer.v, None if s is None else s[0]))
+    assert torch.autograd.gradcheck(composed, inputs)
+    assert torch.autograd.gradgradcheck(composed, inputs)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "gpt_neox", "phi3", "olmo2 grouped"])

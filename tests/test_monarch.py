@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from apexlib.expansion import expand, fuse
+from apexlib.expansion import Mixer, expand, fuse
 from apexlib.inspection import trainable_table
 from apexlib.operators import OPERATORS, Operator, make_operator, monarch_blocks, operator_class
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
@@ -84,17 +84,28 @@ def test_gradients(kind, k):
     assert torch.autograd.gradgradcheck(product, inputs)
 
 
-@pytest.mark.parametrize("k", [6, 9, 13])
-def test_backward_keeps_nothing_between_the_factors(k):
-    operator = operator_away_from_zero("monarch", k)
-    rows, kept = torch.randn(k, 200, dtype=torch.float64, requires_grad=True), []
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 2, 6, 7, 9, 14])
+def test_gradients_without_a_graph_are_those_of_autograd(kind, k):
+    operator = operator_away_from_zero(kind, k)
+    factors = list(operator._parameters.values())
+    rows, grad = (torch.randn(k, 3, dtype=torch.float64) for _ in range(2))
+    inputs = [each for each in (rows.requires_grad_(), *factors) if each is not None]
+    with torch.no_grad():
+        found = [each for each in type(operator).gradients(grad, rows, *factors) if each is not None]
+    assert not any(each.requires_grad for each in found)
+    for ours, theirs in zip(found, torch.autograd.grad(operator(rows), inputs, grad), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_of_a_composition_keeps_nothing_of_its_own(kind):
+    mixer = Mixer(operator_away_from_zero(kind, 13), dim=1).double()
+    rows, kept = [torch.randn(30, 200, dtype=torch.float64, requires_grad=True) for _ in range(3)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        operator(rows)
-    padded = operator.second.shape[0] * operator.second.shape[1] > k  # then the rows have to be copied
-    large = [tensor for tensor in kept if tensor.numel() > 200]
-    own = [tensor for tensor in large if tensor.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()]
-    assert len(large) == 1
-    assert len(own) == (0 if padded else 1)
+        mixer(rows, [None] * 3, torch.float64)
+    there = {tensor.data_ptr() for tensor in (*rows, *mixer.parameters())}
+    assert {tensor.data_ptr() for tensor in kept} == there
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,8 +257,9 @@ class ShiftOperator(Operator):
     def factors(cls, k):
         return {"weights": (k,)}
 
-    def _multiply(self, rows):
-        return self.weights[:, None] * rows.roll(-1, 0)
+    @staticmethod
+    def product(rows, weights):
+        return weights[:, None] * rows.roll(-1, 0)
 
 
 def test_a_new_operator_is_a_class_and_a_row(monkeypatch, tiny_model):

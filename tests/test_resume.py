@@ -136,7 +136,7 @@ def test_resuming_where_nothing_is_starts(whole, tmp_path):
 
 PHASES = {  # what is called there, and which of its calls
     "assessment": ((ActivationRecorder, "_begin"), 1),
-    "training step": ((MonarchOperator, "_multiply"), 60),
+    "training step": ((MonarchOperator, "product"), 60),
     "evaluation": ((Trainer, "prediction_step"), 2),
     "evaluation at a stage's end": ((Trainer, "prediction_step"), 4),
     "fuse": ((projections, "unsplit"), 1),
