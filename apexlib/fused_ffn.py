@@ -81,7 +81,8 @@ class GatedFFN(torch.autograd.Function):
         kept = [x.new_empty(len(x), len(part.gate)) for part in parts for _ in range(2)] if keep else []
         for rows in _chunks(x):
             out = output[rows]
-            out.zero_() if bias is None else out.copy_(bias)
+            if bias is not None:
+                out.copy_(bias)
             for number, part in enumerate(parts):
                 gate, up = _pre_activations(x[rows], part, [each[rows] for each in kept[2 * number : 2 * number + 2]])
                 hidden = activation.value(gate)
@@ -90,7 +91,7 @@ class GatedFFN(torch.autograd.Function):
                 hidden.mul_(up)
                 for squares in sums:
                     squares.add(number, hidden, rows, of_product=True)
-                out.addmm_(hidden, part.down)
+                out.addmm_(hidden, part.down, beta=int(number > 0 or bias is not None))
         ctx.activation = activation
         ctx.save_for_backward(x, bias, *flat, *kept)
         return output
@@ -103,9 +104,8 @@ class GatedFFN(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd find both
             return _twice_differentiable(ctx, grad, x, bias, flat)
         parts, wanted = _parts(flat), _parts(needed[5:])
-        each = zip(flat, needed[5:], strict=True)
-        gradients = _parts([torch.zeros_like(t, dtype=wide(t.dtype)) if need else None for t, need in each])
-        grad_x = torch.zeros_like(x) if needed[0] else None
+        gradients = [dict.fromkeys(Part._fields) for _ in parts]
+        grad_x = torch.empty_like(x) if needed[0] else None
         for rows in _chunks(x):
             for number, (part, wants, grads) in enumerate(zip(parts, wanted, gradients, strict=True)):
                 pre = [each[rows] for each in kept[2 * number : 2 * number + 2]]
@@ -113,17 +113,18 @@ class GatedFFN(torch.autograd.Function):
                 value = ctx.activation.value(gate)
                 grad_hidden = grad[rows] @ part.down.T
                 if wants.down:
-                    _add_product(grads.down, value * up, grad[rows])
+                    grads["down"] = _added(grads["down"], (value * up).T, grad[rows])
                 grad_up = value.mul_(grad_hidden)
                 grad_gate = ctx.activation.backward(grad_hidden.mul_(up), gate)
-                for which, grad_pre, weight in (("gate", grad_gate, part.gate), ("up", grad_up, part.up)):
-                    if getattr(wants, which):
-                        _add_product(getattr(grads, which), grad_pre, x[rows])
-                    if getattr(wants, f"{which}_bias"):
-                        getattr(grads, f"{which}_bias").add_(grad_pre.sum(0))
+                for name, grad_pre in (("gate", grad_gate), ("up", grad_up)):
+                    if getattr(wants, name):
+                        grads[name] = _added(grads[name], grad_pre.T, x[rows])
+                    if getattr(wants, f"{name}_bias"):
+                        own, before = grad_pre.sum(0, dtype=wide(x.dtype)), grads[f"{name}_bias"]
+                        grads[f"{name}_bias"] = own if before is None else own + before
                     if grad_x is not None:
-                        grad_x[rows].addmm_(grad_pre, weight)
-        weights = [None if g is None else g.to(t.dtype) for g, t in zip(_flat(gradients), flat, strict=True)]
+                        grad_x[rows].addmm_(grad_pre, getattr(part, name), beta=int(number > 0 or name == "up"))
+        weights = [None if found is None else found.to(x.dtype) for grads in gradients for found in grads.values()]
         return grad_x, None, None, None, grad.sum(0) if needed[4] else None, *weights
 
 
@@ -252,16 +253,20 @@ def _pre_activations(x: Tensor, part: Part, out: list[Tensor] | None = None) -> 
     return out
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-    else:  # half precision adds up in float32
-        total.add_(left.T @ right)
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add a product to a sum, in place but where parts of half precision begin to add up in float32."""
+    if total is None:
+        return left @ right
+    exact = left.dtype == wide(left.dtype)
+    return total.addmm_(left, right) if exact else total.to(wide(total.dtype)).add_(left @ right)
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of tokens: on a CPU so few that a chunk stays in its cache, elsewhere enough to fill the device."""
-    size = 4096 if x.device.type == "cuda" else 256
+    """Slices of tokens: on a CPU so few that a chunk stays in its cache, elsewhere enough to fill the device.
+
+    In half precision products are over so soon that sums in float32 and calls weigh more than the cache.
+    """
+    size = 4096 if x.device.type == "cuda" else 256 if x.dtype == wide(x.dtype) else 1024
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 

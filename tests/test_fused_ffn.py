@@ -141,6 +141,17 @@ def test_a_graph_that_is_kept_can_be_used_again():
     assert_equal_outcomes(second, first, 0)
 
 
+def test_composed_rows_are_the_float32_ones_rounded_once():
+    (block,) = blocks("llama", modes=("fused",), dtype=torch.float32)
+    projections = (block.down_proj, block.gate_proj, block.up_proj)
+    exact = block.down_proj.composed_with(*projections[1:], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = block.down_proj.composed_with(*projections[1:], dtype=torch.bfloat16)
+    for (ours, _), (theirs, _), module in zip(rounded, exact, projections, strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+        assert_close(theirs, module.compose(module.rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_half_precision_is_as_near_to_float64_as_the_split_form(dtype):
     (exact,) = blocks("llama", modes=("split",), dtype=torch.float32)
@@ -162,7 +173,7 @@ def test_half_precision_is_as_near_to_float64_as_the_split_form(dtype):
 @pytest.mark.parametrize("keep", [True, False])
 def test_gradients_of_many_chunks_of_half_precision_add_up_in_float32(keep):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(40 * 256, 5), (7, 5), (7, 5), (7, 6)]  # all positive: small parts would be lost in a sum of few bits
+    shapes = [(10 * 1024, 5), (7, 5), (7, 5), (7, 6)]  # all positive: small parts would be lost in a sum of few bits
     x, *flat = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     halves = [tensor.bfloat16().requires_grad_() for tensor in flat]
     exact = [half.detach().double().requires_grad_() for half in halves]
