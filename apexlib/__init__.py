@@ -18,7 +18,8 @@ if _typing.TYPE_CHECKING:
     from apexlib.activations import ActivationRecorder, activation_statistics
     from apexlib.analysis.difference import imbalance_table, masking_curve, silenced
     from apexlib.architectures import model_components, register_family
-    from apexlib.evaluation import exact_match, multiple_choice, perplexity
+    from apexlib.evaluation import perplexity
+    from apexlib.text.answers import exact_match, multiple_choice
 
     """Expand: choose units, expand them, write the result into plain weights"""
     from apexlib.analysis.difference import selection_stability

@@ -111,11 +111,12 @@ class GatedFFN(torch.autograd.Function):
                 pre = [each[rows] for each in kept[2 * number : 2 * number + 2]]
                 gate, up = pre or _pre_activations(x[rows], part)
                 value = ctx.activation.value(gate)
-                grad_hidden = grad[rows] @ part.down.T
                 if wants.down:
                     grads["down"] = _added(grads["down"], (value * up).T, grad[rows])
+                grad_hidden = grad[rows] @ part.down.T
                 grad_up = value.mul_(grad_hidden)
                 grad_gate = ctx.activation.backward(grad_hidden.mul_(up), gate)
+                del grad_hidden
                 for name, grad_pre in (("gate", grad_gate), ("up", grad_up)):
                     if getattr(wants, name):
                         grads[name] = _added(grads[name], grad_pre.T, x[rows])

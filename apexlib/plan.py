@@ -72,7 +72,8 @@ class ApexConfig(_Json):
     - `assessment_samples`: sequences in the pass before the first stage that ranks units; at least 1. The paper: 10³
       to 10⁴.
     - `spread_heads`: where a share is less than a pair a layer, put pairs in so many layers, drawn at random.
-    - `align`: round numbers of channels down to a multiple of it (16 suits hardware); 1 is the paper's ⌊K·n⌋.
+    - `align`: round numbers of channels down to a multiple of it, as hardware multiplies them well, in a layer that has
+      64 times as many or more; 1 is the paper's ⌊K·n⌋, which `preset` has.
     - `halve_fraction`: halve K at each stage; earlier targets stay directly tuned, never selected again.
 
     What trains in them, and how:
@@ -114,7 +115,7 @@ class ApexConfig(_Json):
     spread_heads: bool = False
     ffn: str = "fused"
     halve_fraction: bool = False
-    align: int = 1
+    align: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -150,16 +151,16 @@ class ApexConfig(_Json):
         heads, without queries and keys (15 pairs, in 15 of the layers), nothing else. 129 761 280 + 31 457 280, and
         203 040 in M, v and s: 2.40 %. On another model `config_for_share` finds what gives that share.
         """
-        sizes = {"52%": cls(), "2.4%": cls().of_size(0.03)}
+        sizes = {"52%": cls(align=1), "2.4%": cls().of_size(0.03)}
         if name not in sizes:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sizes)}")
         return sizes[name]
 
     def of_size(self, ratio: float) -> Self:
-        """These settings with that ratio of heads and channels in pairs, and nothing else trained."""
+        """These settings with that ratio of heads and channels in pairs, unrounded, and nothing else trained."""
         shares = {"fraction": ratio / 2, "direct_heads": ratio, "direct_channels": ratio}
         alone = {"train_embeddings": False, "train_norms": False, "train_queries": False, "spread_heads": True}
-        return replace(self, **shares, **alone)
+        return replace(self, align=1, **shares, **alone)
 
 
 @dataclass(frozen=True)

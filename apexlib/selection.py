@@ -90,10 +90,13 @@ def unit_counts(
     """Count the pairs and the directly tuned units that `select` takes of a component with that many units.
 
     There are k = ⌊fraction·units⌋ pairs, at least 1, and direct units up to ⌊share·units⌋ that train in all. Where the
-    one pair alone exceeds that share, it stays. `spent` counts the targets of earlier stages (`halve_fraction`).
+    one pair alone exceeds that share, it stays. Both numbers of channels are rounded as `config.align` says. `spent`
+    counts the targets of earlier stages (`halve_fraction`).
 
-    >>> unit_counts(32, "head", ApexConfig()), unit_counts(11008, "channel", ApexConfig())
+    >>> unit_counts(32, "head", ApexConfig()), unit_counts(11008, "channel", ApexConfig.preset("52%"))
     ((6, 6), (2064, 990))
+    >>> unit_counts(11008, "channel", ApexConfig())  # 5104 in all, 16 · 319
+    (2064, 976)
     """
     fraction = math.ldexp(config.fraction, -stage) if config.halve_fraction else config.fraction
     share, align = (config.direct_heads, 1) if component == "head" else (config.direct_channels, config.align)
@@ -113,7 +116,7 @@ def _layers_with_heads(statistics: pd.DataFrame, config: ApexConfig, seed: int, 
 
 def _floor(share: float, units: int, align: int) -> int:
     count = math.floor(share * units + 1e-9)  # 0.29 · 100 is 28.999…
-    return count - count % align if count >= align else count
+    return count - count % align if align <= count and 64 * align <= units else count
 
 
 def _earlier_targets(previous: Sequence[ExpansionPlan], layer: int, component: str, units: int) -> set[int]:

@@ -17,8 +17,8 @@ from apexlib.training.methods import METHODS as PLANNED
 from apexlib.training.methods import method_of
 from benchmarks.activation_space import expand_on_activations
 
-APEX = ApexConfig(align=16, strategy="random")  # scattered units, as a selection by activation has them
-SMALL = replace(ApexConfig.preset("2.4%"), align=16, strategy="random")
+APEX = ApexConfig(strategy="random")  # scattered units, as a selection by activation has them
+SMALL = replace(ApexConfig.preset("2.4%"), strategy="random")
 FORMS = (
     "full",  # eager full fine-tuning: what every ratio is to
     "full-fused",  # full fine-tuning through the same fused FFN

@@ -6,7 +6,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from apexlib.evaluation import exact_match, in_evaluation, multiple_choice, perplexity
+from apexlib.evaluation import in_evaluation, perplexity
+from apexlib.text.answers import exact_match, multiple_choice
 from apexlib.text.datasets import batches, collate, encode_chat
 from apexlib.text.tokenizer import train_tokenizer
 

@@ -228,10 +228,14 @@ def test_single_units_are_left_out():
 
 
 def test_alignment_rounds_channels_down():
-    config = ApexConfig(align=16)
+    config = ApexConfig()
     assert unit_counts(1408, "channel", config) == (256, 640 - 2 * 256)  # 264 and 654 without
     assert unit_counts(32, "head", config) == (6, 6)
-    assert unit_counts(40, "channel", config) == (7, 2)  # too few channels to round
+    assert unit_counts(1408, "channel", ApexConfig(align=1)) == (264, 654 - 2 * 264)
+    assert unit_counts(1024, "channel", config) == (192, 464 - 2 * 192)
+    assert unit_counts(1023, "channel", config) == (191, 475 - 2 * 191)  # too few channels to round
+    assert unit_counts(40, "channel", config) == (7, 2)
+    assert unit_counts(1024, "channel", ApexConfig().of_size(0.02)) == (10, 0)  # of few pairs each counts
 
 
 def test_shares_are_taken_as_written():

@@ -230,7 +230,7 @@ def _weights(model: str, revision: str | None) -> Any:
 def _train(*, settings: Path, changes: list[str], **again: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-    from apexlib.evaluation import pad_token
+    from apexlib.text.answers import pad_token
 
     given = _settings(settings, _assigned(changes, "NAME=VALUE"))
     arguments = TrainingArguments(**({"report_to": "none", "disable_tqdm": hide_progress()} | given["training"]))

@@ -24,12 +24,12 @@ from transformers.utils.logging import disable_progress_bar
 from apexlib import batches, collate, exact_match, multiple_choice, perplexity, pretrain, train_in_stages
 from apexlib.analysis.operators_at_work import operator_moves, rows_of_targets
 from apexlib.analysis.rank_change import movement
-from apexlib.evaluation import pad_token
 from apexlib.files import content_hash
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
 from apexlib.suite.memory import peak_mb, reset_peak
 from apexlib.suite.trials import time_left
 from apexlib.suite.variants import VARIANTS
+from apexlib.text.answers import pad_token
 from apexlib.text.cache import corpus_hash
 from apexlib.text.corpora import final_answer
 from apexlib.text.skills import SPLITS
