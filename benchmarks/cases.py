@@ -49,6 +49,7 @@ def step_studies(device: str, quick: bool, compiled: bool) -> list[Study]:
         wide = replace(block, name="FFN 1024/2816, 1024 tokens", d_model=1024, d_ff=2816, batch=4)
         frozen = replace(model, name="Llama 4 × 512, embeddings frozen", embeddings=False)
         again = replace(model, name="Llama 4 × 512, checkpointing", checkpointing=True)
+        half = replace(model, name="Llama 7 × 512, bfloat16", layers=7, heads=16, vocabulary=8192, autocast=True)
         studies = [
             Study(block, BLOCK_METHODS, 15, seen),
             Study(replace(block, name="FFN 512/1408, 256 tokens", batch=1), BLOCK_METHODS, 25),
@@ -58,6 +59,7 @@ def step_studies(device: str, quick: bool, compiled: bool) -> list[Study]:
             Study(frozen, CURVES, 5),
             Study(again, (*CURVES, "lora"), 3),
             Study(replace(model, name="Llama 4 × 512, bfloat16", autocast=True), (*CURVES, "lora"), 3),
+            Study(half, ("full", "apex-split", "apex", "apex-2.4%", "lora"), 5),
         ]
     if compiled:
         studies += [

@@ -1,9 +1,11 @@
 """The tables of the benchmark: steps, scaling, overheads, forecasts, and what the suite promises of itself."""
 
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from apexlib.activations import ActivationRecorder
 from apexlib.analysis.budget import equal_statistics, plan_budget
@@ -62,8 +64,8 @@ def scaling(studies: dict[tuple[str, float], Study]) -> pd.DataFrame:
 def overheads(case: Case, rounds: int) -> pd.DataFrame:
     """What comes on top of steps: columns `quantity`, `share` of a step (of a forward pass, for assessment), quartiles.
 
-    `statistics`: gathered while training; `assessment`: a batch assessed, over its plain forward pass; `fuse` and
-    `expand`: of one layer.
+    `statistics`: gathered while training; `assessment`: a batch assessed, over its plain forward pass; `generate`: 128
+    tokens by the expanded model, over those by the plain one; `fuse` and `expand`: of one layer.
     """
     work = workload(case, "apex")
 
@@ -87,6 +89,14 @@ def overheads(case: Case, rounds: int) -> pd.DataFrame:
 
     passes = taking_turns({"forward": forward, "assessed": assessed}, rounds, device=case.device)
     rows.append(_share("assessment", passes["assessed"] / passes["forward"] - 1))
+
+    def written(model: PreTrainedModel) -> None:
+        ids, cached = plain.inputs[0][:1, :8], {"use_cache": True, "pad_token_id": 0}
+        model.eval().generate(ids, min_new_tokens=128, max_new_tokens=128, do_sample=False, **cached)
+
+    models = {"plain": plain.model, "expanded": work.model}
+    texts = taking_turns({name: partial(written, m) for name, m in models.items()}, rounds, device=case.device)
+    rows.append(_share("generate", texts["expanded"] / texts["plain"] - 1))
     plan = select(equal_statistics(plain.model), case.config)
     changes = [
         (seconds(lambda: expand(plain.model, plan), case.device), seconds(lambda: fuse(plain.model), case.device))
@@ -170,6 +180,7 @@ def targets(measured: pd.DataFrame, extra: pd.DataFrame, forecast: pd.DataFrame)
 
     Columns: `quantity`, `bound` (a ratio, at most), `measured`, `holds`.
     """
+    half = [case for case in measured["case"].unique() if case == "Llama 7 × 512, bfloat16"]  # not of --quick
     block, model = (measured[measured["kind"] == kind]["case"].iloc[0] for kind in ("block", "model"))
     frozen = next((case for case in measured["case"].unique() if case.endswith("embeddings frozen")), None)
 
@@ -195,7 +206,15 @@ def targets(measured: pd.DataFrame, extra: pd.DataFrame, forecast: pd.DataFrame)
         ("model: step to the activation-space scheme", 0.78, against(model, "activation-space")),
         ("statistics gathered in training, share of a step", 0.02, share["statistics"]),
         ("fusing a layer, in steps", 1.0, share["fuse"]),
+        ("generating 128 tokens, to the plain model", 1.1, 1 + share["generate"]),
         ("forecast of peak memory, largest error", 0.10, forecast["error"].abs().max()),
+    ]
+    for case in half:
+        rows.append((f"{case}: step to full fine-tuning", 1.0, value(case, "apex")))
+        rows.append((f"{case}: step to LoRA", 0.9, against(case, "lora")))
+    rows += [
+        (f"{case}, APEX 2.4 %: step to LoRA", 1.0, value(case, "apex-2.4%") / value(case, "lora"))
+        for case in dict.fromkeys((block, model, *half))
     ]
     table = pd.DataFrame(rows, columns=["quantity", "bound", "measured"])
     return table.assign(holds=table["measured"] <= table["bound"])

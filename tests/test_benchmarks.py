@@ -107,14 +107,16 @@ def test_every_study_makes_a_tidy_table():
     assert steps["method"].tolist() == list(METHODS)
     assert (steps[["seconds", "ratio", "peak_mib", "trainable"]] > 0).all().all()
     extra = overheads(TINY, 1)
-    assert extra["quantity"].tolist() == ["statistics", "assessment", "expand", "fuse"]
+    assert extra["quantity"].tolist() == ["statistics", "assessment", "generate", "expand", "fuse"]
     forecast = forecasts([study], steps)
     assert set(forecast["phase"]) == {"train", "assess", "fuse"}
     assert forecast.loc[forecast["phase"] == "train", "error"].abs().max() < 0.02
     frozen = steps.assign(case="Llama, embeddings frozen")
     block = steps.assign(case="FFN", kind="block")
-    table = targets(pd.concat([block, steps, frozen]), extra, forecast)
-    assert len(table) == 14
+    half = steps.assign(case="Llama 7 × 512, bfloat16")
+    tables = [targets(pd.concat([block, steps, frozen, *more]), extra, forecast) for more in ([], [half])]
+    assert [len(table) for table in tables] == [17, 20]
+    table = tables[1]
     assert table["holds"].equals(table["measured"] <= table["bound"])
 
 

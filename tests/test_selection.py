@@ -234,7 +234,7 @@ def test_alignment_rounds_channels_down():
     assert unit_counts(1408, "channel", ApexConfig(align=1)) == (264, 654 - 2 * 264)
     assert unit_counts(1024, "channel", config) == (192, 464 - 2 * 192)
     assert unit_counts(1023, "channel", config) == (191, 475 - 2 * 191)  # too few channels to round
-    assert unit_counts(40, "channel", config) == (7, 2)
+    assert unit_counts(40, "channel", config) == (7, 4)
     assert unit_counts(1024, "channel", ApexConfig().of_size(0.02)) == (10, 0)  # of few pairs each counts
 
 
