@@ -4,7 +4,7 @@ from pathlib import Path
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 PALETTE = (  # seaborn's "colorblind": told apart with any colour vision
-    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
+    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#56b4e9", "#ece133",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LEVEL = {"color": "0.4", "linewidth": 0.8}  # a line across
