@@ -49,7 +49,8 @@ def rates(table: pd.DataFrame, ax: Axes) -> None:
     Where there is a column `seeds`, the axis says over how many the means are.
     """
     need(table, "method", "learning_rate", "loss", "chosen")
-    over = f"mean of {table['seeds'].max():g} seeds; " if "seeds" in table else ""
+    seeds = table["seeds"].max() if "seeds" in table else 1
+    over = f"mean of {seeds:g} seeds; " if seeds > 1 else ""
     ax.set(xscale="log", ylabel=f"validation loss (nats per token)\n{over}lower: better")
     line = {"by": "method", "x": "learning_rate", "y": "loss"}
     lines(table, ax, **line, ticks=1000, tick_format="g", named_at_end=True)
