@@ -131,11 +131,17 @@ def ablations(table: pd.DataFrame) -> str:
     return f"Clear of APEX unchanged, by their interval over {table['n'].max():g} seeds: {'; '.join(said)}."
 
 
+def decomposition(table: pd.DataFrame) -> str:
+    first = table[(table["panel"] == table["panel"].iloc[0]) & table[["mean", "low", "high"]].any(axis=1)]
+    said = _list(f"{row['method']} {_measured(row)}" for _, row in first.iterrows())
+    return f"Change of the {table['panel'].iloc[0].partition(',')[0]}: {said}."
+
+
 SENTENCES = {
     each.__name__: each
     for each in (
         loss_curve, activation_distribution, masking_curve, imbalance, expansion, instruction, trade_off, continued,
-        constructed_ranks, effective_rank, update_rank, rank_gain, movement_by_role, ablations,
+        constructed_ranks, effective_rank, update_rank, rank_gain, movement_by_role, ablations, decomposition,
     )
 } | {"learning_rates": rates, "continued_rates": rates}  # fmt: skip
 
