@@ -51,8 +51,8 @@ def engine_of(args: TrainingArguments) -> Engine:
             "fp16": args.fp16 and "under FSDP was never tried; need bf16 or float32",
         }
     refused["save_on_each_node"] = args.save_on_each_node and "the first process saves; need False"
-    if args.parallel_mode != ParallelMode.DISTRIBUTED:
-        refused = {"sharding": "one process has nothing to share; need accelerate launch or torchrun"} | refused
+    alone = args.parallel_mode != ParallelMode.DISTRIBUTED
+    refused["one process"] = alone and "has nobody to share weights with; need accelerate launch or torchrun"
     for what, why in refused.items():
         if why:
             raise ValueError(f"{what}: {why}")
@@ -70,7 +70,8 @@ def _zero_stage(args: TrainingArguments) -> Any:
     plugin = getattr(args, "deepspeed_plugin", None)
     config = getattr(plugin, "deepspeed_config", None) or {}
     known = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "of unknown stage")
-    return config.get("zero_optimization", {}).get("stage", getattr(plugin, "zero_stage", known))
+    stage = config.get("zero_optimization", {}).get("stage", getattr(plugin, "zero_stage", known))
+    return int(stage) if str(stage).isdigit() else stage
 
 
 def set_up(accelerator: Any, args: TrainingArguments, unit: str) -> None:
@@ -146,8 +147,8 @@ def reshard(model: nn.Module) -> None:
 def sharded_for_reading(model: PreTrainedModel) -> PreTrainedModel:
     """Shard a copy of a plain model, but its head, for passes without gradients; all processes call it together."""
     sharded = copy_to_shard(model)
-    for layer in sharded.get_submodule(family_of(model).layers):
-        fully_shard(layer)
+    for unit in (sharded.get_input_embeddings(), *sharded.get_submodule(family_of(model).layers)):
+        fully_shard(unit)
     fully_shard(sharded.base_model)
     fill(sharded.base_model, model.base_model)
     return sharded

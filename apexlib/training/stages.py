@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.training import sharding
 from apexlib.training.bar import show_stages
 from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain, stage_borders
-from apexlib.training import sharding
 from apexlib.training.checks import check_run, decisive_arguments, fingerprints, unexpected_movement
 from apexlib.training.data import Streamed, check_data, prepare
 from apexlib.training.interruption import Stop
