@@ -5,6 +5,7 @@ What a run leaves on the first process goes to `FOLDER/NAME-<processes>.pt`.
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from apexlib.plan import ApexConfig
 from apexlib.training.stages import train_in_stages
 
+HERE = Path(__file__).parent
 # the mean does not depend on how the assessment is cut into batches, as the rank score does
 SMALL = {"fraction": 0.25, "direct_heads": 0.5, "direct_channels": 0.6, "assessment_samples": 8, "statistic": "mean"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
@@ -33,6 +35,19 @@ RUNS = {
     "killed": ("apex", "llama", {"arguments": SAVED, "killed": True}),
     "resumed": ("apex", "llama", {"arguments": SAVED, "resume": True}),
 }
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2")
+ACCELERATE += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+
+
+def launched(script, *arguments, by=TORCHRUN):
+    """Run a script of this folder on two processes."""
+    launch = [sys.executable, "-m", *by]
+    around = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [*launch, str(HERE / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | around, timeout=900, check=False)
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -61,7 +76,8 @@ def run(name, folder, processes):
     method, variant, asked = RUNS[name]
     given = {"max_steps": 6, "per_device_train_batch_size": 4 // processes, "learning_rate": 0.3, "optim": "sgd"}
     given |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
-    given |= {"fsdp": True, "ddp_backend": "gloo"} if processes > 1 else {}
+    given |= {"ddp_backend": "gloo"} if processes > 1 else {}
+    given |= {"fsdp": True} if processes > 1 and "ACCELERATE_USE_FSDP" not in os.environ else {}
     output = folder / f"{name}-{processes}"
     args = TrainingArguments(str(output), dataloader_pin_memory=False, **given | asked.get("arguments", {}))
     model = build(variant, **asked.get("model", {}))

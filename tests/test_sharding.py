@@ -1,38 +1,25 @@
 """Sharded training on two CPU processes: what one process trains, two with FSDP2 do, and go on with when killed."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from conftest import build
 from safetensors.torch import load_file
-from sharded_run import RUNS, run
+from sharded_run import ACCELERATE, RUNS, launched, run
 from torch.testing import assert_close
 
 from apexlib.training.checkpoints import read_state
 
-ROOT = Path(__file__).parents[1]
 SAME = [name for name in RUNS if name not in ("killed", "resumed")]
-
-
-def launched(folder, *names):
-    """Run on two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    around = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [*launch, str(ROOT / "tests" / "sharded_run.py"), str(folder), *names]
-    return subprocess.run(command, capture_output=True, text=True, env=around, timeout=900, check=False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """All runs on two processes, the last of which ends by SIGKILL."""
     folder = tmp_path_factory.mktemp("runs")
-    done = launched(folder, *SAME, "killed")
+    done = launched("sharded_run.py", folder, *SAME, "killed")
     assert (folder / "killed-2" / "step-1-2").is_dir(), done.stderr[-4000:]
     for name in SAME:
         run(name, folder, 1)
@@ -65,7 +52,7 @@ def test_plain_models_are_kept_and_the_best_is_returned(folder):
 def test_two_processes_killed_go_on_to_the_same_bits(folder):
     shutil.copytree(folder / "killed-2", folder / "resumed-2")
     assert not (folder / "resumed-2" / "stage-1").exists()
-    assert (done := launched(folder, "resumed")).returncode == 0, done.stderr[-4000:]
+    assert (done := launched("sharded_run.py", folder, "resumed", by=ACCELERATE)).returncode == 0, done.stderr[-4000:]
     (whole, *_), (resumed, *_) = (
         torch.load(folder / f"{name}-2.pt", weights_only=False) for name in ("whole", "resumed")
     )

@@ -63,9 +63,9 @@ def plan_budget(
     the rest; `traffic_mib` that a device sends in a step; `disk_mib` of the checkpoints of all stages;
     `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
 
-    All of it is for one of `devices` that share the work by a `strategy`: "ddp", a whole model on each; "fsdp", FSDP2 by
-    decoder layers, for which `fuse_mib` is memory of the first process's host; "zero2", DeepSpeed's ZeRO 2, which was
-    never measured.
+    All of it is for one of `devices` that share the work by a `strategy`: "ddp", a whole model on each; "fsdp", FSDP2
+    by decoder layers, for which `fuse_mib` is memory of the first process's host; "zero2", DeepSpeed's ZeRO 2, which
+    was never measured.
 
     With a `share` of the parameters, methods with a plan train pairs of units that come to it (`config_for_share`), and
     LoRA has the rank that does.
