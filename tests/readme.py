@@ -215,6 +215,18 @@ def performance() -> str:
     )
 
 
+def devices() -> str:
+    """Peak memory of each device and what it sends in a step, by model, strategy and method, as planned."""
+    table = pd.read_csv(BENCH / "devices.csv")
+    methods = list(table["method"].unique())
+    lines = ["| model | devices | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for (model, number, strategy), rows in table.groupby(["model", "devices", "strategy"], sort=False):
+        gib = rows.set_index("method")[["train_mib", "traffic_mib"]] / 1024
+        cells = [f"{gib.loc[m, 'train_mib']:.3g}, {gib.loc[m, 'traffic_mib']:.3g}" for m in methods]
+        lines.append(f"| {model} | {number}{'' if number == 1 else f', {strategy}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def support() -> str:
     """What was expanded, trained away from the start and fused, for each model of the tests; exact means ≤ 1e-5."""
     rows: dict[tuple[str, ...], list[str]] = {}
@@ -293,6 +305,7 @@ SECTIONS = {
     "bottom": bottom,
     "cases": cases,
     "claims": claims,
+    "devices": devices,
     "performance": performance,
     "reliability": reliability,
     "run": run,
