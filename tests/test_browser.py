@@ -298,7 +298,7 @@ def test_a_pointer_over_the_map_of_units_tells_shows_and_chooses(opened):
     page = opened("units")
     at = stroke(page, 0)
     page.mouse.move(*at(0.3, 0.3))
-    _wait(lambda: "rank_score" in shown(page)[2], 10, "words about a unit")
+    _wait(lambda: "rank_score" in shown(page)[2], 60, "words about a unit")
     told, before = shown(page)[2], shown(page)
     page.mouse.click(*at(0.3, 0.3))
     assert changed(page, before, "a click")[1].startswith(before[1][:20])
@@ -333,7 +333,7 @@ def test_a_notebook_that_goes_on_from_another_says_so_in_a_line(lab, window):
 
 
 @pytest.mark.parametrize("values", ["smoke", pytest.param("own", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("notebook", SMALL)
+@pytest.mark.parametrize("notebook", SMALL)  # in this order: some go on from others
 def test_a_notebook_runs_by_the_menu(notebook, values, lab, window):
     copy = lab.root / "play" / f"{notebook}.ipynb"
     changed_values = SMALL[notebook] if values == "smoke" else {}
