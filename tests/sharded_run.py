@@ -17,6 +17,7 @@ from apexlib.plan import ApexConfig
 from apexlib.training.stages import train_in_stages
 
 HERE = Path(__file__).parent
+BY_ENVIRONMENT = "ACCELERATE_USE_FSDP" in os.environ  # accelerate sets it later on
 # the mean does not depend on how the assessment is cut into batches, as the rank score does
 SMALL = {"fraction": 0.25, "direct_heads": 0.5, "direct_channels": 0.6, "assessment_samples": 8, "statistic": "mean"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
@@ -77,7 +78,7 @@ def run(name, folder, processes):
     given = {"max_steps": 6, "per_device_train_batch_size": 4 // processes, "learning_rate": 0.3, "optim": "sgd"}
     given |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
     given |= {"ddp_backend": "gloo"} if processes > 1 else {}
-    given |= {"fsdp": True} if processes > 1 and "ACCELERATE_USE_FSDP" not in os.environ else {}
+    given |= {"fsdp": True} if processes > 1 and not BY_ENVIRONMENT else {}
     output = folder / f"{name}-{processes}"
     args = TrainingArguments(str(output), dataloader_pin_memory=False, **given | asked.get("arguments", {}))
     model = build(variant, **asked.get("model", {}))
