@@ -88,9 +88,9 @@ def train_in_stages(
     `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after `seconds`, counted
     from the call, the run leaves in the same way.
 
-    Under FSDP2 (`args.fsdp`, or `accelerate launch --use_fsdp --fsdp_version 2`) a stage shards decoder layers. The model
-    then has values on the first process only, which are those that count, and so has the record's; elsewhere it is on
-    the meta device.
+    Under FSDP2 (`args.fsdp`, or `accelerate launch --use_fsdp --fsdp_version 2`) a stage shards decoder layers. Then
+    the model has values on the first process only, which are those that count, and so has the record's; elsewhere it is
+    on the meta device.
 
     Raises ValueError before anything is trained where the run cannot be done, FloatingPointError at the first loss,
     gradient or weight that is not finite; warns, once a stage is saved, of parameters that should train and did not
