@@ -25,6 +25,7 @@ from apexlib.suite.notebooks import read_profile
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
 WIDTHS = (1000, 1600)  # pixels of a window
+PATIENCE = 300  # seconds for what takes a few on a machine that does nothing else
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SETTINGS = {  # of this JupyterLab: it asks nobody about news, and holds all cells of a notebook
     "labconfig/page_config.json": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},
@@ -110,7 +111,7 @@ def lab(browser, tmp_path_factory):
         (root / ".git" / "ready").touch()
         server = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait(lambda: server.poll() is not None or _answers(f"http://127.0.0.1:{port}/api"), 120, "an answer")
+            _wait(lambda: server.poll() is not None or _answers(f"http://127.0.0.1:{port}/api"), "an answer")
             assert server.poll() is None, log.seek(0) or log.read()
             yield Lab(f"http://127.0.0.1:{port}", root, planned(root))
         finally:
@@ -155,7 +156,7 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _wait(until: Callable[[], object], seconds: float, what: str) -> None:
+def _wait(until: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not until():
         if time.monotonic() > end:
@@ -172,19 +173,19 @@ def choose(page, menu, entry):
 def open_notebook(page, lab, name):
     """Open a notebook of the folder to play in; return where it lies."""
     page.goto(f"{lab.address}/lab/workspaces/{name}/tree/play/{name}.ipynb?reset")
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     return lab.root / "play" / f"{name}.ipynb"
 
 
-def run_all(page, notebook, seconds):
+def run_all(page, notebook, seconds=2 * PATIENCE):
     """Choose Run > Run All Cells, wait until no cell waits any more, save, and return the cells and their errors."""
     counts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
     choose(page, "Run", "Run All Cells")
-    _wait(lambda: counts.first.inner_text() != "[ ]:" and "[*]:" not in counts.all_inner_texts(), seconds, "the cells")
+    _wait(lambda: counts.first.inner_text() != "[ ]:" and "[*]:" not in counts.all_inner_texts(), "the cells", seconds)
     before = notebook.stat().st_mtime_ns
     choose(page, "File", "Save Notebook")
-    _wait(lambda: notebook.stat().st_mtime_ns > before, 60, "the notebook to be saved")
+    _wait(lambda: notebook.stat().st_mtime_ns > before, "the notebook to be saved")
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     failed = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert failed or all(cell.execution_count for cell in cells)
@@ -224,7 +225,7 @@ def changed(page, before, what):
         seen.append(shown(page))
         return seen[-1] == seen[-2] and seen[-1][0] != before[0] and seen[-1][2] != "…"
 
-    _wait(settled, 90, f"pictures to follow {what}")
+    _wait(settled, f"pictures to follow {what}")
     return seen[-1]
 
 
@@ -250,13 +251,14 @@ def window(browser):
 
     def open_window(width=WIDTHS[-1]):
         pages.append(browser.new_page(viewport={"width": width, "height": 1300}))
+        pages[-1].set_default_timeout(1000 * PATIENCE)
         pages[-1].on("pageerror", lambda error: failures.append(str(error)))
         return pages[-1]
 
     yield open_window
     for page in pages:
         choose(page, "Kernel", "Shut Down Kernel")
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(state="detached", timeout=60_000)
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(state="detached")
         page.close()
     assert failures == []
 
@@ -270,8 +272,8 @@ def opened(lab, window):
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), lab.root / "play" / f"{name}.ipynb")
         page = window(width)
-        assert run_all(page, open_notebook(page, lab, name), 300)[1] == []
-        _wait(lambda: len(shown(page)[0]) > 1, 120, "the view")
+        assert run_all(page, open_notebook(page, lab, name))[1] == []
+        _wait(lambda: len(shown(page)[0]) > 1, "the view")
         return page
 
     return open_view
@@ -298,7 +300,7 @@ def test_a_pointer_over_the_map_of_units_tells_shows_and_chooses(opened):
     page = opened("units")
     at = stroke(page, 0)
     page.mouse.move(*at(0.3, 0.3))
-    _wait(lambda: "rank_score" in shown(page)[2], 60, "words about a unit")
+    _wait(lambda: "rank_score" in shown(page)[2], "words about a unit")
     told, before = shown(page)[2], shown(page)
     page.mouse.click(*at(0.3, 0.3))
     assert changed(page, before, "a click")[1].startswith(before[1][:20])
@@ -328,7 +330,7 @@ def test_a_stroke_masks_units_and_a_click_on_a_token_asks_what_follows(opened):
 
 def test_a_notebook_that_goes_on_from_another_says_so_in_a_line(lab, window):
     page = window()
-    _, (said,) = run_all(page, open_notebook(page, lab, "05_effective_rank"), 300)
+    _, (said,) = run_all(page, open_notebook(page, lab, "05_effective_rank"))
     assert re.fullmatch(r"NotReadyError: data/models/.* are not there; run notebook 03 first", said)
 
 
@@ -339,25 +341,25 @@ def test_a_notebook_runs_by_the_menu(notebook, values, lab, window):
     changed_values = SMALL[notebook] if values == "smoke" else {}
     nbformat.write(parameterize_notebook(load_notebook_node(str(copy)), changed_values), copy)
     page = window()
-    cells, failed = run_all(page, open_notebook(page, lab, notebook), 600 if values == "smoke" else 3600)
+    cells, failed = run_all(page, open_notebook(page, lab, notebook), 2 * PATIENCE if values == "smoke" else 3600)
     assert failed == []
     views = sum("explore" in cell.metadata.get("tags", []) for cell in cells)
-    _wait(lambda: page.locator(".apex-view").count() == views, 60, "its views")
+    _wait(lambda: page.locator(".apex-view").count() == views, "its views")
 
 
 def test_copies_are_duplicated_and_edited_and_the_project_stays_as_it_was(lab, window):
     page = window()
     page.goto(lab.address)
-    page.get_by_role("link", name="02 Expansion step by step").click(timeout=60_000)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+    page.get_by_role("link", name="02 Expansion step by step").click()
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     choose(page, "File", "Duplicate Notebook")
     copy = lab.root / "play" / "02_expansion_step_by_step-Copy1.ipynb"
-    _wait(copy.exists, 60, "the duplicate")
+    _wait(copy.exists, "the duplicate")
     open_notebook(page, lab, copy.stem)
     page.locator(".jp-CodeCell .cm-content").first.click()
     page.keyboard.press("Control+End")
     page.keyboard.type("\nsteps = 3")
-    cells, failed = run_all(page, copy, 600)
+    cells, failed = run_all(page, copy)
     assert failed == []
     assert cells[0].source.endswith("\nsteps = 3")
     assert planned(lab.root) == lab.plan
