@@ -24,7 +24,7 @@ from apexlib.suite import figures as plotting
 from apexlib.suite.sentences import sentence
 from benchmarks.figures import plot_forecast, plot_scaling, plot_step_costs
 
-RECORDED = Path(__file__).parents[1] / "figures" / "cpu"
+RECORDED = Path(__file__).parents[1] / "figures" / "study"
 
 
 @pytest.fixture(autouse=True)
