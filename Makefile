@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
-#   make reproduce [PROFILE=smoke|cpu|study|study-110m|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
+#   make reproduce [PROFILE=smoke|cpu|study|study-25m|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
 #   make reproduce ARGS="--budget 9m"              start nothing after 9 minutes; "Error 3": work is left, run again to go on
 #   make compare [PROFILE=cpu]                     do the tables of a run agree with those recorded?
 #   make lab [ARGS=--no-browser]                   JupyterLab, with copies of the notebooks to play with

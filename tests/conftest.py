@@ -144,3 +144,13 @@ def tally():
         (folder / f"{name}.json").write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     return keep
+
+
+@pytest.fixture(autouse=True)
+def no_engine_left():
+    """Forget what `TrainingArguments` with an engine leave in the environment, which other tests would train by."""
+    before = {*os.environ}
+    yield
+    for name in {*os.environ} - before:
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            del os.environ[name]

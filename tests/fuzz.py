@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ from apexlib import ApexConfig, ExpansionPlan, LayerPlan, export_update, save_fu
 from apexlib.files import write_json
 from apexlib.suite.cli import _settings, main
 from apexlib.suite.ledger import read_claims
+from apexlib.suite.memory import resident_mb
 from apexlib.suite.notebooks import read_notebook, read_profile
 from apexlib.suite.runner import _State
 from apexlib.text.corpora import load_chat, load_corpus
@@ -300,7 +300,7 @@ def fuzz(folder: Path, inputs: int, seed: int = 0) -> pd.DataFrame:
             if why := judge(loader, changed, original, canary):
                 faults.append(f"{why} ← {changed[:60]!r}")
         loader.path.write_bytes(original)
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MEMORY:
+        if resident_mb() * 1e6 > MEMORY:  # of this process: getrusage tells that of its parent if larger
             faults.append("takes more memory than it may")
         rows.append({"loader": loader.name, "inputs": len(tries), "faulty": len(faults), "fault": "".join(faults[:1])})
     table = pd.DataFrame(rows).groupby("loader", sort=False)

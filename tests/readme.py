@@ -12,13 +12,43 @@ from conftest import OTHER_LAYOUTS, VARIANTS, build, smallest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
+from apexlib.analysis.intervals import summarise
 from apexlib.architectures import FAMILIES, NOT_COVERED
+from apexlib.suite.comparison import paired_differences
+from apexlib.suite.figures import told
 from apexlib.suite.ledger import claims_table, measured, repeated
 from apexlib.suite.overview import WORDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
+STUDY = ROOT / "data" / "results" / "study"
+ADVICE = {  # by a claim's number and verdict
+    52: {
+        "reproduced": "Half of the rows, drawn at random, learn as much as all: take them where memory is short.",
+        "opposite": "Train all rows where memory allows: half of them learns less.",
+    },
+    53: {
+        "reproduced": "Draw other rows half way: that learns more than training the first ones all the way.",
+        "no difference": "Keep the rows that were drawn first: a second stage with others learns no more.",
+        "opposite": "Keep the rows that were drawn first: a second stage with others learns less.",
+    },
+    54: {
+        "reproduced": "Choose rows by their advantage: they learn more than rows drawn at random.",
+        "no difference": "Draw rows at random: those chosen by their advantage learn no more.",
+        "opposite": "Draw rows at random: those chosen by their advantage learn less.",
+    },
+    22: {
+        "reproduced": "Add operators to rows that train: they learn more.",
+        "no difference": "Leave operators out where the rows they write to train themselves: they add nothing.",
+        "opposite": "Leave operators out where the rows they write to train themselves: they learn less.",
+    },
+    20: {
+        "reproduced": "For a few per cent of the weights, APEX learns more than LoRA.",
+        "no difference": "For a few per cent of the weights, LoRA and APEX learn as much.",
+        "opposite": "For a few per cent of the weights, take LoRA: APEX of that size learns less.",
+    },
+}
 
 
 def bottom() -> str:
@@ -75,6 +105,46 @@ def short() -> str:
         f"- **Operators.** Of a first step of Adam, M has {share['channel']:.1%} among channels and {share['head']:.1%}"
         f" among heads, beside the rows it works on; at the end of a stage it has made {moved:.0%} of their way.",
     ]
+    return "\n".join(lines)
+
+
+def study() -> str:
+    """What every method of the study learnt and forgot, less what full fine-tuning did, and its verdicts."""
+    if not (STUDY / "claims.csv").exists():
+        return "Not run to its end yet."
+    runs = pd.read_csv(STUDY / "instruction.csv").query("chosen")
+    methods = [name for name in runs["method"].unique() if name not in ("base", "full")]
+    measures = {"answer_loss": "answer loss, nats", "exact_match": "exact match", "retention_loss": "retention, nats"}
+    means = runs.groupby("method")[["trainable", "learning_rate", "by_operator", *measures]].mean()
+    table = pd.DataFrame({"": [f"`{name}`" for name in methods]}, index=methods)
+    table["trains"] = means["trainable"].map("{:.1%}".format)
+    table["rate"] = means["learning_rate"].map("{:g}".format)
+    table["by operators"] = means["by_operator"].map("{:.0%}".format).replace("nan%", "–")
+    for name, title in measures.items():
+        above = paired_differences(runs, {method: ("full", method) for method in methods}, name)
+        rows = summarise(above, ["method"], "above").set_index("method")
+        table[title] = rows.apply("{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]".format, axis=1)
+    of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in measures.items())
+    here, default = (claims_table(folder).set_index("number") for folder in (STUDY, RESULTS))
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
+    turned = here[here["verdict"] != default["verdict"]]["verdict"].items()
+    said = ", ".join(f"{number} ({default.loc[number, 'verdict']}, here {verdict})" for number, verdict in turned)
+    return f"""{" ".join(told("decomposition", ROOT / "figures" / "study"))}
+
+Means over {runs["seed"].nunique()} seeds; differences to `full` in a seed, 95 % intervals. `full` itself: {of_full}.
+
+{table.to_markdown(index=False, disable_numparse=True)}
+
+Of {len(here)} claims: {counts}. Verdicts that differ from those of the default run: {said or "none"}."""
+
+
+def advice() -> str:
+    """What verdicts of the study, or of the default run while there is none, say that one should do."""
+    table = claims_table(STUDY if (STUDY / "claims.csv").exists() else RESULTS)
+    lines, rows = [], {row.number: row for row in table.itertuples()}
+    for number, words in ADVICE.items():
+        open_still = f"{rows[number].statement.rstrip('.')}: {rows[number].verdict}."
+        lines.append(f"- {words.get(rows[number].verdict, open_still)} (Claim {number}: {measured(rows[number])}.)")
     return "\n".join(lines)
 
 
@@ -143,6 +213,18 @@ def performance() -> str:
         + (f"; missed: {'; '.join(missed)}." if len(missed) else ".")
         + speeds
     )
+
+
+def devices() -> str:
+    """Peak memory of each device and what it sends in a step, by model, strategy and method, as planned."""
+    table = pd.read_csv(BENCH / "devices.csv")
+    methods = list(table["method"].unique())
+    lines = ["| model | devices | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for (model, number, strategy), rows in table.groupby(["model", "devices", "strategy"], sort=False):
+        gib = rows.set_index("method")[["train_mib", "traffic_mib"]] / 1024
+        cells = [f"{gib.loc[m, 'train_mib']:.3g}, {gib.loc[m, 'traffic_mib']:.3g}" for m in methods]
+        lines.append(f"| {model} | {number}{'' if number == 1 else f', {strategy}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def support() -> str:
@@ -219,13 +301,16 @@ def cases() -> str:
 
 
 SECTIONS = {
+    "advice": advice,
     "bottom": bottom,
     "cases": cases,
     "claims": claims,
+    "devices": devices,
     "performance": performance,
     "reliability": reliability,
     "run": run,
     "short": short,
+    "study": study,
     "support": support,
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,46 +1,47 @@
-"""Views and notebooks in JupyterLab, in a real browser: every control moves what is shown (`make test-browser`)."""
+"""Views and notebooks in JupyterLab, as `make lab` opens it, in a real browser (`make test-browser`)."""
 
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
 import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from apexlib.suite.notebooks import read_profile
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]
 WIDTHS = (1000, 1600)  # pixels of a window
+PATIENCE = 300  # seconds for what takes a few on a machine that does nothing else
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SETTINGS = {  # of this JupyterLab: it asks nobody about news, and holds all cells of a notebook
-    "jupyter_config_dir/labconfig/page_config.json": {
-        "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}
-    },
-    "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+    "labconfig/page_config.json": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},
+    "lab/user-settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
 }
-QUICK = ("02", "07")  # notebooks that run in a minute
-NOTEBOOKS = [
-    pytest.param(path.name, id=path.stem, marks=() if path.name.startswith(QUICK) else pytest.mark.slow)
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-]
+SMALL = read_profile("smoke", ROOT / "notebooks" / "profiles").notebooks  # values of each notebook, for a quick run
 
 BASE = """
 import torch
 from apexlib import activation_statistics, explore, select, weight_difference
 from apexlib.suite.inputs import load_model, load_tokenizer
 
-folder = "data/models/python-3m"
+folder = "../data/models/python-3m"
 base, younger = (load_model(path, dtype=torch.float32) for path in (folder, f"{folder}/step-00425"))
 tokenizer = load_tokenizer(folder)
-ids = tokenizer(open("apexlib/plan.py").read(), return_tensors="pt")["input_ids"][:, : 8 * 128].view(8, 128)
+ids = tokenizer(open("../apexlib/plan.py").read(), return_tensors="pt")["input_ids"][:, : 8 * 128].view(8, 128)
 blocks = [{"input_ids": part} for part in ids.split(2)]
 at_work = {"model": base, "tokenizer": tokenizer, "text": blocks[:1]}
 statistics = {"step 425": activation_statistics(younger, blocks), "last": activation_statistics(base, blocks)}
@@ -50,7 +51,7 @@ VIEWS = {
     "units": "explore.units(statistics, select(statistics['last']), weight_difference(base, younger), **at_work)",
     "expansion": "explore.expansion(base, blocks, statistics['last'])",
     "spectrum": "explore.spectrum(folder, {'step 425': f'{folder}/step-00425', 'step 1700': f'{folder}/step-01700'})",
-    "runs": "explore.runs('data/results/cpu')",
+    "runs": "explore.runs('../data/results/cpu')",
 }
 # of each view every control, and what is done to it: a number of keys pressed in a slider, a choice, or a text; those
 # whose name ends in "*" change pictures alone
@@ -69,41 +70,53 @@ CONTROLS = {
     },
     "spectrum": {"weight": "model.layers.1.mlp.up_proj", "models": ["step 1700"]},
     "runs": {
-        "claim": "19: APEX with 2.4 %", "verdict": "opposite", "words": "heads", "measure*": "retention_loss",
+        "claim": "19: APEX with 2.4 %", "verdict": "reproduced", "words": "heads", "measure*": "retention_loss",
         "methods*": ["full", "lora"],
     },
 }  # fmt: skip
 
 
+class Lab(NamedTuple):
+    """A JupyterLab that `make lab` started in a clone of the project, one of whose notebooks is up to date."""
+
+    address: str
+    root: Path
+    plan: str  # of the next run, before anything was done in the browser
+
+
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Address of a JupyterLab that runs on a copy of the project, as `make lab` starts it, and that copy."""
+def lab(browser, tmp_path_factory):
     root = tmp_path_factory.mktemp("lab") / "project"
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+    for name in _said("git", "ls-files", "-z", "-co", "--exclude-standard", cwd=ROOT).split("\0"):
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-    own = {name: str(root.with_name(name.lower())) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")}
-    own |= {f"JUPYTERLAB_{name}_DIR": str(root.with_name(name.lower())) for name in ("SETTINGS", "WORKSPACES")}
-    environment = os.environ | own | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     for name, values in SETTINGS.items():
-        (path := root.parent / name).parent.mkdir(parents=True)
+        (path := root.with_name("config") / name).parent.mkdir(parents=True)
         path.write_text(json.dumps(values))
-    subprocess.run([sys.executable, "-m", "apexlib", "play"], cwd=root, env=environment, check=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
-    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={root}", "--allow-root"]
-    with root.with_name("server.log").open("w") as log:
-        server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
+    options = f"--no-browser --port={port} --ServerApp.port_retries=0 --IdentityProvider.token= --allow-root"
+    made = {"RUN": sys.executable, "STAMP": ".git/ready", "ARGS": options}  # these packages, instead of new ones
+    command = ["make", "lab", *(f"{name}={value}" for name, value in made.items())]
+    with pytest.MonkeyPatch.context() as patch, root.with_name("lab.log").open("w+") as log:
+        own = {"JUPYTER_CONFIG_DIR": root.with_name("config"), "JUPYTER_RUNTIME_DIR": root.with_name("runtime")}
+        for name, value in (own | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}).items():
+            patch.setenv(name, str(value))
+        _said(sys.executable, "-m", "apexlib", "reproduce", "--only", "07", cwd=root)
+        author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "all"]):
+            _said("git", *words, cwd=root)
+        (root / ".git" / "ready").touch()
+        server = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait(lambda: _answers(f"http://127.0.0.1:{port}/api"), 60, "JupyterLab to answer")
-            yield f"http://127.0.0.1:{port}", root
+            _wait(lambda: server.poll() is not None or _answers(f"http://127.0.0.1:{port}/api"), "an answer")
+            assert server.poll() is None, log.seek(0) or log.read()
+            yield Lab(f"http://127.0.0.1:{port}", root, planned(root))
         finally:
-            server.terminate()
-            server.wait(30)
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +138,17 @@ def pictures(request, tmp_path_factory):
     request.config.get_terminal_writer().line(f"\npictures of each view: {folder}")
 
 
+def planned(root: Path) -> str:
+    """What `make reproduce ARGS=--dry-run` says, of all notebooks and of the one that has run."""
+    command = [sys.executable, "-m", "apexlib", "reproduce", "--dry-run"]
+    return _said(*command, cwd=root) + _said(*command, "--only", "07", cwd=root)
+
+
+def _said(*command: str, cwd: Path) -> str:
+    """What a command says, that must not fail."""
+    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 def _answers(address: str) -> bool:
     try:
         return urlopen(address, timeout=5).status == 200
@@ -132,7 +156,7 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _wait(until: Callable[[], object], seconds: float, what: str) -> None:
+def _wait(until: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not until():
         if time.monotonic() > end:
@@ -140,24 +164,32 @@ def _wait(until: Callable[[], object], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-def run_all(page, address, notebook, seconds):
-    """Open a notebook in JupyterLab, choose Run > Run All Cells, and wait for its end."""
-    page.goto(f"{address}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?reset")
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=60_000)
-    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
-    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+def choose(page, menu, entry):
+    """Choose an entry of a menu."""
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{menu}$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{entry}$")).click()
+
+
+def open_notebook(page, lab, name):
+    """Open a notebook of the folder to play in; return where it lies."""
+    page.goto(f"{lab.address}/lab/workspaces/{name}/tree/play/{name}.ipynb?reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    return lab.root / "play" / f"{name}.ipynb"
+
+
+def run_all(page, notebook, seconds=2 * PATIENCE):
+    """Choose Run > Run All Cells, wait until no cell waits any more, save, and return the cells and their errors."""
     counts = page.locator(".jp-CodeCell .jp-InputArea-prompt")
-    _wait(lambda: _executed(counts.all_inner_texts()) or errors(page), seconds, "the last cell")
-
-
-def _executed(prompts):
-    return all(re.fullmatch(r"\[\d+\]:", text) for text in prompts)
-
-
-def errors(page):
-    """What went wrong in any cell."""
-    return page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+    choose(page, "Run", "Run All Cells")
+    _wait(lambda: counts.first.inner_text() != "[ ]:" and "[*]:" not in counts.all_inner_texts(), "the cells", seconds)
+    before = notebook.stat().st_mtime_ns
+    choose(page, "File", "Save Notebook")
+    _wait(lambda: notebook.stat().st_mtime_ns > before, "the notebook to be saved")
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    failed = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert failed or all(cell.execution_count for cell in cells)
+    return cells, ["\n".join(output.traceback) for output in failed]
 
 
 def shown(page):
@@ -185,9 +217,16 @@ def move(page, name, to):
 
 
 def changed(page, before, what):
-    """Wait until the view shows other pictures, and is done with it."""
-    _wait(lambda: shown(page)[0] != before[0] and shown(page)[2] != "…", 90, f"{what}; it says {shown(page)[2]!r}")
-    return shown(page)
+    """Wait until the view shows other pictures and is done, also with what was asked of it meanwhile; return them."""
+    seen = [before]
+
+    def settled():
+        page.wait_for_timeout(500)
+        seen.append(shown(page))
+        return seen[-1] == seen[-2] and seen[-1][0] != before[0] and seen[-1][2] != "…"
+
+    _wait(settled, f"pictures to follow {what}")
+    return seen[-1]
 
 
 def stroke(page, number, *corners):
@@ -206,52 +245,62 @@ def stroke(page, number, *corners):
 
 
 @pytest.fixture
-def opened(lab, browser):
-    """Open a view, in a notebook of its own."""
-    address, root = lab
+def window(browser):
+    """Open a window of a width; when all is done, its kernel is shut down, and nothing has failed in it."""
     pages, failures = [], []
 
-    def open_view(name):
-        cells = [nbformat.v4.new_code_cell(text) for text in (BASE.strip(), VIEWS[name])]
-        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), root / f"{name}.ipynb")
-        pages.append(browser.new_page(viewport={"width": WIDTHS[-1], "height": 1300}))
+    def open_window(width=WIDTHS[-1]):
+        pages.append(browser.new_page(viewport={"width": width, "height": 1300}))
+        pages[-1].set_default_timeout(1000 * PATIENCE)
         pages[-1].on("pageerror", lambda error: failures.append(str(error)))
-        run_all(pages[-1], address, f"{name}.ipynb", 120)
-        assert errors(pages[-1]) == []
-        _wait(lambda: len(shown(pages[-1])[0]) > 1, 60, "the view")
         return pages[-1]
 
-    yield open_view
+    yield open_window
     for page in pages:
+        choose(page, "Kernel", "Shut Down Kernel")
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(state="detached")
         page.close()
     assert failures == []
 
 
+@pytest.fixture
+def opened(lab, window):
+    """Open a view, in a notebook of its own."""
+
+    def open_view(name, width=WIDTHS[-1]):
+        cells = [nbformat.v4.new_code_cell(text) for text in (BASE.strip(), VIEWS[name])]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), lab.root / "play" / f"{name}.ipynb")
+        page = window(width)
+        assert run_all(page, open_notebook(page, lab, name))[1] == []
+        _wait(lambda: len(shown(page)[0]) > 1, "the view")
+        return page
+
+    return open_view
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", VIEWS)
-def test_every_control_of_a_view_moves_its_pictures_and_numbers(name, opened, pictures):
-    page = opened(name)
+def test_every_control_of_a_view_moves_its_pictures_and_numbers(name, width, opened, pictures):
+    page = opened(name, width)
     labels = page.locator(".apex-view .widget-label").all_inner_texts()
     assert {label for label in labels if label} == {label.removesuffix("*") for label in CONTROLS[name]}
-    for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 1300})
-        page.locator(".apex-view").scroll_into_view_if_needed()
-        page.wait_for_timeout(1000)
-        page.screenshot(path=pictures / f"{name}-{width}.png")
+    page.locator(".apex-view").scroll_into_view_if_needed()
+    page.screenshot(path=pictures / f"{name}-{width}.png")
     for label, to in CONTROLS[name].items():
         before = shown(page)
         move(page, label.removesuffix("*"), to)
         after = changed(page, before, label)
         assert after[2] == "", label
         assert label.endswith("*") or after[1] != before[1], label
-    page.screenshot(path=pictures / f"{name}-moved.png")
+    page.screenshot(path=pictures / f"{name}-{width}-moved.png")
 
 
 def test_a_pointer_over_the_map_of_units_tells_shows_and_chooses(opened):
     page = opened("units")
     at = stroke(page, 0)
     page.mouse.move(*at(0.3, 0.3))
-    _wait(lambda: "rank_score" in shown(page)[2], 10, "words about a unit")
+    _wait(lambda: "rank_score" in shown(page)[2], "words about a unit")
     told, before = shown(page)[2], shown(page)
     page.mouse.click(*at(0.3, 0.3))
     assert changed(page, before, "a click")[1].startswith(before[1][:20])
@@ -279,9 +328,40 @@ def test_a_stroke_masks_units_and_a_click_on_a_token_asks_what_follows(opened):
     assert page.locator(".apex-view input[type=number]").last.input_value() == "30"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_a_notebook_runs_by_the_menu(notebook, lab, browser):
-    page = browser.new_page(viewport={"width": WIDTHS[-1], "height": 1300})
-    run_all(page, lab[0], f"notebooks/{notebook}", 300 if notebook.startswith(QUICK) else 3600)
-    assert errors(page) == []
-    page.close()
+def test_a_notebook_that_goes_on_from_another_says_so_in_a_line(lab, window):
+    page = window()
+    _, (said,) = run_all(page, open_notebook(page, lab, "05_effective_rank"))
+    assert re.fullmatch(r"NotReadyError: data/models/.* are not there; run notebook 03 first", said)
+
+
+@pytest.mark.parametrize("values", ["smoke", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("notebook", SMALL)  # in this order: some go on from others
+def test_a_notebook_runs_by_the_menu(notebook, values, lab, window):
+    copy = lab.root / "play" / f"{notebook}.ipynb"
+    changed_values = SMALL[notebook] if values == "smoke" else {}
+    nbformat.write(parameterize_notebook(load_notebook_node(str(copy)), changed_values), copy)
+    page = window()
+    cells, failed = run_all(page, open_notebook(page, lab, notebook), 2 * PATIENCE if values == "smoke" else 3600)
+    assert failed == []
+    views = sum("explore" in cell.metadata.get("tags", []) for cell in cells)
+    _wait(lambda: page.locator(".apex-view").count() == views, "its views")
+
+
+def test_copies_are_duplicated_and_edited_and_the_project_stays_as_it_was(lab, window):
+    page = window()
+    page.goto(lab.address)
+    page.get_by_role("link", name="02 Expansion step by step").click()
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    choose(page, "File", "Duplicate Notebook")
+    copy = lab.root / "play" / "02_expansion_step_by_step-Copy1.ipynb"
+    _wait(copy.exists, "the duplicate")
+    open_notebook(page, lab, copy.stem)
+    page.locator(".jp-CodeCell .cm-content").first.click()
+    page.keyboard.press("Control+End")
+    page.keyboard.type("\nsteps = 3")
+    cells, failed = run_all(page, copy)
+    assert failed == []
+    assert cells[0].source.endswith("\nsteps = 3")
+    assert planned(lab.root) == lab.plan
+    assert lab.plan.endswith("skip   up to date\n")
+    assert _said("git", "status", "--porcelain", cwd=lab.root) == ""

@@ -1,5 +1,7 @@
 """Data and Trainers as people bring them: each works in stages, or is refused by name before anything is trained."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -284,13 +286,39 @@ def test_what_a_stock_trainer_honours_is_honoured(name, tmp_path):
     assert (name in same) == apex.equals(plain)
 
 
-@pytest.mark.case("FSDP, DeepSpeed and Megatron, by arguments or from the environment", "refused")
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "PARALLELISM_CONFIG"])
-def test_sharding_that_comes_from_the_environment_is_refused(name, tmp_path, monkeypatch):
-    args = arguments(tmp_path)
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(ValueError, match="shard weights, which expansion needs whole"):
+@pytest.mark.case("FSDP1, ZeRO 3, Megatron, parallelism of tensors, by arguments or from the environment", "refused")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"USE_FSDP": "true"}, r"^FSDP1: flattens matrices; need FSDP2: version 2, --fsdp_version 2"),
+        ({"USE_FSDP": "true", "FSDP_VERSION": "2"}, r"^one process: has nobody to share weights with"),
+        ({"USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, r"^cpu_offload: was never tried"),
+        ({"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}, r"^ZeRO 3: need ZeRO 1 or 2, or FSDP2"),
+        ({"USE_DEEPSPEED": "true", "DEEPSPEED_CONFIG_FILE": "zero.json"}, r"^ZeRO of unknown stage: need ZeRO 1 or 2"),
+        ({"USE_PARALLELISM_CONFIG": "true"}, r"^PARALLELISM_CONFIG: cuts matrices, which expansion needs whole"),
+        ({"USE_MEGATRON_LM": "true"}, r"^MEGATRON_LM: cuts matrices, which expansion needs whole"),
+    ],
+)
+def test_sharding_that_cannot_be_is_refused_by_name(given, message, tmp_path, monkeypatch):
+    args = arguments(tmp_path / "run")
+    for name, value in given.items():
+        monkeypatch.setenv(name if name.startswith("FSDP") else f"ACCELERATE_{name}", value)
+    with pytest.raises(ValueError, match=message):
         train_in_stages(build("llama"), Blocks(), args, SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "method", "config", "message"),
+    [
+        ("fsdp", "apex", {"decay_to_start": True}, r"^decay_to_start: under FSDP and ZeRO"),
+        ("zero", "gmt", {}, r"^ZeRO: shows no gradients, which GradientMask changes"),
+    ],
+)
+def test_what_needs_whole_weights_or_gradients_is_refused(engine, method, config, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("apexlib.training.checks.engine_of", lambda args: engine)
+    with pytest.raises(ValueError, match=message):
+        train_in_stages(build("llama"), Blocks(), arguments(tmp_path), replace(SMALL, **config), method=method)
 
 
 def test_a_start_that_failed_leaves_the_folder_free(tmp_path):

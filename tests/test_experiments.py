@@ -21,7 +21,6 @@ from apexlib.suite import runs, trials
 from apexlib.suite.bases import base_models, check_bases, masked_models, measured_models, models_table, reference_losses
 from apexlib.suite.comparison import (
     Comparison,
-    above_first,
     above_goal,
     beside_untouched,
     choose_rates,
@@ -29,6 +28,7 @@ from apexlib.suite.comparison import (
     curves_table,
     gate_table,
     grid_trials,
+    paired_differences,
     rates_table,
     token_ratios,
     tokens_to_reach,
@@ -107,7 +107,8 @@ def test_every_variant_is_a_method_with_a_valid_configuration():
 def test_ablations_change_one_thing_each():
     several = {name for name, variant in VARIANTS.items() if variant.share} | {"full-all", "restart-all", "apex-all"}
     for name in VARIANTS.keys() - several:
-        start = vars(VARIANTS["stages-3" if name == "halve" else "apex"].config(**GIVEN))
+        before = {"halve": "stages-3", "direct-random-1": "direct-random"}.get(name, "apex")
+        start = vars(VARIANTS[before].config(**GIVEN))
         own = vars(VARIANTS[name].config(**GIVEN))
         assert sum(own[field] != value for field, value in start.items()) <= 1, name
 
@@ -549,10 +550,15 @@ def test_a_ratio_is_of_the_tokens_that_full_training_took():
     assert found["ratio"].tolist() == [1.0, 1.0, 0.5, math.inf]
 
 
-def test_differences_are_within_a_seed():
-    table = pd.DataFrame({"variant": ["apex", "dense"] * 2, "seed": [0, 0, 1, 1], "loss": [1.0, 1.5, 10.0, 9.0]})
-    found = above_first(table, ["apex", "dense"], "loss").set_index(["method", "seed"])["above"]
-    assert found.to_dict() == {("apex", 0): 0, ("apex", 1): 0, ("dense", 0): 0.5, ("dense", 1): -1.0}
+def test_differences_are_within_a_seed_and_steps_add_up():
+    table = pd.DataFrame({"method": ["apex", "dense", "full"] * 2, "seed": [0] * 3 + [1] * 3})
+    table["loss"] = [1.0, 1.5, 2.5, 10.0, 9.0, 7.0]
+    pairs = {"a": ("apex", "dense"), "b": ("dense", "full"), "c": ("apex", "full"), "d": ("apex", "lora")}
+    found = paired_differences(table, pairs, "loss").pivot(index="seed", columns="method", values="above")
+    assert found["a"].tolist() == [0.5, -1.0]
+    assert (found["a"] + found["b"]).tolist() == found["c"].tolist() == [1.5, -3.0]
+    assert "d" not in found
+    assert paired_differences(table, {}, "loss").empty
 
 
 def test_a_choice_at_the_end_of_the_grid_is_marked():

@@ -64,7 +64,8 @@ def figures(tmp_path_factory):
     rows = [(order, x, x, 0, 2, p) for p in "ab" for order in ("advantageous", "random") for x in (0, 0.5)]
     curve = pd.DataFrame(rows, columns=["order", "share", "mean", "low", "high", "panel"])
     draw_figure(curve, "masking_curve", folder)
-    draw_figure(pd.DataFrame({"layer": 0, "unit": range(9), "activation": range(9)}), "activation_distribution", folder)
+    units = pd.DataFrame({"layer": 0, "component": "head", "unit": range(9), "activation": range(9)})
+    draw_figure(units, "activation_distribution", folder)
     plt.close("all")
     return folder
 
@@ -122,6 +123,7 @@ def test_the_page_is_whole_holds_every_claim_and_asks_for_nothing(figures, ledge
     assert f"{len(ledger)} claims: {(ledger['verdict'] == 'reproduced').sum()} reproduced" in said
     assert run_facts(results) in said
     assert "silenced in every layer" in said
+    assert "has 22% of the activation of heads" in said  # 8 of 36
     assert "Loss of the base models" not in said  # no such figure lies there
     assert len(page.ids) == len(set(page.ids))
     assert page.asked

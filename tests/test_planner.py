@@ -1,7 +1,11 @@
 """The forecast against what a real step allocates, and against the shapes of known models."""
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 import torch
+from sharded_run import launched
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from apexlib import ApexConfig, config_for_share, plan_budget
@@ -107,6 +111,51 @@ def test_a_folder_is_enough(tmp_path):
     assert calibrate(size=32) > 0
 
 
+DEEP = Case(**{name: getattr(CASE, name) for name in vars(CASE)} | {"layers": 3})
+
+
+def test_peaks_on_two_devices_are_what_was_forecast(tmp_path):
+    """On two CPU processes; gloo, which gathers and reduces there, takes buffers of its own, which NCCL does not."""
+    asked = [f"{strategy}:{method}" for strategy in ("ddp", "fsdp") for method in ("full", "apex")]
+    done = launched("sharded_step.py", tmp_path / "peaks.json", json.dumps(asdict(replace(DEEP, config=None))), *asked)
+    assert done.returncode == 0, done.stderr[-4000:]
+    settings = {"batch": 2, "length": 48, "devices": 2, "methods": ["full", "apex"]}
+    for strategy in ("ddp", "fsdp"):
+        table = plan_budget(llama_config(DEEP), APEX, **settings, strategy=strategy).set_index("method")
+        for method, planned in table["train_mib"].items():
+            measured = json.loads((tmp_path / "peaks.json").read_text())[f"{strategy}:{method}"] / MIB
+            assert planned == pytest.approx(measured, rel=0.02 if strategy == "ddp" else 0.04), (strategy, method)
+
+
+def test_what_devices_share_is_shared_and_what_they_send_is_counted():
+    settings = {"batch": 2, "length": 48, "methods": ["full", "apex"]}
+    alone = plan_budget(llama_config(DEEP), APEX, **settings).set_index("method")
+    shared = {
+        strategy: plan_budget(llama_config(DEEP), APEX, **settings, devices=4, strategy=strategy).set_index("method")
+        for strategy in ("ddp", "fsdp", "zero2")
+    }
+    parts = [f"{name}_mib" for name in ("parameters", "optimizer", "gradients", "gathered", "activations")]
+    for table in (alone, *shared.values()):
+        assert table[parts].sum(axis=1).tolist() == pytest.approx(table["train_mib"].tolist())
+        assert (table["flops_per_step"] == alone["flops_per_step"]).all()
+    weights = alone["parameters_mib"]
+    assert (alone["traffic_mib"] == 0).all()
+    gradients = alone["trainable"] * 4 / MIB
+    for strategy in ("ddp", "zero2"):
+        assert shared[strategy]["traffic_mib"].tolist() == pytest.approx((2 * 3 / 4 * gradients).tolist(), rel=1e-5)
+        assert (shared[strategy]["parameters_mib"] == weights).all()
+    tail = (64 + 256 * 64) * 4 / MIB  # the last norm and the head stay from forward to backward
+    sent = 3 / 4 * (2 * weights - tail + gradients)
+    assert shared["fsdp"]["traffic_mib"].tolist() == pytest.approx(sent.tolist(), rel=0.01)  # v, s and M are padded
+    for column in ("parameters_mib", "optimizer_mib"):
+        assert shared["fsdp"][column].tolist() == pytest.approx((alone[column] / 4).tolist(), rel=0.01)
+    assert shared["zero2"]["optimizer_mib"].tolist() == pytest.approx(
+        (alone["optimizer_mib"] * 3 / 8).tolist(), rel=0.01
+    )
+    assert (shared["fsdp"]["train_mib"] < shared["zero2"]["train_mib"]).all()
+    assert (shared["zero2"]["train_mib"] < shared["ddp"]["train_mib"]).all()
+
+
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match="method 'adapter': need one of apex, full, restart, lora, hft, gmt, direct"):
         plan_budget(TINY_LLAMA, batch=1, length=8, methods=["adapter"])
@@ -114,6 +163,10 @@ def test_what_cannot_be_planned_is_refused():
         plan_budget(TINY_LLAMA, batch=0, length=8)
     with pytest.raises(ValueError, match="mixtral: which experts run depends on values"):
         plan_budget(MixtralConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=64), batch=1, length=8)
+    with pytest.raises(ValueError, match="devices: need at least 1, got 0"):
+        plan_budget(TINY_LLAMA, batch=1, length=8, devices=0)
+    with pytest.raises(ValueError, match="strategy 'zero3': need one of ddp, fsdp, zero2"):
+        plan_budget(TINY_LLAMA, batch=1, length=8, devices=8, strategy="zero3")
     assert torch.get_default_device() == torch.device("cpu")
 
 

@@ -1,6 +1,9 @@
 """Figures: what is drawn is what the table says, means or what was measured; equal tables give equal bytes."""
 
+import re
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import matplotlib as mpl
 
@@ -10,13 +13,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.container import BarContainer
+from matplotlib.container import ErrorbarContainer
+from matplotlib.text import Text
 
 from apexlib import plot
 from apexlib.analysis.intervals import summarise
+from apexlib.plot import forms
 from apexlib.plot.style import ROLES
 from apexlib.suite import figures as plotting
+from apexlib.suite.sentences import sentence
 from benchmarks.figures import plot_forecast, plot_scaling, plot_step_costs
+
+RECORDED = Path(__file__).parents[1] / "figures" / "study"
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +41,10 @@ def masking():
         for fraction in (0.0, 0.5, 1.0)
     ]
     return pd.DataFrame(rows)
+
+
+def paired():
+    return pd.DataFrame({"component": "head", "share": [0.0, 0.5, 1.0], "mean": [0, 1, 2], "low": -0.1, "high": 2.5})
 
 
 def imbalance():
@@ -123,6 +135,8 @@ PANELS = {  # a table for each panel of a figure
     ("loss_curve", 0): curve,
     ("activation_distribution", 0): activations,
     ("masking_curve", 0): masking,
+    ("masking_curve", 1): masking,
+    ("masking_curve", 2): paired,
     ("imbalance", 0): imbalance,
     ("expansion", 0): weight,
     ("expansion", 1): weight,
@@ -158,7 +172,8 @@ def test_figures_have_labels_legend_their_data_and_the_same_bytes_twice(plot, ma
         assert plot(make(), ax) is ax
         assert ax.get_xlabel()
         assert ax.get_ylabel()
-        assert (ax.get_legend() or ax.figure.legends[0]).get_texts()
+        legends = [ax.get_legend(), *ax.figure.legends]
+        assert [text for legend in filter(None, legends) for text in legend.get_texts()] or ax.texts  # beside lines
         written.append(plotting.save_figure(ax, "figure", folder=folder))
     assert [path.suffix for path in written[0]] == [".svg", ".png", ".csv"]
     for first, second in zip(*written, strict=True):
@@ -171,6 +186,53 @@ def test_lines_are_drawn_at_the_tables_values():
     plotting.plot(masking(), ax, "masking_curve")
     lines = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
     assert lines["most active first"].tolist() == [[0, 0], [0.5, 1.5], [1, 3]]
+
+
+def test_a_method_of_few_weights_has_the_colour_of_the_whole_one_and_no_two_look_alike():
+    whole = ["apex", "full", "hft", "gmt", "lora", "direct", "random"]  # as many as could make markers come again
+    names = [name + share for share in ("", "-2.4%") for name in whole][:12]
+    looks = {name: look for name, _, look in forms.groups(pd.DataFrame({"method": names}), "method")}
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(names)
+    assert looks["lora-2.4%"]["color"] == looks["lora"]["color"] != looks["gmt"]["color"]
+    assert (looks["lora"]["linestyle"], looks["lora-2.4%"]["linestyle"]) == ("-", "--")
+
+
+def test_lines_on_one_another_can_be_told_apart():
+    table = pd.DataFrame({"method": ["a", "b"] * 2, "x": [0, 0, 60, 60], "mean": 1.0, "low": 0.5, "high": 1.5})
+    beside, thinner = plotting.new_figure(2)
+    forms.lines(table, beside, by="method", x="x", overlap="dodge")
+    assert [line.get_xdata().tolist() for line in beside.get_lines()] == [[0, 60], [1, 61]]
+    bars = [bar for each in beside.collections for bar in each.get_segments()]
+    assert [bar.tolist() for bar in bars[-2:]] == [[[1, 0.5], [1, 1.5]], [[61, 0.5], [61, 1.5]]]
+    forms.lines(table, thinner, by="method", x="x", overlap="nest", intervals=False)
+    first, second = thinner.get_lines()
+    assert first.get_linewidth() > second.get_linewidth()
+    assert not thinner.collections
+
+
+def test_names_at_the_ends_of_lines_keep_apart_and_in_order():
+    (ax,) = plotting.new_figure(width=7)
+    ends = pd.DataFrame({"method": [*"abcdef"], "loss": [1.0, 1.001, 1.002, 1.003, 2, 1.004], "chosen": False})
+    table = pd.concat([ends.assign(learning_rate=rate) for rate in (1e-4, 1e-3)])
+    plotting.plot(table.assign(seeds=3), ax, "learning_rates")
+    ax.figure.draw_without_rendering()
+    names = [text for text in ax.texts if len(text.get_text()) == 1]
+    boxes = [Text.get_window_extent(text) for text in names]
+    assert [text.get_text() for text in names] == [*"abcdfe"]
+    assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))
+    assert "mean of 3 seeds" in ax.get_ylabel()
+    marked = [line.get_xdata()[0] for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert marked == [1e-4, 1e-3]
+
+
+def test_the_name_of_a_level_stands_on_the_side_where_nothing_is_drawn():
+    left, right = plotting.new_figure(2)
+    for ax, level in ((left, 0.0), (right, 1.0)):
+        ax.plot([0.1, 0.9], [0, 1])
+        plotting.levels(pd.Series({"level": level}), ax)
+        (low, high), (name, _) = ax.get_xlim(), ax.texts
+        assert low < level < high
+        assert name.get_ha() == ("right" if level == 0 else "left")
 
 
 def test_panels_are_told_apart_in_the_saved_data(tmp_path):
@@ -200,6 +262,52 @@ def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path)
     for path in tmp_path.glob("*.[ps]*g"):
         path.unlink()
     assert [path.read_bytes() for path in plotting.redraw_figure(name, tmp_path)] == first
+
+
+@pytest.mark.parametrize("name", plotting.FIGURES)
+def test_every_recorded_figure_says_in_a_sentence_what_its_table_shows(name):
+    caption, said = plotting.told(name, RECORDED)
+    assert caption == plotting.FIGURES[name]["caption"]
+    assert said.endswith(".")
+    assert re.search(r"\d", said)
+    assert not re.search(r"nan|inf|Name:|dtype", said)
+
+
+def test_sentences_are_made_from_the_numbers_of_the_table():
+    curve = pd.DataFrame({"method": ["full", "apex"] * 2, "tokens": [1e6, 1e6, 2e6, 2e6], "panel": "above full"})
+    curve = curve.assign(mean=[0, 0.1, 0, 0.25], low=[0, 0, 0, 0.125], high=[0, 0.2, 0, 0.375])
+    said = sentence("continued", curve)
+    assert said == "After 2 million tokens, above full: apex +0.25 [+0.125, +0.375] nats per token."
+    masked = pd.concat([masking().assign(share=lambda rows: rows["share"] / 5), paired()]).assign(component="head")
+    masked = masked[masked["share"].isin([0, 0.1]) | masked["order"].isna()].assign(low=0, high=0)
+    masked.loc[masked["order"].isna(), "share"] /= 5
+    said = sentence("masking_curve", masked)
+    assert said == (
+        "In nats per token, silencing the most active 10% of heads costs +1.5, +1 more than the least active."
+    )
+    grid = rates()
+    assert sentence("learning_rates", grid).endswith("at an end of the grid: apex, full.")
+    wider = pd.concat([grid, grid.assign(learning_rate=grid["learning_rate"] * [0.1, 10, 0.1, 10], chosen=False)])
+    assert sentence("learning_rates", wider) == "Chosen: 0.001 for apex; 0.003 for full; at an end of the grid: none."
+    assert sentence("movement_by_role", pd.concat([by_role(), lives()])) == (
+        "Movement under full: advantageous 0.0%, disadvantageous 10.0%, directly tuned 20.0%, frozen 30.0%; 50% of the "
+        "units frozen at first were trained in a later stage."
+    )
+    assert sentence("masking_curve", measured_masking().drop(columns="component")) == ""  # has no intervals yet
+
+
+def test_a_notebook_shows_the_picture_then_the_caption_and_the_sentence_once(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *parts: shown.extend(parts))
+    drawing = plotting.draw_figure(by_method(), "update_rank", tmp_path)
+    drawing._ipython_display_()
+    picture, text = shown
+    assert picture.data == (tmp_path / "update_rank.png").read_bytes()
+    pixels = plt.imread(tmp_path / "update_rank.png").shape[1]
+    assert 1.5 < pixels / picture.width <= 2
+    assert text.data == " ".join(plotting.told("update_rank", tmp_path))
+    assert "from 0.1 (full) to 0.2 (apex)" in text.data
+    assert not plt.get_fignums()  # which the kernel would show at the end of the cell
 
 
 def test_a_single_panel_needs_no_title(tmp_path):
@@ -360,7 +468,7 @@ def test_updates_of_several_runs_are_drawn_by_method():
 
 def test_movement_with_roles_is_drawn_by_role():
     ax = plot.movement(measured_movement())
-    heights = [bars[0].get_height() for bars in ax.containers if isinstance(bars, BarContainer)]
+    heights = [dots[0].get_ydata()[0] for dots in ax.containers if isinstance(dots, ErrorbarContainer)]
     means = measured_movement().groupby("role")["relative"].mean()
     assert heights == pytest.approx([means[role] for role in ROLES])
 

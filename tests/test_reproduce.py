@@ -738,6 +738,51 @@ def test_a_failure_outweighs_work_that_is_left(long, capsys):
     )
 
 
+JOB = """
+def run(folder, number):
+    (folder.parents[1] / f"{number} ran").open("a").write("x")
+    return {"number": number}
+"""
+
+
+def test_jobs_of_an_array_share_trials_and_a_run_of_all_finds_them(long, monkeypatch, capsys):
+    """Without a scheduler, `--share 1/2` and `--share 2/2` each do their part; exit code 3 says that work is left."""
+    (long.root / "notebooks" / "job.py").write_text(JOB)
+    long.notebook(
+        "00_trials",
+        """
+        from pathlib import Path
+        from job import run
+        from apexlib.suite.trials import Trial, run_trials
+        trials = [Trial(f"t{number}", {"number": number}) for number in range(3)]
+        found = run_trials(run, trials, Path("../data/trials"), workers=1)
+        Path("../data/t.csv").write_text("x\\n" + "".join(f"{each['number']}\\n" for each in found))
+        """,
+        writes={"data/t.csv": ["x"]},
+    )
+    assert main(["--only", "00", "--share", "2/2"]) == 3
+    said = "others have the rest; left: 00_trials (unfinished); run again to go on"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not (long.root / "data" / "t.csv").exists()
+    assert long.plan()["00"] == ("run", "never run")  # what a part did, the run of all does not take for its own
+    with (long.runs / "share-2-of-2" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["--only", "00"]) == 2  # while a part is under way
+        assert main(["--only", "00", "--share", "1/2"]) == 0  # another part may
+    assert main(["--only", "00"]) == 0
+    assert (long.root / "data" / "t.csv").read_text() == "x\n0\n1\n2\n"
+    assert {path.name: path.read_text() for path in (long.root / "data").glob("* ran")} == {
+        f"{number} ran": "x" for number in range(3)
+    }
+    assert long.plan()["00"] == ("skip", "up to date")
+
+
+@pytest.mark.parametrize("share", ["3", "0/2", "3/2", "a/b"])
+def test_a_wrong_share_is_refused(share, long, capsys):
+    assert main(["--share", share]) == 2
+    assert f"share '{share}': need a part of all, such as 3/16" in capsys.readouterr().err
+
+
 def test_without_a_budget_there_is_no_deadline(long):
     assert long.run(only=["00"]) == {"00": "done"}
 

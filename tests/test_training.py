@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -631,6 +632,7 @@ def test_one_bar_tells_stage_step_and_loss_of_the_whole_run(tiny_model, tmp_path
 @pytest.mark.parametrize(("hidden", "disabled"), [(True, False), (False, True)])
 def test_there_is_no_bar_where_nobody_watches_or_wants_one(hidden, disabled, tiny_model, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(bar, "hide_progress", lambda: hidden)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # which other tests load
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", False)
     run(tiny_model, tmp_path, disable_tqdm=disabled)
     assert capfd.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 """Sets of runs: kept once finished, continued where they stopped, the same whoever runs them."""
 
+import fcntl
 import importlib
 import os
 import re
@@ -59,6 +60,30 @@ def test_results_come_in_order_and_are_made_once(here, tmp_path):
     assert calls(tmp_path) == [3, 1, 2]
     assert [result["square"] for result in run_trials(square, some(1, 2, 3, 4), tmp_path)] == [1, 4, 9, 16]
     assert calls(tmp_path) == [3, 1, 2, 4]
+
+
+def test_shares_are_done_apart_and_found_together(here, tmp_path, monkeypatch):
+    """Each process of an array does its own part, whatever is done already; the last, and any other, find them all."""
+    for part, done, left in (("2/3", [2, 5], "n1, n3, n4"), ("3/3", [3], "n1, n4"), ("2/3", [], "n1, n4")):
+        monkeypatch.setenv("APEXLIB_SHARE", part)
+        before = calls(tmp_path)
+        with pytest.raises(OutOfTimeError, match=rf"of 5 trials are left: {left}"):
+            run_trials(square, some(1, 2, 3, 4, 5), tmp_path)
+        assert calls(tmp_path)[len(before) :] == done
+    monkeypatch.setenv("APEXLIB_SHARE", "1/3")
+    assert [result["square"] for result in run_trials(square, some(1, 2, 3, 4, 5), tmp_path)] == [1, 4, 9, 16, 25]
+    monkeypatch.delenv("APEXLIB_SHARE")
+    run_trials(square, some(1, 2, 3, 4, 5), tmp_path)
+    assert sorted(calls(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+def test_a_trial_that_another_process_is_at_is_passed_over(here, tmp_path):
+    with (tmp_path / ".n2.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutOfTimeError, match="1 of 3 trials are left: n2"):
+            run_trials(square, some(1, 2, 3), tmp_path)
+    assert [result["square"] for result in run_trials(square, some(1, 2, 3), tmp_path)] == [1, 4, 9]
+    assert calls(tmp_path) == [1, 3, 2]
 
 
 def test_what_a_result_depends_on_makes_it_stale(here, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -23,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from apexlib.activations import unit_table
+from apexlib.analysis.devices import STRATEGIES, Alone, Fsdp2
 from apexlib.architectures import family_of, model_components
 from apexlib.files import pretrained
 from apexlib.plan import ApexConfig
@@ -49,13 +51,21 @@ def plan_budget(
     share: float | None = None,
     gradient_checkpointing: bool = False,
     flops_per_second: float | None = None,
+    devices: int = 1,
+    strategy: Literal["ddp", "fsdp", "zero2"] = "ddp",
 ) -> pd.DataFrame:
     """Say what a run on `batch` sequences of `length` tokens a step and device needs, one row per method.
 
     Columns: `method`; `parameters` of the plain model; `trainable`, operators included, and `share`, which leaves them
     out of what trains; `flops_per_step` (dense products, a multiply-add is two); `assess_mib`, `train_mib`, `fuse_mib`,
-    the peak of each phase, weights included; `optimizer_mib` of AdamW's state, part of the last two; `disk_mib` of the
-    checkpoints of all stages; `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
+    the peak of each phase, weights included; of `train_mib`, at its moment, `parameters_mib`, `optimizer_mib` of
+    AdamW's state, `gradients_mib`, `gathered_mib` of what an engine has collected or is sending, and `activations_mib`,
+    the rest; `traffic_mib` that a device sends in a step; `disk_mib` of the checkpoints of all stages;
+    `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
+
+    All of it is for one of `devices` that share the work by a `strategy`: "ddp", a whole model on each; "fsdp", FSDP2
+    by decoder layers, for which `fuse_mib` is memory of the first process's host; "zero2", DeepSpeed's ZeRO 2, which
+    was never measured.
 
     With a `share` of the parameters, methods with a plan train pairs of units that come to it (`config_for_share`), and
     LoRA has the rank that does.
@@ -71,7 +81,9 @@ def plan_budget(
     >>> table[["method", "parameters", "trainable"]].values.tolist()
     [['apex', 133440, 81698], ['full', 133440, 133440]]
     """
-    for name, value in (("batch", batch), ("length", length)):
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r}: need one of {', '.join(STRATEGIES)}")
+    for name, value in (("batch", batch), ("length", length), ("devices", devices)):
         if value < 1:
             raise ValueError(f"{name}: need at least 1, got {value}")
     shape = config_or_name if isinstance(config_or_name, PretrainedConfig) else pretrained(AutoConfig, config_or_name)
@@ -85,7 +97,8 @@ def plan_budget(
         for layers in [depth] if depth <= _DEEP else [2, 4]:
             method = method_of(name, config, **options)
             model = _on_meta(shape, dtype, layers)
-            counts.append(pd.Series(_count(model, method, batch, length, gradient_checkpointing)))
+            share_out = partial(STRATEGIES[strategy] if devices > 1 else Alone, devices=devices)
+            counts.append(pd.Series(_count(model, method, batch, length, gradient_checkpointing, share_out)))
         whole = counts[0] + (counts[-1] - counts[0]) * ((depth - 2) / 2)
         stages = config.stages if method.staged else 1
         rows.append({"method": name, **whole, "disk_mib": whole["disk_mib"] * stages})
@@ -154,30 +167,42 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
     return 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median
 
 
-def _count(plain: PreTrainedModel, method: Method, batch: int, length: int, checkpointing: bool) -> dict[str, float]:
+def _count(
+    plain: PreTrainedModel, method: Method, batch: int, length: int, checkpointing: bool, share_out: Callable
+) -> dict[str, float]:
     """Count one model on the meta device: parameters, FLOPs and MiB."""
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
     if not family_of(plain).down:  # an unknown family is refused there, by name
         here = plain.config.model_type
         raise ValueError(f"{here}: which experts run depends on values; only dense models can be planned")
     parameters, disk = plain.num_parameters(), sum(parameter.nbytes for parameter in plain.parameters())
-    sizes = {"assess": 0}
+    layers, sizes = plain.get_submodule(family_of(plain).layers), {"assess": 0}
     if method.assesses:
-        with torch.no_grad(), _Counter((*plain.parameters(), *plain.buffers(), ids)) as assess:
-            plain.eval().base_model(input_ids=ids, use_cache=False)
+        whole = plain.base_model if share_out.func is Fsdp2 else plain  # the head is of no use there
+        engine = share_out(whole.eval(), layers)
+        with torch.no_grad(), engine, _Counter((*engine.parameters(), *plain.buffers(), ids), engine) as assess:
+            plain.base_model(input_ids=ids, use_cache=False)
         sizes["assess"] = assess.peak
-    model, moments = method.begin(plain, 0, equal_statistics(plain)).train(), {}
+    model = method.begin(plain, 0, equal_statistics(plain)).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     trainable, added = plain.num_parameters(only_trainable=True), plain.num_parameters() - parameters
-    _step(model, moments, ids, method)  # the first makes the moments
-    with _Counter((*model.parameters(), *model.buffers(), *moments.values(), ids)) as train:
-        _step(model, moments, ids, method)
-    with _Counter((*model.parameters(), *model.buffers(), *moments.values())) as fuse:
+    with share_out(model, layers) as engine:
+        moments = engine.moments()
+        _step(model, moments, ids, method, engine)  # the first makes the moments
+        own, buffers, engine.sent = engine.parameters(), engine.buffers(), 0
+        with _Counter((*own, *model.buffers(), *moments.values(), *buffers, ids), engine) as train:
+            _step(model, moments, ids, method, engine)
+    on_host = isinstance(engine, Fsdp2)
+    with _Counter((*model.parameters(), *model.buffers(), *(() if on_host else moments.values()))) as fuse:
         method.end(model)
-    sizes |= {"train": train.peak, "fuse": fuse.peak}
-    sizes |= {"optimizer": sum(moment.nbytes for moment in moments.values()), "disk": disk}
+    gathered, gradients = train.at_peak
+    sizes |= {"train": train.peak, "fuse": fuse.peak, "parameters": sum(parameter.nbytes for parameter in own)}
+    sizes |= {"optimizer": sum(moment.nbytes for moment in moments.values()), "gathered": gathered}
+    sizes |= {"gradients": gradients + sum(buffer.nbytes for buffer in buffers)}
+    parts = ("parameters", "optimizer", "gathered", "gradients")
+    sizes |= {"activations": train.peak - sum(sizes[name] for name in parts), "traffic": engine.sent, "disk": disk}
     return {
         "parameters": parameters,
         "trainable": trainable,
@@ -210,28 +235,34 @@ def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _step(model: nn.Module, moments: dict[nn.Parameter, Tensor], ids: Tensor, method: Method) -> None:
+def _step(model: nn.Module, moments: dict[nn.Parameter, Tensor], ids: Tensor, method: Method, engine: Alone) -> None:
     """Forward, backward and what a fused AdamW leaves: its kernel itself needs nothing beyond its two moments."""
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    engine.finish()
     method.change_gradients(model)
     for parameter in model.parameters():
         if parameter.grad is not None and parameter not in moments:
             moments[parameter] = parameter.new_zeros(2, *parameter.shape)
     model.zero_grad()
+    engine.forget()
 
 
 class _Counter(TorchDispatchMode):
     """Counts FLOPs, and the bytes of all tensors that live, from `resident` ones on, with their peak.
 
+    What an engine does not hold on this device, it does not count, and it notes what that has gathered at the peak.
     torch's own `FlopCounterMode` hooks into every module, and fused forms step aside for hooks.
     """
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
+    def __init__(self, resident: Iterable[Tensor], engine: Alone | None = None) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
+        self.at_peak, self.engine = (0, 0), engine  # bytes gathered, and of gradients
         self._known = WeakIdKeyDictionary(ref_type=weakref.ref)  # the storages that live
         for tensor in resident:
             self._see(tensor)
+        for tensor in engine.model.parameters() if engine else ():
+            self._known.setdefault(tensor.untyped_storage())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -246,7 +277,9 @@ class _Counter(TorchDispatchMode):
         if (storage := tensor.untyped_storage()) not in self._known:
             self._known[storage] = None
             self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+            if self.live > self.peak:
+                self.peak = self.live
+                self.at_peak = (self.engine.gathered, self.engine.gradients) if self.engine else self.at_peak
             weakref.finalize(storage, self._forget, storage.nbytes())
 
     def _forget(self, size: int) -> None:

@@ -79,6 +79,8 @@ class Masks(View):
         curve.axhline(base, **DOTTED)
         before, after = (state.logits(state.rows[row][0][: place + 1], each)[-1] for each in (NOTHING, mask))
         _draw_next(*(pd.Series(each.softmax(-1).cpu().numpy()) for each in (before, after)), state.tokenizer, likely)
+        for ax in (curve, likely):
+            ax.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         around = f"{min(others) - base:+.3f} to {max(others) - base:+.3f}"
         words = f"<b>{loss:.3f} nats per token, {loss - base:+.3f}</b> over the plain model; random masks {around}. "
         old, new = (state.token_losses(each)[row] for each in (NOTHING, mask))
@@ -99,7 +101,6 @@ def _draw_curve(table: pd.DataFrame, mask: Mask, ax: Axes) -> None:
     ax.plot(now["share"], now["loss"], "o", ms=10, mfc="none", color="black", label="this mask")
     ax.set(xlim=(-0.02, 1.02), xlabel=f"share of {mask.component}s masked", ylabel="loss (nats per token)")
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
-    ax.legend()
 
 
 def _draw_units(state: Masking, mask: Mask, ax: Axes) -> None:
@@ -124,4 +125,3 @@ def _draw_next(before: pd.Series, after: pd.Series, tokenizer: object, ax: Axes)
     names = [ascii(tokenizer.decode([token])).replace("$", r"\$") for token in top]
     ax.set(yticks=range(len(top)), yticklabels=names, xlabel="probability of the next token")
     ax.invert_yaxis()
-    ax.legend()

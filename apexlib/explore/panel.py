@@ -48,7 +48,7 @@ class View(VBox):
         self.pointer.observe(self._point, "value")
         for name, control in controls.items():
             control.description = control.description or name.replace("_", " ")
-            control.continuous_update, control.style.description_width = False, "7.5em"
+            control.continuous_update, control.style.description_width = False, "8em"
             control.layout.width = control.layout.width or "262px"  # two beside one another in a narrow window
             control.observe(self.show, "value")
         self.show()

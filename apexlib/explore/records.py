@@ -59,7 +59,7 @@ class Runs(View):
             look = {"fmt": "o", "capsize": 4, "color": colour, "label": "mean, 95 % interval"}
             left.errorbar(claim["mean"], 1, xerr=[[end] for end in ends], **look)
         left.set(ylim=(0, 2.4), yticks=[], xlabel=claim["unit"], title=f"claim {claim['number']}: {claim['verdict']}")
-        left.legend(loc="upper left")
+        left.legend(loc="upper left", frameon=True)
         for number, (method, rows) in enumerate(self.chart.groupby("method", sort=False)):
             if (rows["learning_rate"] == 0).all():  # the base, untrained
                 right.axhline(rows["mean"].iloc[0], **DOTTED, label=method)

@@ -1,8 +1,9 @@
 """The forms of figures: each draws a tidy table on an `ax`; `finish` labels it."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -27,7 +28,7 @@ def loss_curve(table: pd.DataFrame, ax: Axes, *, x: str = "tokens", unit: float 
         ax.fill_between(train.index / unit, train["low"], train["high"], color=look["color"], alpha=0.2, linewidth=0)
         valid = rows[rows["split"] == "valid"].groupby(x)["loss"].mean()
         if len(valid):
-            ax.plot(valid.index / unit, valid, **look, **DOTS, ms=5, label=f"{model}, held out")
+            ax.plot(valid.index / unit, valid, **look | DOTS, ms=5, label=f"{model}, held out")
     for name, loss in table.loc[table["split"] == "reference", ["model", "loss"]].itertuples(index=False):
         ax.axhline(loss, **DOTTED)
         ax.annotate(name, (0.99, loss), (0, 2), ("axes fraction", "data"), "offset points", ha="right")
@@ -61,28 +62,36 @@ def lines(
     y: str = "mean",
     unit: float = 1,
     looks: Mapping[str, tuple[str, int, str]] | None = None,
-    alpha: float = 0.2,
     level: Mapping[str, Any] | None = None,
-    log: bool = False,
     ticks: int = 0,
     tick_format: str = "",
+    overlap: Literal["", "dodge", "nest"] = "",
+    intervals: bool = True,
+    named_at_end: bool = False,
 ) -> None:
     """Draw `y` against `x` in the given unit, a line for each value of `by`, averaged where an x has several rows.
 
-    "mean" gets a band from `low` to `high`; rows that are `chosen` are filled; `by_chance` is dotted. A `level` lies
-    across. On a `log` axis 0 is drawn at the left edge. Each x has a tick, if there are at most so many `ticks`.
+    "mean" gets a band from `low` to `high`, unless no `intervals` are to be drawn; rows that are `chosen` are filled;
+    `by_chance` is dotted. A `level` lies across. Each x has a tick, if there are at most so many `ticks`. Where lines
+    would hide one another, each is a little to the right of the one before, with a bar for its band ("dodge"), or
+    thinner ("nest"). `named_at_end`: names stand where lines end.
     """
     need(table, by, x, *(("mean", "low", "high") if y == "mean" else (y,)))
-    ax.set_xscale("log" if log else "linear")
-    edge = table.loc[table[x] > 0, x].min() / 2 if log else 0
-    for name, rows, look in groups(table, by, looks=looks):
+    step, ends = np.ptp(table[x]) / unit / 60 if overlap == "dodge" else 0, []
+    for number, (name, rows, look) in enumerate(groups(table, by, looks=looks)):
+        if overlap == "nest":
+            look = look | {"linewidth": 2.6 / (1 + number), "markersize": 6 / (1 + number)}
         rows = rows.groupby(x).mean(numeric_only=True)
-        at = rows.index.where(rows.index > 0, edge) / unit
+        at = rows.index / unit + number * step
         ax.plot(at, rows[y], **look, label=name, mfc="white" if "chosen" in rows else None)
+        ends.append((at[-1], rows[y].iloc[-1], name, look["color"]))
         if "chosen" in rows:
-            ax.plot(at[rows["chosen"] > 0], rows.loc[rows["chosen"] > 0, y], **look, linestyle="none")
-        if y == "mean" and (rows["high"] > rows["low"]).any():
-            ax.fill_between(at, rows["low"], rows["high"], color=look["color"], alpha=alpha, linewidth=0)
+            ax.plot(at[rows["chosen"] > 0], rows.loc[rows["chosen"] > 0, y], **look | {"linestyle": "none"})
+        if y == "mean" and intervals and (rows["high"] > rows["low"]).any():
+            if step:
+                ax.errorbar(at, rows["mean"], yerr=around(rows), fmt="none", ecolor=look["color"], linewidth=0.9)
+            else:
+                ax.fill_between(at, rows["low"], rows["high"], color=look["color"], alpha=0.2, linewidth=0)
         if "by_chance" in rows:
             ax.plot(at, rows["by_chance"], color=look["color"], linestyle=":", linewidth=1)
     if level:
@@ -91,8 +100,23 @@ def lines(
         ax.plot([], [], color="0.4", linestyle=":", linewidth=1, label="random rows as large")
     if (values := table[x].drop_duplicates().sort_values()).size <= ticks:
         names = [f"{value / unit:{tick_format}}" for value in values] if tick_format else None
-        ax.set_xticks(values.where(values > 0, edge) / unit, names)
+        ax.set_xticks(values / unit, names)
         ax.minorticks_off()
+    if named_at_end:
+        name_ends(ends, ax)
+
+
+def name_ends(ends: Iterable[tuple[float, float, str, str]], ax: Axes) -> None:
+    """Write names beside the right edge of `ax`, apart, each near the end of its line: x, y, name and colour."""
+    size, (low, high) = mpl.rcParams["legend.fontsize"], ax.get_ylim()
+    apart, ends = 1.3 * size * ax.figure.dpi / 72 / ax.bbox.height, sorted(ends, key=lambda end: end[1])
+    wanted = (np.array([y for _, y, _, _ in ends]) - low) / (high - low)
+    steps = apart * np.arange(len(ends))
+    heights = np.maximum.accumulate(wanted - steps) + steps  # pushed up by those below
+    for height, (x, y, name, colour) in zip(heights - (heights - wanted).mean(), ends, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+        place = {"xytext": (1.04, height), "textcoords": "axes fraction", "va": "center", "fontsize": size}
+        ax.annotate(name, (x, y), color="0.15", arrowprops=leader, **place)
 
 
 def by_method(table: pd.DataFrame, ax: Axes, *, null_name: str) -> None:
@@ -126,13 +150,17 @@ def groups(
 ) -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
     """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in.
 
-    `looks` sets groups and order: of each its name in a legend, the number of its colour in PALETTE, its marker.
+    A method that trains a small share of the weights ("lora-2.4%") has the colour of the whole one and dashes. `looks`
+    sets groups and order: of each its name in a legend, the number of its colour in PALETTE, its marker.
     """
     names = table[by].dropna().unique()
-    looks = looks or dict(zip(names, zip(names, cycle(range(len(PALETTE))), cycle(MARKERS)), strict=False))
+    whole = [re.sub(r"-[\d.]+%$", "", str(name)) for name in names]
+    colours = dict(zip(dict.fromkeys(whole), cycle(range(len(PALETTE)))))
+    looks = looks or dict(zip(names, zip(names, map(colours.get, whole), cycle(MARKERS)), strict=False))
     for value, (name, colour, marker) in looks.items():
         if len(rows := table[table[by] == value]):
-            yield name, rows.sort_values(sort_by) if sort_by else rows, {"color": PALETTE[colour], "marker": marker}
+            look = {"color": PALETTE[colour], "marker": marker, "linestyle": "--" if str(name).endswith("%") else "-"}
+            yield name, rows.sort_values(sort_by) if sort_by else rows, look
 
 
 def need(table: pd.DataFrame, *columns: str) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from apexlib.analysis.intervals import summarise
 from apexlib.plot.forms import around, by_method, distribution, finish, lines, loss_curve, need, roles, signed
-from apexlib.plot.style import DOTTED, ORDERS, ROLES, SLANTED, STYLE
+from apexlib.plot.style import DOTTED, MARKERS, ORDERS, ROLES, SLANTED, STYLE
 
 __all__ = ["activations", "biography", "imbalance", "masking", "movement", "spectrum", "training", "updates", "weight"]
 
@@ -55,8 +55,7 @@ def imbalance(table: pd.DataFrame, ax: Axes | None = None, *, measure: str = "cv
     by, x = ("model", "tokens") if in_training else ("component", "layer")
     means = _means(table, [by, x], measure)
     with _canvas(ax) as ax:
-        across = {"unit": 1e6, "log": True, "ticks": 8, "tick_format": ".2g"} if in_training else {"ticks": 1000}
-        lines(means, ax, by=by, x=x, **across)
+        lines(means, ax, by=by, x=x, **({"unit": 1e6} if in_training else {"ticks": 1000}))
         labels = {"xlabel": "tokens seen (millions)" if in_training else "layer"}
         return finish(ax, table, legend="inside", ylabel=_MEASURES.get(measure, measure), ylim=(0, None), **labels)
 
@@ -104,12 +103,13 @@ def movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     need(table, by, "role", "relative")
     if by == "method":
         _one(table, "component")
-    groups, width = list(dict.fromkeys(table[by])), 0.8 / len(ROLES)
+    groups = list(dict.fromkeys(table[by]))
     with _canvas(ax) as ax:
         for step, (role, (name, colour)) in enumerate(ROLES.items()):
             rows = _means(table[table["role"] == role], [by], "relative").set_index(by).reindex(groups)
-            bars = {"yerr": around(rows), "error_kw": {"linewidth": 0.7, "ecolor": "0.3"}}
-            ax.bar(np.arange(len(groups)) + (step - 1.5) * width, rows["mean"], width, color=colour, label=name, **bars)
+            at, edge = np.arange(len(groups)) + 0.2 * (step - 1.5), {"mec": "0.35", "mew": 0.4, "ecolor": "0.35"}
+            look = {"fmt": MARKERS[step], "color": colour, "elinewidth": 0.7, "label": name, **edge}
+            ax.errorbar(at, rows["mean"], yerr=around(rows), **look)
         ax.set_xticks(range(len(groups)), groups, **SLANTED)
         ax.grid(visible=False, axis="x")
         return finish(ax, table, legend="below", percent={"y": 1}, xlabel=by, ylabel="change of a unit / its norm")

@@ -103,7 +103,8 @@ def _reproduce(
         steps = runner.run_profile(profile, **chosen, budget=budget)
     except runner.RunError as error:
         left = ", ".join(f"{step.notebook} ({step.status})" for step in error.left)
-        print(f"error: {left}" if error.failed else f"time is over; left: {left}; run again to go on", file=sys.stderr)
+        why = "others have the rest" if chosen["share"] else "time is over"
+        print(f"error: {left}" if error.failed else f"{why}; left: {left}; run again to go on", file=sys.stderr)
         return 1 if error.failed else 3
     except OSError as error:
         print(f"error: {error}; what is finished is kept, run again to go on", file=sys.stderr)

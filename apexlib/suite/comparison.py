@@ -264,8 +264,16 @@ def first_roles(runs: pd.DataFrame, run: Any) -> pd.DataFrame | None:
     return None
 
 
-def above_first(table: pd.DataFrame, variants: Sequence[str], measure: str) -> pd.DataFrame:
-    """How much larger `measure` is than that of the first variant, within each `seed`: `method`, `above`."""
-    by_seed = table.pivot(index="seed", columns="variant", values=measure)
-    above = by_seed.sub(by_seed[variants[0]], axis=0)[list(variants)]
+def paired_differences(table: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], measure: str) -> pd.DataFrame:
+    """How much `measure` differs within each `seed`, of pairs of methods by name: `method` (the name), `above`.
+
+    `above` is that of a pair's second method less that of its first; pairs that the table does not have are left out.
+
+    >>> runs = pd.DataFrame({"method": ["full", "apex"], "seed": 0, "loss": [0.5, 0.25]})
+    >>> paired_differences(runs, {"all": ("full", "apex"), "operators": ("direct", "apex")}, "loss").values.tolist()
+    [[0, 'all', -0.25]]
+    """
+    by_seed = table.pivot(index="seed", columns="method", values=measure)
+    pairs = {name: pair for name, pair in pairs.items() if {*pair} <= {*by_seed}}
+    above = pd.DataFrame({name: by_seed[second] - by_seed[first] for name, (first, second) in pairs.items()})
     return above.melt(var_name="method", value_name="above", ignore_index=False).reset_index()

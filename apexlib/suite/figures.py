@@ -12,16 +12,22 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import apexlib.plot
 from apexlib.files import atomic_write
 from apexlib.plot.forms import around, by_method, finish, groups, lines, loss_curve, need
 from apexlib.plot.style import DOTS, DOTTED, LEVEL, PALETTE, STYLE, UPRIGHT
+from apexlib.suite.sentences import sentence
+
+_WIDTH, _COLUMN = 7.0, 900  # of a figure of two columns: inches, and pixels on the page of a notebook
+DPI = 200  # of pictures: more pixels than that, for sharp screens; notebook 07 holds all within 1 MB
+_ALONG = (("data", "axes fraction"), "offset points")  # how a name stands beside an upright line
 
 
 def trade_off(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw `valid_loss` against `retention_loss`, a line per `method`; those `chosen` filled, the lowest large.
+    """Draw `valid_loss` against `retention_loss`, a line per `method`, its first point large, those `chosen` filled.
 
     A row without `valid_loss` is a level of `retention_loss`, named by its method; one that is far to the right is
     told at the edge.
@@ -31,19 +37,38 @@ def trade_off(table: pd.DataFrame, ax: Axes) -> None:
     for method, rows, look in groups(table[~is_level], "method", sort_by="learning_rate"):
         points, chosen = rows[["retention_loss", "valid_loss"]].to_numpy().T, rows["chosen"].to_numpy(bool)
         ax.plot(*points, **look, linewidth=0.9, label=method, mfc="white")
-        ax.plot(*points[:, :1], **look, mfc="white", ms=7, linestyle="none")
-        ax.plot(*points[:, chosen], **look, ms=7 if chosen[0] else None, linestyle="none")
+        if len(rows) > 1:
+            ax.plot(*points[:, :1], **look, mfc=look["color"] if chosen[0] else "white", ms=7)
+        ax.plot(*points[:, chosen], **look | {"linestyle": "none"})
     levels(table[is_level].set_index("method")["retention_loss"], ax)
+
+
+def rates(table: pd.DataFrame, ax: Axes) -> None:
+    """Draw `loss` against `learning_rate`, a line per `method`; those `chosen` filled, the ends of the grid marked.
+
+    Where there is a column `seeds`, the axis says over how many the means are.
+    """
+    need(table, "method", "learning_rate", "loss", "chosen")
+    seeds = table["seeds"].max() if "seeds" in table else 1
+    over = f"mean of {seeds:g} seeds; " if seeds > 1 else ""
+    ax.set(xscale="log", ylabel=f"validation loss (nats per token)\n{over}lower: better")
+    line = {"by": "method", "x": "learning_rate", "y": "loss"}
+    lines(table, ax, **line, ticks=1000, tick_format="g", named_at_end=True)
+    for end in (table["learning_rate"].min(), table["learning_rate"].max()):
+        ax.axvline(end, **DOTTED)
+        ax.annotate("end of the grid", (end, 1), (0, 2), *_ALONG, ha="center")
 
 
 def levels(at: pd.Series, ax: Axes) -> None:
     """Draw upright lines, named by the index; one that would stretch the axis is told at its edge."""
     low, high = ax.get_xlim()
-    beyond = []
+    width, beyond = high - low, []
     for name, value in at.items():
-        if low - 0.5 * (high - low) < value < high + 0.5 * (high - low):
+        if low - 0.5 * width < value < high + 0.5 * width:
             ax.axvline(value, **DOTTED)
-            ax.annotate(name, (value, 0.98), (2, 0), ("data", "axes fraction"), "offset points", **UPRIGHT)
+            side = "left" if value > low + 0.05 * width else "right"  # of the line, where nothing is drawn
+            ax.annotate(name, (value, 0.98), (2 if side == "left" else -2, 0), *_ALONG, **UPRIGHT | {"ha": side})
+            ax.set_xlim(min(low, value - 0.16 * width), max(high, value + 0.16 * width))
         else:
             beyond.append(f"{name}: {value:.2f} →" if value > high else f"← {name}: {value:.2f}")
     ax.annotate("\n".join(beyond), (0.98, 0.98), xycoords="axes fraction", ha="right", va="top")
@@ -77,14 +102,14 @@ def rank_gain(table: pd.DataFrame, ax: Axes) -> None:
     gain = table["answer_loss_gain"]
     table = table.assign(answer_loss_gain=gain - gain.groupby(table["seed"]).transform("mean"))
     for method, rows, look in groups(table, "method"):
-        ax.plot(rows["erank_change"], rows["answer_loss_gain"], **look, **DOTS, ms=6)
-        ax.plot([], [], **look, linestyle="none", ms=4, label=method)
+        ax.plot(rows["erank_change"], rows["answer_loss_gain"], **look | DOTS, ms=6)
+        ax.plot([], [], **look | {"linestyle": "none"}, ms=4, label=method)
     ax.axvline(0, **LEVEL)
     ax.axhline(0, **LEVEL)
     ax.xaxis.set_major_locator(MaxNLocator(4))
 
 
-PLOTS = {each.__name__: each for each in (loss_curve, lines, trade_off, comparison, by_method, rank_gain)}
+PLOTS = {each.__name__: each for each in (loss_curve, lines, rates, trade_off, comparison, by_method, rank_gain)}
 PLOTS |= {name: getattr(apexlib.plot, name) for name in apexlib.plot.__all__}
 FIGURES = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text(encoding="utf-8"))
 
@@ -97,23 +122,46 @@ def plot(table: pd.DataFrame, ax: Axes, name: str, panel: int = 0) -> Axes:
     return finish(ax, table, **chosen.get("axes", {}))
 
 
-def draw_figure(table: pd.DataFrame, name: str, folder: Path) -> list[Path]:
+class Drawing(list[Path]):
+    """The files of a figure; displayed in a notebook: its picture, its caption and, in a sentence, what it shows."""
+
+    def __init__(self, paths: Iterable[Path], figure: Figure) -> None:
+        super().__init__(paths)
+        self.figure = figure
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import Image, Markdown, display
+
+        _, picture, table = self
+        plt.close(self.figure)  # else it is shown once more, at the end of the cell
+        width = round(_COLUMN * self.figure.get_figwidth() / _WIDTH)
+        display(Image(picture, width=width), Markdown(" ".join(told(picture.stem, table.parent))))
+
+
+def told(name: str, folder: Path) -> list[str]:
+    """Say what the figure of that name shows: its caption, and a sentence from the table beside it in `folder`."""
+    table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False, na_values=[""])
+    return [text for text in (FIGURES[name]["caption"], sentence(name, table)) if text]
+
+
+def draw_figure(table: pd.DataFrame, name: str, folder: Path) -> Drawing:
     """Write `table` to `folder/name.csv` and draw the figure of that name in `FIGURES` from it.
 
     One panel for each value of the column `panel`, if there is one, in order of appearance; the value is its title.
+    In a notebook, `display` what is returned.
     """
     if table.empty:
         raise ValueError(f"figure {name!r}: the table has no rows, nothing to draw")
     return _draw(StringIO(_csv(table)), name, folder)
 
 
-def redraw_figure(name: str, folder: Path) -> list[Path]:
+def redraw_figure(name: str, folder: Path) -> Drawing:
     """Draw a figure of `FIGURES` from `folder/name.csv` alone; the same bytes each time."""
     return _draw(Path(folder) / f"{name}.csv", name, folder)
 
 
 @mpl.rc_context()
-def _draw(source: Path | StringIO, name: str, folder: Path) -> list[Path]:
+def _draw(source: Path | StringIO, name: str, folder: Path) -> Drawing:
     if name not in FIGURES:
         raise ValueError(f"figure {name!r} is not in FIGURES; known: {', '.join(FIGURES)}")
     text = pd.read_csv(source, dtype=str, na_filter=False)
@@ -127,13 +175,13 @@ def _draw(source: Path | StringIO, name: str, folder: Path) -> list[Path]:
     except ValueError as error:
         plt.close(axes[0].figure)
         raise ValueError(f"figure {name!r}: {error}") from None
-    return save_figure(axes, name, folder=folder)
+    return Drawing(save_figure(axes, name, folder=folder), axes[0].figure)
 
 
 def new_figure(columns: int = 1, *, width: float | None = None, height: float = 2.3) -> list[Axes]:
     """Open a figure in the suite's style with `columns` panels side by side; sizes in inches."""
     plt.style.use(STYLE)
-    width = width or (3.4 if columns == 1 else 7.0)  # one or two columns of a paper
+    width = width or (3.4 if columns == 1 else _WIDTH)  # one or two columns of a paper
     _, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return list(axes[0])
 
@@ -153,7 +201,7 @@ def save_figure(ax: Axes | Iterable[Axes], name: str, *, folder: Path = Path("fi
     with atomic_write(paths[0]) as file, mpl.rc_context({"svg.hashsalt": "apexlib"}):
         figure.savefig(file, metadata={"Date": None, "Creator": None})
     with atomic_write(paths[1]) as file:
-        figure.savefig(file, dpi=200, metadata={"Software": None})
+        figure.savefig(file, dpi=DPI, metadata={"Software": None})
     with atomic_write(paths[2]) as file:
         file.write_bytes(_csv(pd.concat(tables, ignore_index=True)).encode())
     return paths

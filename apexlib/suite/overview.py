@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Page
 
 from apexlib.analysis.records import Records
 from apexlib.files import atomic_write, read_object
-from apexlib.suite.figures import FIGURES
+from apexlib.suite.figures import DPI, FIGURES, told
 from apexlib.suite.ledger import measured, read_claims
 
 _BESIDE = Path(__file__).parent
@@ -139,7 +139,7 @@ def _text(text: str, *, size: float = 8, wide: float = 1, right: bool = False, g
 
 def _picture(path: Path) -> Part:
     pixels = plt.imread(path)
-    height, width = (size / 200 for size in pixels.shape[:2])  # inches; the resolution of `save_figure`
+    height, width = (size / DPI for size in pixels.shape[:2])  # inches
 
     def draw(page: Page, top: float) -> None:
         box = (_MARGIN / A4[0], (top - height) / A4[1], width / A4[0], height / A4[1])
@@ -149,7 +149,7 @@ def _picture(path: Path) -> Part:
 
 
 def _drawn(figures: Path) -> list[tuple[str, str]]:
-    return [(name, figure["caption"]) for name, figure in FIGURES.items() if (figures / f"{name}.svg").is_file()]
+    return [(name, " ".join(told(name, figures))) for name in FIGURES if (figures / f"{name}.svg").is_file()]
 
 
 def _counts(claims: pd.DataFrame) -> str:

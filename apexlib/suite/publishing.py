@@ -59,5 +59,6 @@ def _with_fewer_colours(png: str) -> str:
 
     smaller = io.BytesIO()
     with Image.open(io.BytesIO(b64decode(png))) as image:
-        image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(smaller, "png", optimize=True)
+        few = image.convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(smaller, "png", optimize=True)
     return min(b64encode(smaller.getvalue()).decode(), png, key=len)

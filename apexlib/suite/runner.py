@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -22,6 +23,7 @@ from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, rea
 from apexlib.suite.publishing import publish
 
 _STATE_FORMAT = 2
+_SHARE = "share-"  # how the folders begin in which parts of a run keep their own
 _STOPPED = ("failed", "unfinished", "not run")
 
 
@@ -49,19 +51,23 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
 
     `chosen`: `root`, the project's folder; `only` (several) and `start`, beginnings of notebook names, or `claims`,
     numbers of the ledger whose notebooks are run; `settings` maps "notebook.parameter" to a value. Once `budget`
-    seconds are over, no notebook is started, and the one under way starts no further training. Raises `ReproduceError`
-    before anything has run, `RunError` after all that depends on no failed or unfinished notebook has.
+    seconds are over, no notebook is started, and the one under way starts no further training. With `share` "3/16", one
+    of sixteen runs at the same time, on machines that see one folder, does the third part of the trainings; a run of
+    all then finds them done. Raises `ReproduceError` before anything has run, `RunError` after all that depends on no
+    failed or unfinished notebook has.
     """
     deadline, job = time.time() + budget, _Job(profile, **chosen)
     steps: list[Step] = []
     with ExitStack() as held:
         try:
-            held.enter_context(exclusive(job.folders.runs / ".lock"))
+            held.enter_context(exclusive(job.runs / ".lock"))
+            for lock in sorted(job.runs.glob(f"{_SHARE}*/.lock")):
+                held.enter_context(exclusive(lock))
         except BlockingIOError:
             raise ReproduceError(f"profile {job.profile.name}: another run of it has not ended yet") from None
-        for folder in (job.folders.results, job.folders.figures, job.folders.models, job.folders.runs):
+        for folder in job.own:
             clear_partial(folder)
-        job.state = _State(job.root, job.state.path)  # as the run before left it
+        job.state = _State(job.root, job.folders.runs / "state.json", job.runs)  # as the run before left it
         held.callback(job.keep, steps)
         if edited := job.edited():
             say(f"note: {', '.join(edited)}: not as committed")
@@ -91,8 +97,8 @@ def find_root(root: Path | None = None) -> Path:
 class _State:
     """What earlier runs left behind: per notebook its inputs and its record, per file the hash last seen."""
 
-    def __init__(self, root: Path, path: Path) -> None:
-        self.root, self.path = root, path
+    def __init__(self, root: Path, path: Path, own: Path | None = None) -> None:
+        self.root, self.path = root, (own or path.parent) / path.name  # where it is kept
         self.notebooks: dict[str, dict[str, Any]] = {}
         self.files: dict[str, list[Any]] = {}
         with suppress(FileNotFoundError, ValueError, KeyError):
@@ -118,13 +124,29 @@ class _Job:
     """One run as it was asked for: everything is read and checked before anything starts."""
 
     def __init__(
-        self, profile: str, root: Path | None = None, *, only=(), start=None, claims=(), settings: Any = None
+        self,
+        profile: str,
+        root: Path | None = None,
+        *,
+        only: Collection[str] = (),
+        start: str | None = None,
+        claims: Sequence[int] = (),
+        settings: Any = None,
+        share: str | None = None,
     ) -> None:
         self.root = find_root(root)
         self.profile = read_profile(profile, self.root / "notebooks" / "profiles")
         if not self.profile.runnable:
             raise ReproduceError(f"profile {self.profile.name} is not run here: {' '.join(self.profile.why.split())}")
         self.folders = folders(self.profile.name, self.root)
+        self.share, self.runs = share, self.folders.runs  # with what this run itself writes there
+        self.own = (self.folders.results, self.folders.figures, self.folders.models, self.runs)  # no other writes there
+        if share is not None:
+            part, parts = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", share)) else (0, 0)
+            if not 1 <= part <= parts:
+                raise ReproduceError(f"share {share!r}: need a part of all, such as 3/16")
+            self.runs = self.folders.runs / f"{_SHARE}{part}-of-{parts}"
+            self.own = (self.runs,)
         self.notebooks = self.profile.read_notebooks(self.root / "notebooks")
         self.writer = partial(writer_of, notebooks=self.notebooks)  # the name of the one that writes a path
         names = self.selected = list(self.notebooks)
@@ -259,8 +281,9 @@ class _Job:
         self.state.save()
         made_with = provenance()  # before it runs
         values = resolve(notebook, self.profile, self.settings)
-        copy = self.folders.runs / notebook.path.name
+        copy = self.runs / notebook.path.name
         environment = {"APEXLIB_DEADLINE": str(deadline)} if deadline < math.inf else {}
+        environment |= {"APEXLIB_SHARE": self.share} if self.share else {}
         execution = execute(notebook, values, root=self.root, copy=copy, environment=environment, bars=bars)
         if execution.out_of_time:
             return Step(name, "unfinished", execution.problem)
@@ -288,7 +311,8 @@ class _Job:
         """Write down what is remembered and, unless nothing ran, what each notebook's whole results were made with."""
         self.state.save()
         manifest = self.folders.results / "manifest.json"
-        if manifest.is_file() and [step.status for step in steps] == ["up to date"] * len(self.selected):
+        nothing_ran = [step.status for step in steps] == ["up to date"] * len(self.selected)
+        if self.share or (manifest.is_file() and nothing_ran):
             return
         past = self.state.notebooks
         done = {name: past[name]["record"] for name in self.profile.notebooks if past.get(name)}

@@ -17,13 +17,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from apexlib.files import content_hash, file_hash, read_object, write_json
+from apexlib.files import content_hash, exclusive, file_hash, read_object, write_json
 from apexlib.progress import hide_progress
 from apexlib.provenance import provenance
 from apexlib.suite.dependencies import code_of
 
 RESULT = "trial.json"  # holds the key of a trial that has begun, and its result once it has finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
+SHARE = "APEXLIB_SHARE"  # another: which part of the trials is to be done here, "3/16": the third of sixteen
 COUNTS = "APEXLIB_COUNTS"  # another: a file that tells how many trials are done, for who watches from outside
 
 _GRACE = 60.0  # seconds that a process has to save, once its parent is gone
@@ -60,18 +61,21 @@ def run_trials(
     `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. A
     trial that fails lets the others finish, then raises RuntimeError.
 
-    After the deadline no trial is started and OutOfTimeError is raised. `run` may ask `time_left` and leave by
-    `Interrupted`. A trial that left so, or was killed, finds in its folder what it has written, and can go on; any
-    other, one that failed too, starts in an empty folder.
+    After the deadline no trial is started and OutOfTimeError is raised, as it is where others are to do some of them:
+    the environment variable `APEXLIB_SHARE` gives this process its part, and a trial that another process is at is
+    passed over. `run` may ask `time_left` and leave by `Interrupted`. A trial that left so, or was killed, finds in its
+    folder what it has written, and can go on; any other, one that failed too, starts in an empty folder.
     """
     names = [trial.name for trial in trials]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"trials {sorted(repeated)}: need a name of its own for each")
     calls = [(run, trial, Path(folder) / trial.name, _key(run, trial)) for trial in trials]
-    due = [call for call in calls if "result" not in _written(*call[2:])]
+    part, parts = map(int, os.environ.get(SHARE, "1/1").split("/"))
+    done = ["result" in _written(*call[2:]) for call in calls]
+    due = [call for number, call in enumerate(calls) if not done[number] and number % parts == part - 1]
     workers = workers or default_workers()
     runs = (_finish(*call) for call in due if not _late()) if workers == 1 else _side_by_side(due, workers, threads)
-    if failures := [error for error in _counted(runs, len(calls) - len(due), len(calls)) if error]:
+    if failures := [error for error in _counted(runs, sum(done), len(calls)) if error]:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
     results = [_written(*call[2:]).get("result") for call in calls]
     if left := [name for name, result in zip(names, results, strict=True) if result is None]:
@@ -159,8 +163,10 @@ def _worker(threads: int, environment: Mapping[str, str]) -> None:
 
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
     """Run one trial, in a clean folder unless it has begun before, and keep its result; return what went wrong."""
-    with _busy:
-        if not _written(folder, key):
+    with suppress(BlockingIOError), _busy, exclusive(folder.with_name(f".{folder.name}.lock")):
+        if "result" in (written := _written(folder, key)):  # another process was faster
+            return ""
+        if not written:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_json({"key": key}, folder / RESULT)
@@ -178,7 +184,7 @@ def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
             return ""  # without a result it counts as left
         facts = provenance(seconds=round(time.monotonic() - began, 1), settings=dict(trial.settings))
         write_json({"key": key, "result": result, **facts}, folder / RESULT)
-        return ""
+    return ""  # done, or another process is at it
 
 
 _hash = cache(lambda file, size, changed: file_hash(file))

@@ -42,29 +42,39 @@ class Variant:
 _ALIKE = {"matrices_only": True, "lora_scale": 8.0}
 _HALF = {"direct_heads": 0.5, "direct_channels": 0.5, "train_embeddings": False}
 _RATES = {"apex": 2.0, "direct": 2.0, "hft": 2.0, "lora": 2.0}
-_RATE_OF = {"restart": "full", "gmt": "full", "direct": "apex", "direct-2.4%": "apex-2.4%"}  # each one thing changed
-_SMALL = {"apex": 30.0, "direct": 30.0, "lora": 6.0}
+_RATE_OF = {"restart": "full", "gmt": "full", "direct": "apex"}  # each one thing changed
+_BY_SHARE = {"2.4%": {"apex": 30.0, "direct": 30.0, "lora": 6.0}, "10%": {"apex": 7.0, "direct": 7.0, "lora": 3.0}}
 
 
-def _half(**changes: Any) -> Variant:
-    return Variant("apex", _HALF | changes, rate=_RATES["apex"], rate_of="apex")
+def _half(method: Name = "apex", **changes: Any) -> Variant:
+    return Variant(method, _HALF | changes, _ALIKE if method == "direct" else {}, rate=_RATES["apex"], rate_of="apex")
 
 
 VARIANTS: dict[str, Variant] = {
     # "direct": the rows of "apex", without operators
     **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0), rate_of=_RATE_OF.get(name)) for name in METHODS},
     **{
-        f"{name}-2.4%": Variant(name, options=_ALIKE, share=0.024, rate=rate, rate_of=_RATE_OF.get(f"{name}-2.4%"))
-        for name, rate in _SMALL.items()
+        f"{name}-{share}": Variant(name, options=_ALIKE, share=float(share[:-1]) / 100, rate=rate, rate_of=leader)
+        for share, rates in _BY_SHARE.items()
+        for name, rate in rates.items()
+        for leader in [f"apex-{share}" if name == "direct" else None]
     },
     "operator-2.4%": Variant("apex", {"train_rows": False}, share=0.024, rate=30.0),  # rows stay
+    **{
+        f"operator-lr-{scale:g}-2.4%": Variant(
+            "apex", {"operator_lr_scale": scale}, share=0.024, rate=30.0, rate_of="apex-2.4%"
+        )
+        for scale in (3.0, 10.0)
+    },
     # continued pre-training: every weight trains, and APEX has operators on top
     "full-all": Variant("full"),
     "restart-all": Variant("restart", rate_of="full-all"),
     "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
     # ablations of "apex", one thing changed each
     **{name: _half(strategy=name) for name in ("random", "reversed", "magnitude")},
-    "no-operator": Variant("direct", _HALF, rate=_RATES["direct"], rate_of="apex"),
+    "no-operator": _half("direct"),
+    **{f"direct-{name}": _half("direct", strategy=name) for name in ("random", "reversed", "magnitude")},
+    "direct-random-1": _half("direct", strategy="random", stages=1),  # of the rows of the first stage only
     **{name: _half(operator=name) for name in OPERATORS if name != "monarch"},
     **{f"stages-{stages}": _half(stages=stages) for stages in (1, 2, 3, 4)},
     "halve": _half(stages=3, halve_fraction=True),  # one thing changed from "stages-3"

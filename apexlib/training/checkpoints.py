@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apexlib.files import atomic_folder, clear_partial, file_hash, read_hashes, read_object, remove_folder, write_json
 from apexlib.provenance import provenance
+from apexlib.training.sharding import share_out
 
 MANIFEST, RUN, BEST = "manifest.json", "run.json", "best"
 _FORMAT = 1
 _STATE = re.compile(r"stage-(?P<done>\d{1,9})|step-(?P<stage>\d{1,9})-(?P<step>\d{1,9})")
+_SHARED = ("state.parameters.", "state.optimizer.")  # what a state has once, not for each process
 _CHECKPOINT = re.compile(r"step-\d{5,9}")
 
 _log = logging.getLogger(__name__)
@@ -203,18 +206,31 @@ def write_state(value: Any, folder: Path) -> None:
     save_file(tensors, folder / "state.safetensors")
 
 
-def read_state(folder: Path) -> Any:
-    """Read what `write_state` wrote; nothing in the files is executed."""
+def read_state(folder: Path, *, hollow: bool = False) -> Any:
+    """Read what `write_state` wrote; nothing in the files is executed.
+
+    Where `hollow`, matrices and vectors of parameters and of the optimizer are not read, and come up with no values.
+    """
 
     def unpack(packed: dict[str, Any]) -> Any:
         ((kind, content),) = packed.items()
         return {"tensor": tensors.__getitem__, "pairs": dict, "list": list, "tuple": tuple}[kind](content)
 
     try:
-        tensors = load_file(folder / "state.safetensors")
+        tensors = _hollow_file(folder / "state.safetensors") if hollow else load_file(folder / "state.safetensors")
         return json.loads((folder / "state.json").read_text(encoding="utf-8"), object_hook=unpack)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: no state of a run ({type(error).__name__}: {error})") from None
+
+
+def _hollow_file(path: Path) -> dict[str, Tensor]:
+    """Read a state's tensors, but leave out the values of those that the first process shares out."""
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        left_out = {name for name, shape in shapes.items() if shape and name.startswith(_SHARED)}
+        return {
+            name: torch.empty(shape) if name in left_out else file.get_tensor(name) for name, shape in shapes.items()
+        }
 
 
 def load_trained(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
@@ -223,7 +239,7 @@ def load_trained(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         if parameter.requires_grad:
             if name not in parameters or parameters[name].shape != parameter.shape:
                 raise ValueError(f"the state has no {name} of shape {tuple(parameter.shape)}; need one of the same run")
-            parameter.data.copy_(parameters[name])
+            parameter.data.copy_(share_out(parameters[name], parameter))
 
 
 def save_plain(model: PreTrainedModel, processing_class: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import SchedulerType, TrainingArguments
 
 from apexlib.training.methods import Method
+from apexlib.training.sharding import agreed, engine_of, local
 
 _BY_STEP = str.split(
     "constant constant_with_warmup linear cosine cosine_with_restarts cosine_with_min_lr cosine_warmup_with_min_lr "
@@ -63,10 +64,11 @@ def check_run(args: TrainingArguments, method: Method, kept: Collection[int]) ->
     if (schedule := SchedulerType(args.lr_scheduler_type).value) not in _BY_STEP:
         need = f"one that depends on the step alone: {', '.join(_BY_STEP)}"
         raise ValueError(f"lr_scheduler_type {schedule!r}: need {need}")
-    sharded = (f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"))
-    asked = args.deepspeed or args.fsdp or getattr(args, "parallelism_config", None)
-    if asked or any(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in sharded):
-        raise ValueError("DeepSpeed and FSDP shard weights, which expansion needs whole; use DDP or one process")
+    engine = engine_of(args)
+    if engine and method.config.decay_to_start:
+        raise ValueError("decay_to_start: under FSDP and ZeRO no process holds a whole start; need False")
+    if engine == "zero" and type(method).change_gradients is not Method.change_gradients:
+        raise ValueError(f"ZeRO: shows no gradients, which {type(method).__name__} changes; need FSDP2 or DDP")
     for name, (taken, instead) in _NOT_HONOURED.items():
         if (value := getattr(args, name, taken[0])) not in taken:
             raise ValueError(f"{name}={value}: need {taken[0]!r}; {instead}")
@@ -91,9 +93,9 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """Name the first tensor that holds NaN or an infinite value."""
     filled = [(name, tensor.detach()) for name, tensor in tensors if tensor.numel()]
     # one norm of all is cheap; it is not finite where a value is not, or where squares overflow
-    if not filled or nn.utils.get_total_norm([tensor for _, tensor in filled]).isfinite():
+    if not filled or agreed(nn.utils.get_total_norm([local(t) for _, t in filled]).isfinite(), filled[0][1]):
         return None
-    return next((name for name, tensor in filled if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in filled if not agreed(local(tensor).isfinite().all(), tensor)), None)
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:

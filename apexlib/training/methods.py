@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from apexlib import ApexConfig, ExpansionPlan, expand, fuse, parameter_groups, select
 from apexlib.architectures import family_of
 from apexlib.fused_ffn import wide
+from apexlib.training.sharding import full, local
 
 
 @dataclass(eq=False)
@@ -164,7 +165,7 @@ def method_of(name: Name, config: ApexConfig, **options: Any) -> Method:
 @torch.no_grad()
 def keep_largest(gradient: Tensor, share: float) -> Tensor:
     """Set all but the `share` of entries that are largest in magnitude to zero, in place; at least one stays."""
-    flat = gradient.abs().flatten()
+    flat, gradient = full(gradient).abs().flatten(), local(gradient)
     kept = max(1, round(share * flat.numel()))
     if kept < flat.numel():
         threshold = flat.to(wide(flat.dtype)).kthvalue(flat.numel() - kept + 1).values

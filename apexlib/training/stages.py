@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, se
 from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
 from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.training import sharding
 from apexlib.training.bar import show_stages
 from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain, stage_borders
 from apexlib.training.checks import check_run, decisive_arguments, fingerprints, unexpected_movement
@@ -87,6 +88,10 @@ def train_in_stages(
     `overwrite`. SIGTERM and SIGINT save and raise `Interrupted`, a second one does not wait; after `seconds`, counted
     from the call, the run leaves in the same way.
 
+    Under FSDP2 (`args.fsdp`, or `accelerate launch --use_fsdp --fsdp_version 2`) a stage shards decoder layers. Then
+    the model has values on the first process only, which are those that count, and so has the record's; elsewhere it is
+    on the meta device.
+
     Raises ValueError before anything is trained where the run cannot be done, FloatingPointError at the first loss,
     gradient or weight that is not finite; warns, once a stage is saved, of parameters that should train and did not
     move, or are frozen and did. In the end `requires_grad` of each parameter is what it was.
@@ -107,6 +112,8 @@ def train_in_stages(
         named["data"] = check_data(run.data, options["eval_dataset"], run.order, run.per_step)
         stop.check("before the run")
         start = run.begin(named, held, resume=resume, overwrite=overwrite)
+        if not run.holds:
+            sharding.hollow(model)
         set_seed(args.seed)
         for stage in range(run.restore(start) if start else 0, run.stages):
             if run.method.assesses and run.statistics is None:
@@ -130,6 +137,8 @@ class _Run:
         self, model: PreTrainedModel, method: Method, args: TrainingArguments, data: Dataset, kept: frozenset[int]
     ) -> None:
         self.model, self.method, self.args, self.config = model, method, args, method.config
+        self.engine = sharding.engine_of(args)
+        self.holds = self.engine != "fsdp" or args.process_index == 0  # whether this process has the model's values
         self.stages = stages = self.config.stages if method.staged else 1
         self.per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if streamed := not hasattr(data, "__len__"):
@@ -153,14 +162,15 @@ class _Run:
         """Lock the folder while it is `held` and find the state to go on from; the first process decides for all."""
         from accelerate.utils import broadcast_object_list
 
-        identity = named | {  # all that the run's bits depend on: another identity is another run
-            "model": {"class": type(self.model).__name__, "weights": content_hash(fingerprints(self.model))},
-            "config": asdict(self.config),
-            "steps": self.borders[-1],
-            "arguments": decisive_arguments(self.args),
-        }
         answer: list[Any] = [None]
         if self.args.process_index == 0:
+            identity = named | {  # all that the run's bits depend on: another identity is another run
+                "model": {"class": type(self.model).__name__, "weights": content_hash(fingerprints(self.model))},
+                "config": asdict(self.config),
+                "steps": self.borders[-1],
+                "arguments": decisive_arguments(self.args),
+            }
+            identity |= {"engine": self.engine} if self.engine else {}
             try:
                 held.enter_context(exclusive(self.folder.path / ".lock"))
                 answer = [self.folder.begin(identity, **choice)]
@@ -181,7 +191,7 @@ class _Run:
             self.statistics = assessed.pop() if begun else pd.read_parquet(start / "statistics.parquet")
             for number, table in enumerate(assessed):
                 self.method.plan(table, number)
-        if stage:
+        if stage and self.holds:
             _load_plain(self.model, self.folder.model(stage - 1))
         return self.stages if self.folder.progress.ended else stage
 
@@ -192,33 +202,38 @@ class _Run:
         start, end = self.borders[number], self.borders[number + 1]
         if method.assesses:
             if config.strategy == "magnitude" and "weight_norm" not in self.statistics:
-                self.statistics = self.statistics.merge(weight_norms(model), on=["layer", "component", "unit"])
+                self.statistics = self.statistics.merge(self.weight_norms(), on=["layer", "component", "unit"])
             progress.assessed.append(self.statistics)
         weights = sum(parameter.numel() for parameter in model.parameters())
-        trained = method.begin(model, number, self.statistics)
+        unit = sharding.layer_class(model) if self.engine == "fsdp" else ""
+        whole = method.begin(model, number, self.statistics)
+        trained = sharding.copy_to_shard(whole) if self.engine else whole
         trains = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
         options = {"top": config.fraction, "training_only": True, "differentiable": config.balance_weight > 0}
-        recorder = ActivationRecorder(model, **options) if method.assesses else None
+        recorder = ActivationRecorder(trained, **options) if method.assesses else None
         rows = self.order[start * self.per_step : end * self.per_step]
         data = self.data.select(rows) if hasattr(self.data, "select") else Subset(self.data, rows)
         own, epoch = copy.copy(args), len(self.data) / self.per_step
-        stage = Stage(number, start, epoch, method, recorder, self.folder, stop, self.loggers)
+        around = (method, recorder, self.folder, stop, self.loggers)
+        stage = Stage(number, start, epoch, *around, whole if self.engine else None, unit)
         vars(own).update(max_steps=end - start, train_sampling_strategy="sequential")
         own.eval_on_start = args.eval_on_start and saved is None and not start
         trainer = make_trainer(stage=stage, model=trained, args=own, train_dataset=data)
         trainer.remove_callback(PrinterCallback)
         show_stages(trainer, self.stages)
-        before = fingerprints(trained)
+        before = fingerprints(whole) if self.holds else {}
         with recorder or nullcontext():
             trainer.train(resume_from_checkpoint=saved and str(saved))
         trainer.check_weights()
-        unexpected = unexpected_movement(trained, before, number)
+        if self.engine:
+            sharding.bring_back(trained, whole)
+        unexpected = unexpected_movement(whole, before, number) if self.holds else []
         state = trainer.state
         progress.ended, progress.best = state.global_step < end - start, state.best_metric
         progress.tokens = state.num_input_tokens_seen
         progress.histories.append(state.log_history)
         progress.trainable.append({"stage": number, "trainable": trains, "total": weights, "share": trains / weights})
-        self.model = method.end(trained)
+        self.model = method.end(whole)
         if recorder is not None:
             recorder.gather()
             self.statistics = recorder.table()
@@ -238,7 +253,16 @@ class _Run:
                 yield {name: value for name, value in batch.items() if name in taken}
 
         taken = {*signature(self.model.base_model.forward).parameters}
-        return activation_statistics(self.model.to(self.args.device), batches(), top=self.config.fraction)
+        shards = self.engine == "fsdp"
+        model = sharding.sharded_for_reading(self.model) if shards else self.model.to(self.args.device)
+        return activation_statistics(model, batches(), top=self.config.fraction)
+
+    def weight_norms(self) -> pd.DataFrame:
+        """Measure the units' weights where they are, and tell all processes."""
+        from accelerate.utils import broadcast_object_list
+
+        norms = [weight_norms(self.model) if self.holds else None]
+        return norms[0] if self.holds and self.engine != "fsdp" else broadcast_object_list(norms)[0]
 
     def save_stage(self, stage: int, processing_class: Any) -> None:
         """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
@@ -257,7 +281,7 @@ class _Run:
         if why := fault(best := self.folder.path / BEST):
             said = f"load_best_model_at_end: {best} {why}; the last model is returned"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
-        else:
+        elif self.holds:
             _load_plain(self.model, best)
 
     def record(self) -> TrainingRecord:

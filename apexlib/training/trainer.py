@@ -4,6 +4,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from apexlib.activations import ActivationRecorder, NotFiniteError
 from apexlib.projections import composed_once
 from apexlib.text.datasets import IGNORED
-from apexlib.training import checkpoints
+from apexlib.training import checkpoints, sharding
 from apexlib.training.checkpoints import RunFolder, checkpoint_folder
 from apexlib.training.checks import first_not_finite
 from apexlib.training.interruption import Interrupted, Stop
@@ -39,6 +40,8 @@ class Stage:
     folder: RunFolder
     stop: Stop
     loggers: Loggers
+    whole: nn.Module | None  # under an engine that shards, what takes the values back of the copy that trains
+    unit: str  # class of the modules that FSDP2 shards, "" without it
 
 
 class WholeRun(DefaultFlowCallback):
@@ -91,6 +94,24 @@ class StageTraining(TrainerCallback):
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """What TRL's Trainers would do to data has been done."""
         return dataset
+
+    # under FSDP2
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.stage.unit:
+            sharding.set_up(self.accelerator, self.args, self.stage.unit)
+            self.is_fsdp_enabled = True
+
+    def autocast_smart_context_manager(self, *given: Any, **named: Any) -> Any:
+        """Under FSDP2 accelerate casts nothing itself, and as it is set up here, FSDP does not either."""
+        own = super().autocast_smart_context_manager(*given, **named)
+        return self.accelerator.autocast() if self.stage.unit else own
+
+    def fill(self) -> None:
+        """Give the shards their values."""
+        if self.stage.unit:
+            sharding.fill(self.model, self.stage.whole)
 
     # optimizer, schedule and loss
 
@@ -148,7 +169,7 @@ class StageTraining(TrainerCallback):
     def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
         before = _random_state()
         try:
-            with composed_once(self.model):
+            with nullcontext() if self.stage.unit else composed_once(self.model):  # which would gather all of it
                 return super().evaluate(*given, **named)
         except Interrupted:
             _set_random_state(before)
@@ -186,8 +207,10 @@ class StageTraining(TrainerCallback):
             state.best_metric = done.best
         if not state.global_step:  # of the stage; a state inside it has its own
             state.num_input_tokens_seen = self._initial_num_input_tokens_seen = done.tokens
-        if self.saved is not None:
-            self.optimizer.load_state_dict(self.saved["optimizer"])
+        if self.saved is None:
+            self.fill()
+        else:
+            self.optimizer.load_state_dict(sharding.optimizer_state(self.saved["optimizer"], self.optimizer))
             self.lr_scheduler.load_state_dict(self.saved["scheduler"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.saved["scaler"])
@@ -226,6 +249,7 @@ class StageTraining(TrainerCallback):
         from accelerate.utils import gather_object
 
         self.check_weights()
+        sharding.reshard(self.model)
         scaler, recorder = self.accelerator.scaler, self.stage.recorder
         own = {"random": _random_state(), "loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar}
         own["recorder"] = None if recorder is None else recorder.state()
@@ -238,6 +262,7 @@ class StageTraining(TrainerCallback):
             "evaluated": evaluated,
             "processes": gather_object([own]),  # what differs between the processes of a run
         }
+        state = sharding.gathered(state)
         if not self.args.should_save:
             return
         with self.stage.folder.complete(self.stage.folder.step(self.stage.number, self.state.global_step)) as folder:
@@ -253,16 +278,19 @@ class StageTraining(TrainerCallback):
 
     def _keep_plain(self, kept: Path) -> None:
         self.check_weights()
+        whole = self.model if self.stage.whole is None else sharding.bring_back(self.model, self.stage.whole)
         if self.args.should_save:
             with self.stage.folder.complete(kept) as folder:
-                checkpoints.save_plain(self.model, self.processing_class, folder)
+                checkpoints.save_plain(whole, self.processing_class, folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # then the stage is saved
             self.save_state(evaluated=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.saved = checkpoints.read_state(Path(resume_from_checkpoint))
+        self.fill()
+        hollow = bool(self.stage.unit) and self.args.process_index > 0
+        self.saved = checkpoints.read_state(Path(resume_from_checkpoint), hollow=hollow)
         self.own = self.saved["processes"][self.args.process_index]
         checkpoints.load_trained(self.model, self.saved["parameters"])
         if self.stage.recorder is not None:
