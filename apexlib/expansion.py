@@ -181,10 +181,10 @@ class Mixer(nn.Module):
 
     def forward(
         self,
-        matrices: Sequence[Float[Tensor, "n columns"]],
+        matrices: Sequence[Float[Tensor, "n _"]],
         scales: Sequence[Float[Tensor, "1 k"] | None],
         dtype: torch.dtype,
-    ) -> Sequence[Float[Tensor, "n columns"]]:
+    ) -> Sequence[Float[Tensor, "n _"]]:
         """Apply the formula to each of several matrices, with the same M and v, and cast the result."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             pairs = zip(matrices, scales, strict=True)
