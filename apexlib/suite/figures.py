@@ -22,7 +22,7 @@ from apexlib.plot.style import DOTS, DOTTED, LEVEL, PALETTE, STYLE, UPRIGHT
 from apexlib.suite.sentences import sentence
 
 _WIDTH, _COLUMN = 7.0, 900  # of a figure of two columns: inches, and pixels on the page of a notebook
-DPI = 214  # of pictures: more pixels than that, for sharp screens; notebook 07 holds all within 1 MB
+DPI = 200  # of pictures: more pixels than that, for sharp screens; notebook 07 holds all within 1 MB
 _ALONG = (("data", "axes fraction"), "offset points")  # how a name stands beside an upright line
 
 
