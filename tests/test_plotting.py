@@ -155,6 +155,7 @@ PANELS = {  # a table for each panel of a figure
     ("movement_by_role", 0): by_role,
     ("movement_by_role", 1): lives,
     ("ablations", 0): comparison,
+    ("decomposition", 0): comparison,
 }
 PLOTS = {
     f"{name}-{panel}": (partial(plotting.plot, name=name, panel=panel), make)
