@@ -129,9 +129,17 @@ def study() -> str:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
     turned = here[here["verdict"] != default["verdict"]]["verdict"].items()
     said = ", ".join(f"{number} ({default.loc[number, 'verdict']}, here {verdict})" for number, verdict in turned)
-    return f"""{" ".join(told("decomposition", ROOT / "figures" / "study"))}
+    steps = pd.read_csv(ROOT / "figures" / "study" / "decomposition.csv")
+    steps = steps[steps["panel"] == steps["panel"].iloc[0]]
+    changes = steps.apply("{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]".format, axis=1)
+    changes = steps.assign(change=changes).pivot(index="setting", columns="method", values="change")
+    changes = changes.loc[steps["setting"].unique(), steps["method"].unique()].rename_axis(columns=None).reset_index()
+    return f"""{told("decomposition", ROOT / "figures" / "study")[0]} The answer loss, in nats:
 
-Means over {runs["seed"].nunique()} seeds; differences to `full` in a seed, 95 % intervals. `full` itself: {of_full}.
+{changes.to_markdown(index=False, disable_numparse=True)}
+
+With the base and the conversations of the default run, means over {runs["seed"].nunique()} seeds; differences to `full`
+in a seed, 95 % intervals. `full` itself: {of_full}.
 
 {table.to_markdown(index=False, disable_numparse=True)}
 

@@ -300,12 +300,14 @@ def test_nothing_is_measured_where_a_model_has_no_history_or_no_smaller_one(tmp_
     assert MEASURES["evens_with_training"](tmp_path, component="head").empty
 
 
-def test_runs_are_compared_at_equal_tokens_only(tmp_path):
+def test_runs_are_compared_at_equal_tokens_unless_one_is_to_have_fewer(tmp_path):
     write(tmp_path, continued=(*CONTINUED, ("apex", True, 0, 300, 1.0, 4.0)))
-    with pytest.raises(
-        ValueError, match=r"continued\.csv: runs of apex and full end after different numbers of tokens"
-    ):
-        MEASURES["lead"](tmp_path, **LEAD | {"table": "continued", "column": "loss"})
+    ends = r"continued\.csv: runs of apex and full end after \[300\] and \[200\] tokens"
+    for asked, need in ((False, "equal numbers"), (True, "fewer of the first")):
+        with pytest.raises(ValueError, match=rf"{ends}: need {need}"):
+            MEASURES["lead"](tmp_path, **LEAD | {"table": "continued", "column": "loss", "on_fewer_tokens": asked})
+    fewer = LEAD | {"table": "continued", "column": "loss", "of": "full", "over": "apex", "on_fewer_tokens": True}
+    assert MEASURES["lead"](tmp_path, **fewer).to_dict() == {0: 1.0 - 2.25}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from apexlib.analysis.budget import trained_share
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
+from apexlib.provenance import save_table
 from apexlib.suite import runs, trials
 from apexlib.suite.bases import base_models, check_bases, masked_models, measured_models, models_table, reference_losses
 from apexlib.suite.comparison import (
@@ -26,6 +27,7 @@ from apexlib.suite.comparison import (
     choose_rates,
     compare,
     curves_table,
+    decomposition,
     gate_table,
     grid_trials,
     paired_differences,
@@ -33,8 +35,8 @@ from apexlib.suite.comparison import (
     token_ratios,
     tokens_to_reach,
 )
-from apexlib.suite.folders import locate, relative
-from apexlib.suite.inputs import conversations, data_files, documents, examples, text_blocks
+from apexlib.suite.folders import NotReadyError, locate, relative
+from apexlib.suite.inputs import conversations, data_files, documents, examples, load_tokenizer, text_blocks
 from apexlib.suite.runs import (
     answers_run,
     continued_run,
@@ -105,7 +107,7 @@ def test_every_variant_is_a_method_with_a_valid_configuration():
 
 
 def test_ablations_change_one_thing_each():
-    several = {name for name, variant in VARIANTS.items() if variant.share} | {"full-all", "restart-all", "apex-all"}
+    several = {name for name, variant in VARIANTS.items() if variant.share or "-all" in name}
     for name in VARIANTS.keys() - several:
         before = {"halve": "stages-3", "direct-random-1": "direct-random"}.get(name, "apex")
         start = vars(VARIANTS[before].config(**GIVEN))
@@ -313,6 +315,22 @@ def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_pa
         model = AutoModelForCausalLM.from_pretrained(folder)
         loss = perplexity(model, batches(held_out, 2, limit=6), quiet=True)["loss"]
         assert point["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_a_run_of_its_own_length_takes_a_share_of_the_steps_under_a_rate_that_falls_to_zero(settings, base, tmp_path):
+    text = {"corpus": str(base / "text.txt"), "context": 16, "blocks": 6}
+    settings |= {"steps": 24, "retention": settings["retention"]}
+    result = continued_run(folder=tmp_path / "run", variant="apex-all-33%", evaluations=3, text=text, **settings)
+    assert [point["tokens"] for point in result["curve"]] == [0, 8 * 4 * 16]
+    data = {"train_dataset": text_blocks(load_tokenizer(base), text["corpus"], "train", 16)}
+    own = {name: value for name, value in settings.items() if name not in ("base", "retention")} | {"steps": 8}
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-1", dtype=torch.float32).state_dict()
+    for schedule in ("cosine", "constant_with_warmup"):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        by_hand = {"variant": "apex-all", "lr_scheduler_type": schedule}
+        record, _ = runs._train(model, data, tmp_path / schedule, **own, **by_hand)
+        same = [torch.equal(left[name], value) for name, value in record.model.state_dict().items()]
+        assert all(same) == (schedule == "cosine")
 
 
 def test_pretraining_starts_from_the_weights_of_its_seed(base, tmp_path):
@@ -540,6 +558,27 @@ def test_the_arguments_of_a_run_come_from_the_parameters_of_a_notebook():
     assert found["retention"] == {"corpus": "stdlib", "context": 6, "blocks": 7}
     assert set(found["chat"]) == set(CHAT)
     assert [found["chat"][split] for split in ("train", "valid", "test")] == [1, 2, 3]
+
+
+def test_steps_from_full_fine_tuning_to_apex_add_up_and_say_on_what(tmp_path):
+    generator = np.random.default_rng(0)
+    methods = ["full", "direct-random-1", "direct-random", "direct", "apex", "lora"]
+    runs = pd.DataFrame({"method": np.repeat(methods, 3), "seed": [0, 1, 2] * 6, "chosen": True, "loss": 0.0})
+    runs["loss"] = generator.normal(size=len(runs))
+    tried = runs.assign(chosen=False, loss=np.nan)  # other rates of the grid, which count for nothing
+    facts = {"model": "data/models/tiny", "chat": {"train": 1600}, "steps": 400, "batch_size": 8}
+    save_table(pd.concat([tried, runs]), "instruction", tmp_path, **facts)
+    found = decomposition(tmp_path, {"loss": "a title"})
+    assert found["setting"].unique().tolist() == ["tiny, 1,600 × 2"]
+    assert found["panel"].unique().tolist() == ["a title"]
+    *steps, total = found["mean"]
+    by_method = runs.groupby("method")["loss"].mean()
+    assert sum(steps) == pytest.approx(total) == pytest.approx(by_method["apex"] - by_method["full"])
+    assert found["n"].tolist() == [3] * 5
+    save_table(runs[runs["method"] == "full"], "instruction", tmp_path, **facts)
+    assert decomposition(tmp_path, {"loss": "a title"}).empty
+    with pytest.raises(NotReadyError, match="run notebook 03 first"):
+        decomposition(tmp_path / "nowhere", {"loss": "a title"})
 
 
 def test_a_ratio_is_of_the_tokens_that_full_training_took():

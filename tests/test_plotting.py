@@ -131,6 +131,17 @@ def forecast():
     return pd.DataFrame({"phase": ["train", "fuse"], "forecast_mib": [90, 200], "measured_mib": [100, 190]})
 
 
+def step_changes():
+    settings = [("small", 0.5, [0.25, -0.5]), ("large", 0.25, [0.5, 1.0])]
+    tables = [
+        pd.DataFrame({"setting": setting, "method": ["operators", "all"], "mean": means}).assign(
+            low=lambda table, half=half: table["mean"] - half, high=lambda table, half=half: table["mean"] + half
+        )
+        for setting, half, means in settings
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
 PANELS = {  # a table for each panel of a figure
     ("loss_curve", 0): curve,
     ("activation_distribution", 0): activations,
@@ -155,12 +166,12 @@ PANELS = {  # a table for each panel of a figure
     ("movement_by_role", 0): by_role,
     ("movement_by_role", 1): lives,
     ("ablations", 0): comparison,
-    ("decomposition", 0): comparison,
+    ("decomposition", 0): step_changes,
 }
 PLOTS = {
     f"{name}-{panel}": (partial(plotting.plot, name=name, panel=panel), make)
     for (name, panel), make in PANELS.items()
-    if make is not comparison  # its labels are the panels' titles
+    if make not in (comparison, step_changes)  # their labels are the panels' titles
 }
 PLOTS |= {"scaling": (plot_scaling, scaling), "forecast": (plot_forecast, forecast)}
 
@@ -234,6 +245,21 @@ def test_the_name_of_a_level_stands_on_the_side_where_nothing_is_drawn():
         (low, high), (name, _) = ax.get_xlim(), ax.texts
         assert low < level < high
         assert name.get_ha() == ("right" if level == 0 else "left")
+
+
+def test_a_step_has_a_place_and_a_setting_a_colour_beside_zero():
+    (ax,) = plotting.new_figure()
+    plotting.plot(step_changes(), ax, "decomposition")
+    (small, large), (zero,) = ax.containers, [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["operators", "all"]
+    for bars, means, half in ((small, [0.25, -0.5], 0.5), (large, [0.5, 1.0], 0.25)):
+        assert bars.lines[0].get_xdata().tolist() == means
+        assert np.round(bars.lines[0].get_ydata().astype(float)).tolist() == [0, 1]
+        (reach,) = bars.lines[2]
+        assert [np.ptp(bar[:, 0]) for bar in reach.get_segments()] == [2 * half] * 2
+    assert small.lines[0].get_ydata()[0] < large.lines[0].get_ydata()[0]
+    assert small.lines[0].get_color() != large.lines[0].get_color()
+    assert set(zero.get_xdata()) == {0}
 
 
 def test_panels_are_told_apart_in_the_saved_data(tmp_path):

@@ -120,6 +120,24 @@ def test_which_methods_start_afresh_at_each_stage():
     assert {name: METHODS[name].staged for name in staged} == staged
 
 
+def test_dora_trains_a_norm_for_each_row_beside_lora_and_leaves_a_plain_model(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    rows = sum(
+        part.out_features for name, part in model.named_modules() if name != "lm_head" and type(part) is nn.Linear
+    )
+    counts = {}
+    for dora in (False, True):
+        args = arguments(tmp_path / str(dora), max_steps=4)
+        record = train_in_stages(tiny_model("llama"), Blocks(), args, SMALL, method="lora", lora_dora=dora)
+        counts[dora] = record.trainable["trainable"].iloc[0]
+    assert counts[True] - counts[False] == rows
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "True" / "stage-0").state_dict()
+    start = model.state_dict()
+    assert loaded.keys() == start.keys()
+    moved = {name for name, value in start.items() if not torch.equal(loaded[name], value)}
+    assert len(moved) == sum(type(part) is nn.Linear for part in model.get_submodule("model").modules())
+
+
 @pytest.mark.parametrize("variant", ["gpt2", "qwen2", "opt"])
 def test_other_families_train_too(variant, tiny_model, tmp_path):
     record = run(tiny_model, tmp_path, variant=variant, max_steps=4)

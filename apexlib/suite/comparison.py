@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 
 from apexlib import ExpansionPlan, biography
+from apexlib.analysis.intervals import summarise
+from apexlib.files import read_object
 from apexlib.suite.folders import NotReadyError, home, locate, needed, relative
 from apexlib.suite.inputs import data_files
 from apexlib.suite.runs import untouched_run
 from apexlib.suite.trials import RESULT, Trial, run_trials
-from apexlib.suite.variants import VARIANTS
+from apexlib.suite.variants import STEPS, VARIANTS
 
 
 def grid_trials(
@@ -277,3 +279,19 @@ def paired_differences(table: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]
     pairs = {name: pair for name, pair in pairs.items() if {*pair} <= {*by_seed}}
     above = pd.DataFrame({name: by_seed[second] - by_seed[first] for name, (first, second) in pairs.items()})
     return above.melt(var_name="method", value_name="above", ignore_index=False).reset_index()
+
+
+def decomposition(results: Path, measures: Mapping[str, str]) -> pd.DataFrame:
+    """What each of `STEPS` changes in the chosen runs of notebook 03, for each of `measures`, which names a panel.
+
+    Columns: `panel`, `setting` (base, conversations, and how often each was seen), `method` (the step), `mean`, `low`,
+    `high` and `n` of the differences within a seed.
+    """
+    table = needed(results / "instruction.csv", "03")
+    runs, told = pd.read_csv(table).query("chosen"), read_object(table.with_suffix(".json"))
+    number = told["chat"]["train"]
+    setting = f"{Path(told['model']).name}, {number:,} × {told['steps'] * told['batch_size'] / number:g}"
+    steps = [paired_differences(runs, STEPS, name).assign(panel=title) for name, title in measures.items()]
+    changes = pd.concat(steps, ignore_index=True).assign(setting=setting)
+    columns = ["panel", "setting", "method"]
+    return summarise(changes, columns, "above").reindex(columns=[*columns, "mean", "low", "high", "n"])

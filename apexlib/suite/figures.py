@@ -96,6 +96,20 @@ def comparison(table: pd.DataFrame, ax: Axes) -> None:
     ax.grid(axis="y", visible=False)
 
 
+def steps(table: pd.DataFrame, ax: Axes) -> None:
+    """Draw `mean` with `low` and `high` of each `method`, in order from above, a colour for each `setting`."""
+    need(table, "method", "setting", "mean", "low", "high")
+    names, settings = table["method"].unique(), table["setting"].nunique()
+    place = dict(zip(names, range(len(names)), strict=True))
+    for number, (setting, rows, look) in enumerate(groups(table, "setting")):
+        y = rows["method"].map(place).astype(float) + 0.7 * ((number + 0.5) / settings - 0.5)
+        ax.errorbar(rows["mean"], y, xerr=around(rows), **look | DOTS, ms=4.5, elinewidth=1, label=setting)
+    ax.axvline(0, **DOTTED)
+    ax.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.grid(axis="y", visible=False)
+
+
 def rank_gain(table: pd.DataFrame, ax: Axes) -> None:
     """Draw `answer_loss_gain` less the mean of its `seed` against `erank_change` (relative), a marker per run."""
     need(table, "method", "seed", "erank_change", "answer_loss_gain")
@@ -109,7 +123,7 @@ def rank_gain(table: pd.DataFrame, ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(4))
 
 
-PLOTS = {each.__name__: each for each in (loss_curve, lines, rates, trade_off, comparison, by_method, rank_gain)}
+PLOTS = {each.__name__: each for each in (loss_curve, lines, rates, trade_off, comparison, steps, by_method, rank_gain)}
 PLOTS |= {name: getattr(apexlib.plot, name) for name in apexlib.plot.__all__}
 FIGURES = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text(encoding="utf-8"))
 

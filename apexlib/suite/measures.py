@@ -35,18 +35,25 @@ def evens_with_size(results: Path, *, component: str) -> pd.Series:
     return spread[0] - spread[-1] if len(spread) > 1 else pd.Series(dtype=float)
 
 
-def lead(results: Path, *, table: str, of: str, over: str, column: str) -> pd.Series:
+def lead(results: Path, *, table: str, of: str, over: str, column: str, on_fewer_tokens: bool = False) -> pd.Series:
     """How far a run `of` one method is ahead of the run `over` another that starts from the same seed.
 
     Less is better in a column that ends in "loss", more in any other. Seeds are left out in which both methods answer
-    nothing right, or both everything: a test that is too hard or too easy does not show them as equal.
+    nothing right, or both everything: a test that is too hard or too easy does not show them as equal. Both runs end
+    after as many tokens, unless the first is to be compared `on_fewer_tokens`.
     """
     ahead, behind = (per_seed(results, table, run, column) for run in (of, over))
     ahead, behind = ahead.align(behind, join="inner")
     if len(ahead) and "tokens" in read_table(results, table, []):
         ends = [per_seed(results, table, run, "tokens")[ahead.index] for run in (of, over)]
-        if (ends[0] != ends[1]).any():
-            raise ValueError(f"{table}.csv: runs of {of} and {over} end after different numbers of tokens; need equal")
+        if (ends[0] >= ends[1]).any() if on_fewer_tokens else (ends[0] != ends[1]).any():
+            got, need = (
+                (sorted({*each.astype(int)}) for each in ends),
+                "fewer of the first" if on_fewer_tokens else "equal numbers",
+            )
+            raise ValueError(
+                f"{table}.csv: runs of {of} and {over} end after {' and '.join(map(str, got))} tokens: need {need}"
+            )
     if column == "exact_match":
         kept = (ahead != behind) | ~ahead.isin([0.0, 1.0])
         ahead, behind = ahead[kept], behind[kept]

@@ -135,7 +135,8 @@ def continued_run(
     """Go on training the base model on other text by one variant; measure the loss there along the way.
 
     `text`: `corpus`, `context`, `blocks` (held-out ones, of the validation and of the test split each). The learning
-    rate stays constant after its warm-up, so that every point of the curve is a run of that length. Returns the cost of
+    rate stays constant after its warm-up, so that every point of the curve is a run of that length; that of a variant
+    with a `length` of its own falls to zero, and its curve has the two ends. Returns the cost of
     training, the `movement` from the base, `curve` (a list of `tokens` and `loss`, test split, with the base model and
     its `retention_loss` at 0 tokens, at `evaluations` evenly spaced points), and, at the end, `valid_loss` and
     `retention_loss`. `training`: as in `instruction_run`.
@@ -146,8 +147,12 @@ def continued_run(
     start = {"tokens": 0, "loss": float(perplexity(model, batches(data["eval_dataset"], 16), quiet=True)["loss"])}
     start["retention_loss"] = text_loss(model, tokenizer, **retention)
     steps, tokens = training["steps"], training["batch_size"] * text["context"]
-    points = {"eval_strategy": "steps", "eval_steps": max(1, steps // evaluations), "per_device_eval_batch_size": 16}
-    record, cost = _train(model, data, folder, lr_scheduler_type="constant_with_warmup", **points, **training)
+    schedule, every = "constant_with_warmup", max(1, steps // evaluations)
+    if (length := VARIANTS[training["variant"]].length) is not None:
+        schedule, every = "cosine", max(1, round(length * steps))
+        training["steps"] = every
+    points = {"eval_strategy": "steps", "eval_steps": every, "per_device_eval_batch_size": 16}
+    record, cost = _train(model, data, folder, lr_scheduler_type=schedule, **points, **training)
     seen = record.log.dropna(subset=["eval_loss"])
     curve = pd.DataFrame({"tokens": seen["step"].astype(int) * tokens, "loss": seen["eval_loss"]})
     cost |= movement(load_model(base, dtype=torch.float32), record.model)

@@ -132,9 +132,12 @@ def ablations(table: pd.DataFrame) -> str:
 
 
 def decomposition(table: pd.DataFrame) -> str:
-    first = table[(table["panel"] == table["panel"].iloc[0]) & table[["mean", "low", "high"]].any(axis=1)]
-    said = _list(f"{row['method']} {_measured(row)}" for _, row in first.iterrows())
-    return f"Change of the {table['panel'].iloc[0].partition(',')[0]}: {said}."
+    panel = table["panel"].iloc[0]
+    said = []
+    for setting, rows in table[table["panel"] == panel].groupby("setting", sort=False):
+        steps = _list(f"{row['method']} {_measured(row)}" for _, row in rows.iterrows())
+        said.append(f"{setting}: {steps}")
+    return f"Change of the {panel.partition(',')[0]}, {'; '.join(said)}."
 
 
 SENTENCES = {

@@ -22,6 +22,7 @@ class Variant:
     share: float | None = None  # of the parameters that train: what LoRA of the nearest rank trains
     rate: float = 1.0  # its learning rates, in units of those of a comparison
     rate_of: str | None = None  # a variant whose chosen rate it takes, where both are compared
+    length: float | None = None  # of continued pre-training: the share of its steps over which the rate falls to zero
 
     def config(self, *, stages: int, seed: int, samples: int, shape: PretrainedConfig) -> ApexConfig:
         """Settings of a run; a variant's own number of stages goes before `stages`. A share needs the model's shape."""
@@ -44,6 +45,10 @@ _HALF = {"direct_heads": 0.5, "direct_channels": 0.5, "train_embeddings": False}
 _RATES = {"apex": 2.0, "direct": 2.0, "hft": 2.0, "lora": 2.0}
 _RATE_OF = {"restart": "full", "gmt": "full", "direct": "apex"}  # each one thing changed
 _BY_SHARE = {"2.4%": {"apex": 30.0, "direct": 30.0, "lora": 6.0}, "10%": {"apex": 7.0, "direct": 7.0, "lora": 3.0}}
+_EVERYTHING = {  # continued pre-training: every weight trains, and APEX has operators on top
+    "full-all": Variant("full"),
+    "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
+}
 
 
 def _half(method: Name = "apex", **changes: Any) -> Variant:
@@ -53,6 +58,7 @@ def _half(method: Name = "apex", **changes: Any) -> Variant:
 VARIANTS: dict[str, Variant] = {
     # "direct": the rows of "apex", without operators
     **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0), rate_of=_RATE_OF.get(name)) for name in METHODS},
+    "dora": Variant("lora", _HALF, _ALIKE | {"lora_dora": True}, rate=_RATES["lora"]),
     **{
         f"{name}-{share}": Variant(name, options=_ALIKE, share=float(share[:-1]) / 100, rate=rate, rate_of=leader)
         for share, rates in _BY_SHARE.items()
@@ -66,10 +72,13 @@ VARIANTS: dict[str, Variant] = {
         )
         for scale in (3.0, 10.0)
     },
-    # continued pre-training: every weight trains, and APEX has operators on top
-    "full-all": Variant("full"),
+    **_EVERYTHING,
     "restart-all": Variant("restart", rate_of="full-all"),
-    "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
+    **{  # runs of their own lengths, each with a rate that falls to zero at its end
+        f"{name}-{length:.0%}": replace(every, length=length, rate_of=name)
+        for name, every in _EVERYTHING.items()
+        for length in (1 / 3, 1.0)
+    },
     # ablations of "apex", one thing changed each
     **{name: _half(strategy=name) for name in ("random", "reversed", "magnitude")},
     "no-operator": _half("direct"),
@@ -81,4 +90,13 @@ VARIANTS: dict[str, Variant] = {
     **{name: _half(statistic=name) for name in ("mean", "ema", "ema_rank")},
     **{f"operator-lr-{scale:g}": _half(operator_lr_scale=scale) for scale in (4.0, 10.0)},
     "balance": _half(balance_weight=0.01),
+}
+
+# From full fine-tuning to APEX, one thing changed at a time: of each step, which two are compared. They add up.
+STEPS = {
+    "half, at random": ("full", "direct-random-1"),
+    "others in stage 2": ("direct-random-1", "direct-random"),
+    "by advantage": ("direct-random", "direct"),
+    "operators": ("direct", "apex"),
+    "all: APEX": ("full", "apex"),
 }

@@ -36,6 +36,7 @@ class Method:
     _: KW_ONLY
     lora_rank: int = 16
     lora_scale: float = 2.0
+    lora_dora: bool = False
     mask_share: float = 0.6
     matrices_only: bool = False
     plans: list[ExpansionPlan] = field(default_factory=list, init=False)  # made so far, one a stage that assesses
@@ -95,14 +96,17 @@ class Direct(Apex):
 
 
 class Lora(Method):
-    """LoRA on all linear layers, merged at the end (Hu et al. 2021); `lora_rank` r, and α = `lora_scale` · r."""
+    """LoRA on all linear layers, merged at the end (Hu et al. 2021); `lora_rank` r, and α = `lora_scale` · r.
+
+    With `lora_dora` the norms of columns train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
+    """
 
     plain = False
 
     def begin(self, model: PreTrainedModel, stage: int, statistics: pd.DataFrame | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        rank = {"r": self.lora_rank, "lora_alpha": self.lora_scale * self.lora_rank}
+        rank = {"r": self.lora_rank, "lora_alpha": self.lora_scale * self.lora_rank, "use_dora": self.lora_dora}
         return get_peft_model(model, LoraConfig(**rank, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def end(self, model: nn.Module) -> PreTrainedModel:

@@ -74,8 +74,8 @@ def train_in_stages(
     `trainer_class` is any subclass of `Trainer`; it prepares the data once, for assessment and all stages, so that
     TRL's take messages, text or preferences. For a stock Trainer, examples are tokenised: mappings with `input_ids`
     and, unless the collator makes them, `labels`. A data set that can only be iterated over keeps its own order.
-    `options` go to `method_of` (`lora_rank`, `lora_scale`, `mask_share`, `matrices_only`) or to the Trainer
-    (`compute_metrics`, `callbacks`, and what its class takes more); one that ends training early ends the run.
+    `options` go to `method_of` (`lora_rank`, `lora_scale`, `lora_dora`, `mask_share`, `matrices_only`) or to the
+    Trainer (`compute_metrics`, `callbacks`, and what its class takes more); one that ends training early ends the run.
 
     Stage s ends as a plain checkpoint `args.output_dir/stage-s` with `plan.json` and `statistics.parquet`. Inside a
     stage, `args.save_strategy`, `save_steps` and `save_total_limit` say when its state is saved and how many are kept,
