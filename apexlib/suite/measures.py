@@ -47,13 +47,9 @@ def lead(results: Path, *, table: str, of: str, over: str, column: str, on_fewer
     if len(ahead) and "tokens" in read_table(results, table, []):
         ends = [per_seed(results, table, run, "tokens")[ahead.index] for run in (of, over)]
         if (ends[0] >= ends[1]).any() if on_fewer_tokens else (ends[0] != ends[1]).any():
-            got, need = (
-                (sorted({*each.astype(int)}) for each in ends),
-                "fewer of the first" if on_fewer_tokens else "equal numbers",
-            )
-            raise ValueError(
-                f"{table}.csv: runs of {of} and {over} end after {' and '.join(map(str, got))} tokens: need {need}"
-            )
+            first, second = (sorted({*each.astype(int)}) for each in ends)
+            need = "fewer of the first" if on_fewer_tokens else "equal numbers"
+            raise ValueError(f"{table}.csv: runs of {of} and {over} end after {first} and {second} tokens: need {need}")
     if column == "exact_match":
         kept = (ahead != behind) | ~ahead.isin([0.0, 1.0])
         ahead, behind = ahead[kept], behind[kept]
