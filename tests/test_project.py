@@ -1,6 +1,7 @@
 """The frame: lock, environment and borders between modules agree with what the project says of itself."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -277,7 +278,8 @@ notebooks:
   03_instruction_tuning: {methods: [full, apex], learning_rates: [0.003], grid_seeds: [0], seeds: [0], steps: 4,
     batch_size: 8, assessment_samples: 16, difficulties: [1], train_examples: 64, valid_examples: 28,
     test_examples: 28, max_new_tokens: 2, retention_context: 64, retention_blocks: 8}
-  04_continued_pretraining: {methods: [full, apex], learning_rates: [0.003], grid_seeds: [0], seeds: [0], context: 64,
+  04_continued_pretraining: {methods: [full, apex], falling: ["full-all-100%"], learning_rates: [0.003],
+    grid_seeds: [0], seeds: [0], context: 64,
     steps: 4, batch_size: 4, assessment_samples: 8, evaluations: 2, test_blocks: 8, retention_blocks: 8}
   05_effective_rank: {constructed_draws: 2, strengths: [0.5], context: 64, hidden_blocks: 8}
   06_ablations: {variants: [apex, halve], seeds: [0], steps: 6, batch_size: 8, assessment_samples: 16,
@@ -326,6 +328,20 @@ def test_the_study_runs_at_toy_values(toy_study):
     reproduce(toy_study)
     table = pd.read_csv(toy_study / "data" / "results" / "toy" / "ablations.csv")
     assert set(table["variant"]) == {"apex", "halve"}
+
+
+def test_a_model_that_is_given_takes_the_place_of_those_that_are_trained(toy_study):
+    texts = [json.dumps({"text": f"def f{n}(x):\n    return x + {n}\n"}) for n in range(2000)]
+    (toy_study / "data/results/toy/text.jsonl").write_text("\n".join(texts))
+    (toy_study / "notebooks/profiles/toy.yaml").write_text("""
+description: A model that is there already.
+notebooks:
+  00_base_model: {model: data/models/python-3m/step-00425, corpus: data/results/toy/text.jsonl, skill_documents: 0,
+    context: 32, valid_blocks: 4, rivals: [], shipped: null}
+""")
+    reproduce(toy_study)
+    (model,) = pd.read_csv(toy_study / "data/results/toy/models.csv").to_dict("records")
+    assert (model["model"], model["path"]) == ("step-00425", "data/models/python-3m/step-00425")
 
 
 @pytest.mark.slow
