@@ -517,6 +517,10 @@ def test_models_that_differ_have_no_common_spectrum(model):
         explore.spectrum(model, {"other": torch.nn.Linear(3, 3)})
 
 
+def test_tab_offers_the_views_alone():
+    assert dir(explore) == ["expansion", "masks", "runs", "spectrum", "units"]
+
+
 # --------------------------------------------------------------------------------------------------------- notebooks
 
 LOOKS = {
