@@ -123,20 +123,20 @@ def name_ends(ends: Iterable[tuple[float, float, str, str]], ax: Axes) -> None:
 def by_method(table: pd.DataFrame, ax: Axes, *, null_name: str) -> None:
     """Draw `mean` with `low` and `high` of each `method`, in order, beside `null`: what a null model gives."""
     need(table, "method", "mean", "low", "high", "null")
-    x = np.arange(len(table))
+    x, room = range(len(table)), places(table["method"], ax)
     ax.errorbar(x, table["mean"], yerr=around(table), fmt="o", color=PALETTE[0], capsize=2, label="measured")
-    ax.hlines(table["null"], x - 0.3, x + 0.3, color=PALETTE[3], linewidth=1.6, label=null_name)
+    ax.plot(x, table["null"], "_", color=PALETTE[3], ms=min(11, 0.8 * room), mew=1.6, label=null_name)
     ax.axhline(0, **LEVEL)
-    places(table["method"], ax)
     ax.set_xlim(-0.6, len(table) - 0.4)
     ax.margins(y=0.4)
 
 
-def places(names: Sequence[str], ax: Axes) -> None:
-    """Name the places 0, 1, … of an axis, slanted, or standing where there is no room for that."""
+def places(names: Sequence[str], ax: Axes) -> float:
+    """Name the places 0, 1, … of an axis, slanted or standing, as there is room; return that of each, in points."""
     size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
-    room = ax.bbox.width / ax.figure.dpi * 72 / len(names)  # of each, in points
+    room = ax.bbox.width / ax.figure.dpi * 72 / len(names)
     ax.set_xticks(range(len(names)), names, **(SLANTED if room > 2 * size else STANDING))
+    return room
 
 
 def signed(matrix: np.ndarray, ax: Axes) -> AxesImage:
