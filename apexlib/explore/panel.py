@@ -41,7 +41,8 @@ class View(VBox):
         self.said, self.words = HTML(layout=Layout(min_height="1.8em")), HTML()  # has its place, so that nothing jumps
         layouts = [Layout(width=f"{100 * width:.0f}px", max_width="100%") for width in widths]
         self.pictures, self.pointer = [HTML(layout=layout) for layout in layouts], Text(layout=Layout(display="none"))
-        rows = [HBox(row, layout=Layout(flex_flow="row wrap")) for row in (list(controls.values()), self.pictures)]
+        flow = {"flex_flow": "row wrap", "align_items": "baseline"}
+        rows = [HBox(row, layout=Layout(**flow)) for row in (list(controls.values()), self.pictures)]
         self.children = (rows[0], self.said, rows[1], self.words, self.pointer)
         self.add_class("apex-view")
         self.pointer.add_class("apex-pointer")
