@@ -5,6 +5,7 @@ import copy
 import re
 import time
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -529,8 +530,9 @@ def test_models_that_differ_have_no_common_spectrum(model):
         explore.spectrum(model, {"other": torch.nn.Linear(3, 3)})
 
 
-def test_tab_offers_the_views_alone():
+def test_tab_offers_the_views_alone_and_then_their_arguments():
     assert dir(explore) == ["expansion", "masks", "runs", "spectrum", "units"]
+    assert [*signature(explore.masks).parameters] == ["model", "tokenizer", "text", "statistics"]
 
 
 # --------------------------------------------------------------------------------------------------------- notebooks

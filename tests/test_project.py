@@ -52,7 +52,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2938, "explore": 714, "the library": 13851}  # at most
+LINES = {"a file": 400, "the method": 2938, "explore": 722, "the library": 13859}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

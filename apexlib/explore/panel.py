@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from html import escape
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class View(VBox):
     A subclass draws. What cannot be shown is said in one line, and the pictures before it stay. Where no front end
     runs, the view is displayed as one picture.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = signature(cls.__init__)  # else that of all widgets would be shown: any arguments
+        cls.__signature__ = own.replace(parameters=[*own.parameters.values()][1:])
 
     def __init__(self, widths: tuple[float, ...] = (4.4, 3.2), height: float = 2.8, **controls: ValueWidget) -> None:
         super().__init__()
