@@ -523,6 +523,7 @@ def test_movement_with_roles_is_drawn_by_role():
 
 def test_a_figure_of_the_suite_takes_what_was_measured_and_writes_nothing_where_it_cannot(tmp_path):
     before = dict(mpl.rcParams)
+    plotting.new_figure()
     paths = plotting.draw_figure(measured_masking(), "masking_curve", tmp_path)
     assert dict(mpl.rcParams) == before
     assert [path.suffix for path in paths] == [".svg", ".png", ".csv"]
