@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,10 +10,11 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from apexlib.plot.forms import around, finish, groups
-from apexlib.plot.style import DOTTED, LEVEL, MARKERS, PALETTE
+from apexlib.plot.style import DOTTED, LEVEL, MARKERS, PALETTE, STYLE
 from apexlib.suite.figures import new_figure, save_figure
 
 
+@plt.style.context(STYLE)
 def draw(tables: dict[str, pd.DataFrame], folder: Path) -> None:
     """Draw the figures of all tables."""
     measured = tables["steps"]

@@ -28,6 +28,7 @@ html_theme = "furo"
 html_show_sourcelink = html_copy_source = html_show_copyright = False
 autodoc_member_order = "bysource"
 nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = [
     "misc.highlighting_failure"

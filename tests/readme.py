@@ -68,12 +68,11 @@ def claims() -> str:
     """The ledger's verdicts on the default run, and under other kernels."""
     table = claims_table(RESULTS)
     beside = repeated(table, RESULTS.with_name("cpu-avx2"))
-    turned = beside[(beside["elsewhere"] != "") & (beside["elsewhere"] != beside["verdict"])]
-    said = ", ".join(f"{row.number} ({row.elsewhere})" for row in turned.itertuples()) or "none"
-    other = f"Verdicts that differ when the same run uses other kernels: {said}."
-    if len(without := beside.loc[beside["elsewhere"] == "", "number"]):
-        other += f" Claims that came later, not compared: {', '.join(map(str, without))}."
-    if not beside["elsewhere"].any():
+    known = beside[beside["elsewhere"] != ""]
+    turned = known.loc[known["elsewhere"] != known["verdict"], ["number", "elsewhere"]].itertuples(index=False)
+    said = ", ".join(f"{number} ({verdict})" for number, verdict in turned) or "none"
+    other = f"Of {len(known)} verdicts, those that differ when the same run uses other kernels: {said}."
+    if known.empty:
         other = "The same run has not been made on other kernels yet."
     counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
     lost = table.loc[(table["together"] != table["verdict"]), "number"].tolist()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -115,7 +116,8 @@ def lab(browser, tmp_path_factory):
             assert server.poll() is None, log.seek(0) or log.read()
             yield Lab(f"http://127.0.0.1:{port}", root, planned(root))
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has ended, and said why
+                os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
 
 

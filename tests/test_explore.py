@@ -5,6 +5,7 @@ import copy
 import re
 import time
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -455,6 +456,18 @@ def test_claims_of_any_verdict_can_be_shown(runs):
         assert claim.verdict in words
 
 
+def test_claims_are_found_by_their_words_where_some_have_no_text():
+    folder = ROOT / "data" / "results" / "cpu"
+    tables = {name: pd.read_csv(folder / f"{name}.csv") for name in ("claims", "instruction")}
+    tables["claims"]["elsewhere"] = pd.Series(["a zebra"], index=[1])
+    view = explore.runs(tables)
+    assert len(view.table) == len(tables["claims"])
+    moved(view, words="zebra")
+    assert view.table["number"].tolist() == [2]
+    moved(view, words="nan")
+    assert not view.table["statement"].eq(tables["claims"]["statement"][0]).any()
+
+
 def test_the_chart_is_the_mean_over_seeds(runs):
     table = pd.read_csv(ROOT / "data" / "results" / "cpu" / "instruction.csv").query("method == 'apex'")
     for measure in ("valid_loss", "answer_loss"):  # of every run, and of those at the chosen rate
@@ -515,6 +528,11 @@ def test_a_random_matrix_ends_at_the_edge():
 def test_models_that_differ_have_no_common_spectrum(model):
     with pytest.raises(ValueError, match=r"other: has no model.*; need versions of one model"):
         explore.spectrum(model, {"other": torch.nn.Linear(3, 3)})
+
+
+def test_tab_offers_the_views_alone_and_then_their_arguments():
+    assert dir(explore) == ["expansion", "masks", "runs", "spectrum", "units"]
+    assert [*signature(explore.masks).parameters] == ["model", "tokenizer", "text", "statistics"]
 
 
 # --------------------------------------------------------------------------------------------------------- notebooks

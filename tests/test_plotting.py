@@ -1,6 +1,7 @@
 """Figures: what is drawn is what the table says, means or what was measured; equal tables give equal bytes."""
 
 import re
+import shutil
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from matplotlib.text import Text
 from apexlib import plot
 from apexlib.analysis.intervals import summarise
 from apexlib.plot import forms
-from apexlib.plot.style import ROLES
+from apexlib.plot.style import ROLES, STYLE
 from apexlib.suite import figures as plotting
 from apexlib.suite.sentences import sentence
 from benchmarks.figures import plot_forecast, plot_scaling, plot_step_costs
@@ -32,6 +33,12 @@ def as_it_was():
     with mpl.rc_context():
         yield
     plt.close("all")
+
+
+@pytest.fixture
+def styled():
+    with plt.style.context(STYLE):
+        yield
 
 
 def masking():
@@ -207,6 +214,9 @@ def test_a_method_of_few_weights_has_the_colour_of_the_whole_one_and_no_two_look
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(names)
     assert looks["lora-2.4%"]["color"] == looks["lora"]["color"] != looks["gmt"]["color"]
     assert (looks["lora"]["linestyle"], looks["lora-2.4%"]["linestyle"]) == ("-", "--")
+    many = pd.read_csv(RECORDED / "rank_gain.csv")[["method"]].drop_duplicates()  # more than there are markers
+    drawn = [(look["color"], look["marker"]) for _, _, look in forms.groups(many, "method")]
+    assert len(set(drawn)) == len(many) > 20
 
 
 def test_lines_on_one_another_can_be_told_apart():
@@ -222,6 +232,7 @@ def test_lines_on_one_another_can_be_told_apart():
     assert not thinner.collections
 
 
+@pytest.mark.usefixtures("styled")
 def test_names_at_the_ends_of_lines_keep_apart_and_in_order():
     (ax,) = plotting.new_figure(width=7)
     ends = pd.DataFrame({"method": [*"abcdef"], "loss": [1.0, 1.001, 1.002, 1.003, 2, 1.004], "chosen": False})
@@ -289,6 +300,42 @@ def test_a_figure_of_the_suite_is_drawn_from_the_table_beside_it(name, tmp_path)
     for path in tmp_path.glob("*.[ps]*g"):
         path.unlink()
     assert [path.read_bytes() for path in plotting.redraw_figure(name, tmp_path)] == first
+
+
+@pytest.mark.parametrize("name", plotting.FIGURES)
+def test_a_recorded_figure_has_room_for_all_its_words(name, tmp_path):
+    shutil.copy(RECORDED / f"{name}.csv", tmp_path)
+    figure = plotting.redraw_figure(name, tmp_path).figure
+    figure.draw_without_rendering()  # it was drawn for a file, with other pixels
+    panels = [ax for ax in figure.axes if hasattr(ax, "_plotted")]
+    assert panels
+    for words in (*figure.legends, *panels):
+        box = words.get_tightbbox()
+        assert all(figure.bbox.padded(1).contains(*corner) for corner in (box.min, box.max)), words
+    for ax in panels:
+        assert ax.bbox.height > 0.3 * figure.bbox.height
+        for axis, along in ((ax.xaxis, 0), (ax.yaxis, 1)):
+            labels = [label for label in axis.get_ticklabels() if label.get_text() and label.get_visible()]
+            for one, other in pairwise(labels):
+                gap = np.ptp([text.get_transform().transform(text.get_position())[along] for text in (one, other)])
+                turn = np.radians(one.get_rotation() if along == 0 else 90)
+                if turn:  # lines of text beside one another
+                    assert gap * np.sin(turn) > one.get_size() * figure.dpi / 72, one
+                else:
+                    assert gap > sum(text.get_window_extent().width for text in (one, other)) / 2, one
+
+
+@pytest.mark.parametrize("count", [2, 12, 30])
+def test_names_of_levels_stand_clear_of_what_is_compared(count, tmp_path):
+    rows = pd.DataFrame({"method": [f"m{n}" for n in range(count)], "mean": 1.0, "low": 0.5, "high": 1.5})
+    level = pd.DataFrame({"method": ["far"], "mean": [90.0]})
+    figure = plotting.draw_figure(pd.concat([rows, level]), "instruction", tmp_path).figure
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    (name,) = [text for text in ax.texts if text.get_text()]
+    first = ax.transData.transform((1.0, 0))[1] + 3 * figure.dpi / 72  # the upper end of a marker or a cap
+    assert name.get_text() == "far: 90.00 →"
+    assert name.get_window_extent().y0 >= first
 
 
 @pytest.mark.parametrize("name", plotting.FIGURES)
@@ -502,6 +549,7 @@ def test_movement_with_roles_is_drawn_by_role():
 
 def test_a_figure_of_the_suite_takes_what_was_measured_and_writes_nothing_where_it_cannot(tmp_path):
     before = dict(mpl.rcParams)
+    plotting.new_figure()
     paths = plotting.draw_figure(measured_masking(), "masking_curve", tmp_path)
     assert dict(mpl.rcParams) == before
     assert [path.suffix for path in paths] == [".svg", ".png", ".csv"]

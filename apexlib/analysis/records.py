@@ -23,7 +23,7 @@ class Records:
     def chosen(self, verdict: str, words: str) -> pd.DataFrame:
         """Claims of a verdict ("all": any) whose texts have every word."""
         claims = self.claims if verdict == "all" else self.claims[self.claims["verdict"] == verdict]
-        texts = claims.select_dtypes(exclude="number").astype(str).agg(" ".join, axis=1).str.lower()
+        texts = claims.select_dtypes(exclude="number").fillna("").astype(str).agg(" ".join, axis=1).str.lower()
         return claims[[all(word in text for word in words.lower().split()) for text in texts]]
 
     def chart(self, measure: str, methods: tuple[str, ...]) -> pd.DataFrame:

@@ -11,3 +11,7 @@ from apexlib.explore.records import Runs
 from apexlib.explore.spectra import Spectrum
 
 masks, units, expansion, runs, spectrum = Masks, Units, Expansion, Runs, Spectrum
+
+
+def __dir__() -> list[str]:
+    return ["expansion", "masks", "runs", "spectrum", "units"]

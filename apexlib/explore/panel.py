@@ -3,6 +3,7 @@
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from html import escape
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,19 @@ class View(VBox):
     runs, the view is displayed as one picture.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = signature(cls.__init__)  # else that of all widgets would be shown: any arguments
+        cls.__signature__ = own.replace(parameters=[*own.parameters.values()][1:])
+
     def __init__(self, widths: tuple[float, ...] = (4.4, 3.2), height: float = 2.8, **controls: ValueWidget) -> None:
         super().__init__()
         self.controls, self.widths, self.height, self._busy = controls, widths, height, False
         self.said, self.words = HTML(layout=Layout(min_height="1.8em")), HTML()  # has its place, so that nothing jumps
         layouts = [Layout(width=f"{100 * width:.0f}px", max_width="100%") for width in widths]
         self.pictures, self.pointer = [HTML(layout=layout) for layout in layouts], Text(layout=Layout(display="none"))
-        rows = [HBox(row, layout=Layout(flex_flow="row wrap")) for row in (list(controls.values()), self.pictures)]
+        flow = {"flex_flow": "row wrap", "align_items": "baseline"}
+        rows = [HBox(row, layout=Layout(**flow)) for row in (list(controls.values()), self.pictures)]
         self.children = (rows[0], self.said, rows[1], self.words, self.pointer)
         self.add_class("apex-view")
         self.pointer.add_class("apex-pointer")

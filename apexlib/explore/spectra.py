@@ -38,4 +38,5 @@ class Spectrum(View):
                 ax.legend()
         table = self.table.query("weight == @weight and (model == 'base' or model in @models)")
         columns = ["model", "matrix", "effective_rank", "random", "stable_rank", "frobenius", "above_edge"]
-        return table[columns].to_html(index=False, border=0, justify="left", float_format="{:.4g}".format)
+        html = table[columns].to_html(index=False, border=0, justify="left", float_format="{:.4g}".format)
+        return html.replace("<table", '<table cellpadding="5"')

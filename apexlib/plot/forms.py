@@ -1,7 +1,7 @@
 """The forms of figures: each draws a tidy table on an `ax`; `finish` labels it."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, Literal
 
@@ -9,10 +9,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from apexlib.plot.style import DOTS, DOTTED, IMAGE, LEVEL, MARKERS, PALETTE, ROLES, SLANTED
+from apexlib.plot.style import DOTS, DOTTED, IMAGE, LEVEL, MARKERS, PALETTE, ROLES, SLANTED, STANDING
 
 
 def loss_curve(table: pd.DataFrame, ax: Axes, *, x: str = "tokens", unit: float = 1e6) -> None:
@@ -122,13 +123,20 @@ def name_ends(ends: Iterable[tuple[float, float, str, str]], ax: Axes) -> None:
 def by_method(table: pd.DataFrame, ax: Axes, *, null_name: str) -> None:
     """Draw `mean` with `low` and `high` of each `method`, in order, beside `null`: what a null model gives."""
     need(table, "method", "mean", "low", "high", "null")
-    x = range(len(table))
+    x, room = range(len(table)), places(table["method"], ax)
     ax.errorbar(x, table["mean"], yerr=around(table), fmt="o", color=PALETTE[0], capsize=2, label="measured")
-    ax.plot(x, table["null"], "_", color=PALETTE[3], ms=11, mew=1.6, label=null_name)
+    ax.plot(x, table["null"], "_", color=PALETTE[3], ms=min(11, 0.8 * room), mew=1.6, label=null_name)
     ax.axhline(0, **LEVEL)
-    ax.set_xticks(x, table["method"], **SLANTED)
     ax.set_xlim(-0.6, len(table) - 0.4)
     ax.margins(y=0.4)
+
+
+def places(names: Sequence[str], ax: Axes) -> float:
+    """Name the places 0, 1, … of an axis, slanted or standing, as there is room; return that of each, in points."""
+    size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
+    room = ax.bbox.width / ax.figure.dpi * 72 / len(names)
+    ax.set_xticks(range(len(names)), names, **(SLANTED if room > 2 * size else STANDING))
+    return room
 
 
 def signed(matrix: np.ndarray, ax: Axes) -> AxesImage:
@@ -156,7 +164,9 @@ def groups(
     names = table[by].dropna().unique()
     whole = [re.sub(r"-[\d.]+%$", "", str(name)) for name in names]
     colours = dict(zip(dict.fromkeys(whole), cycle(range(len(PALETTE)))))
-    looks = looks or dict(zip(names, zip(names, map(colours.get, whole), cycle(MARKERS)), strict=False))
+    count = len(MARKERS)
+    markers = [MARKERS[(n + n // count) % count] for n in range(len(names))]  # of many no two look alike
+    looks = looks or dict(zip(names, zip(names, map(colours.get, whole), markers, strict=True), strict=True))
     for value, (name, colour, marker) in looks.items():
         if len(rows := table[table[by] == value]):
             look = {"color": PALETTE[colour], "marker": marker, "linestyle": "--" if str(name).endswith("%") else "-"}
@@ -181,11 +191,12 @@ def finish(ax: Axes, table: pd.DataFrame, *, legend: str = "", percent: Mapping 
     """Label the axes, add a legend and keep the plotted table with the ax, for `save_figure`.
 
     `legend`: "inside", "beside" the ax where it would hide something, or one "below" all panels of the figure.
-    `percent`: the decimals of an axis, "x" or "y", that shows shares.
+    `percent`: the decimals of an axis, "x" or "y", that shows shares; None: of each number as many as it needs.
     """
     ax.set(**labels)
     for axis, decimals in (percent or {}).items():
-        getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1, decimals))
+        look = PercentFormatter(1, decimals) if decimals is not None else FuncFormatter(_percent)
+        getattr(ax, f"{axis}axis").set_major_formatter(look)
     if legend == "inside":
         ax.legend()
     elif legend == "beside" or (legend and not ax.figure.get_layout_engine()):  # which would make room below
@@ -195,3 +206,7 @@ def finish(ax: Axes, table: pd.DataFrame, *, legend: str = "", percent: Mapping 
         ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     ax._plotted = table
     return ax
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{100 * share:.6g}%".replace("-", "\N{MINUS SIGN}")

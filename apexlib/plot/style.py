@@ -10,6 +10,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
 LEVEL = {"color": "0.4", "linewidth": 0.8}  # a line across
 DOTTED = LEVEL | {"linestyle": ":"}  # that is there to compare with
 SLANTED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # names below an axis
+STANDING = {"rotation": 90, "ha": "center", "va": "top"}  # where there are many
 UPRIGHT = {"rotation": 90, "ha": "left", "va": "top"}  # the name of a level, beside it
 DOTS = {"linestyle": "none", "mec": "white", "mew": 0.4}  # markers that may lie on one another
 IMAGE = {"aspect": "auto", "interpolation": "nearest"}  # a cell for each entry of a matrix

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from apexlib.analysis.intervals import summarise
-from apexlib.plot.forms import around, by_method, distribution, finish, lines, loss_curve, need, roles, signed
-from apexlib.plot.style import DOTTED, MARKERS, ORDERS, ROLES, SLANTED, STYLE
+from apexlib.plot.forms import around, by_method, distribution, finish, lines, loss_curve, need, places, roles, signed
+from apexlib.plot.style import DOTTED, MARKERS, ORDERS, ROLES, STYLE
 
 __all__ = ["activations", "biography", "imbalance", "masking", "movement", "spectrum", "training", "updates", "weight"]
 
@@ -110,7 +110,7 @@ def movement(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
             at, edge = np.arange(len(groups)) + 0.2 * (step - 1.5), {"mec": "0.35", "mew": 0.4, "ecolor": "0.35"}
             look = {"fmt": MARKERS[step], "color": colour, "elinewidth": 0.7, "label": name, **edge}
             ax.errorbar(at, rows["mean"], yerr=around(rows), **look)
-        ax.set_xticks(range(len(groups)), groups, **SLANTED)
+        places(groups, ax)
         ax.grid(visible=False, axis="x")
         return finish(ax, table, legend="below", percent={"y": 1}, xlabel=by, ylabel="change of a unit / its norm")
 

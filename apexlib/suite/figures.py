@@ -90,7 +90,8 @@ def comparison(table: pd.DataFrame, ax: Axes) -> None:
     ax.errorbar(means["mean"], rows, xerr=around(means), fmt="none", ecolor="0.55", capsize=2, linewidth=1)
     ax.scatter(means["mean"], rows, color=colours, s=18, zorder=3)
     compared = table[~of_runs & table["low"].isna()].set_index("method")["mean"]
-    ax.set(ylim=(len(means) - 0.4, -1.5 if len(compared) else -0.5), yticks=rows, yticklabels=means["method"])
+    top = -0.6 - 0.09 * len(means) if len(compared) else -0.5  # the names of levels need a share of the height
+    ax.set(ylim=(len(means) - 0.4, top), yticks=rows, yticklabels=means["method"])
     ax.xaxis.set_major_locator(MaxNLocator(4))
     levels(compared, ax)
     ax.grid(axis="y", visible=False)
@@ -174,13 +175,16 @@ def redraw_figure(name: str, folder: Path) -> Drawing:
     return _draw(Path(folder) / f"{name}.csv", name, folder)
 
 
-@mpl.rc_context()
+@plt.style.context(STYLE)
 def _draw(source: Path | StringIO, name: str, folder: Path) -> Drawing:
     if name not in FIGURES:
         raise ValueError(f"figure {name!r} is not in FIGURES; known: {', '.join(FIGURES)}")
     text = pd.read_csv(source, dtype=str, na_filter=False)
     parts = list(text.groupby("panel", sort=False)) if "panel" in text else [("", text)]
-    axes = new_figure(len(parts), **FIGURES[name].get("size", {}))
+    size = dict(FIGURES[name].get("size", {}))
+    if (row := size.pop("row", 0)) and "method" in text:
+        size["height"] = max(size["height"], row * (4 + text["method"].nunique()))
+    axes = new_figure(len(parts), **size)
     try:
         for number, (ax, (title, rows)) in enumerate(zip(axes, parts, strict=True)):
             # the types of a table of its own; "null" and "nan" are names
@@ -193,8 +197,7 @@ def _draw(source: Path | StringIO, name: str, folder: Path) -> Drawing:
 
 
 def new_figure(columns: int = 1, *, width: float | None = None, height: float = 2.3) -> list[Axes]:
-    """Open a figure in the suite's style with `columns` panels side by side; sizes in inches."""
-    plt.style.use(STYLE)
+    """Open a figure with `columns` panels side by side; sizes in inches."""
     width = width or (3.4 if columns == 1 else _WIDTH)  # one or two columns of a paper
     _, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
     return list(axes[0])
