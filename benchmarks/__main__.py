@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     studies = step_studies(options.device, options.quick)
     measured = steps(studies)
     model = next(study.case for study in studies if study.case.kind == "model")
-    extra = overheads(model, 3 if options.quick else 7)
+    extra = overheads(model, 3 if options.quick else 5)
     tables = {"steps": measured, "overheads": extra, "scaling": scaling(scaling_studies(options.device, options.quick))}
     if options.device == "cpu":
         tables["forecast"] = forecasts(studies, measured)

@@ -40,9 +40,8 @@ def _on_cpu() -> list[Study]:
 
     small = models("8 × 256", d_model=256, d_ff=704, layers=8, vocabulary=8192)
     deep = models("7 × 512, bfloat16", layers=7, heads=16, vocabulary=8192, autocast=True)
-    own = ("full", "activation-space", "apex", "apex-recompute", "lora")
     return [
-        Study(block, BLOCK_METHODS, 9, own),
+        Study(block, BLOCK_METHODS, 9, ("full", "apex", "apex-recompute")),
         Study(blocks("512/1408, 256 tokens", batch=1), BLOCK_METHODS, 15),
         Study(blocks("1024/2816, 1024 tokens", d_model=1024, d_ff=2816, batch=4), BLOCK_METHODS, 5),
         Study(blocks("2048/5632, 512 tokens", d_model=2048, d_ff=5632, batch=2), (*PEERS, "apex-split"), 3),
@@ -57,7 +56,7 @@ def _on_cpu() -> list[Study]:
         Study(models("4 × 512, all threads, bfloat16", threads=cores, autocast=True), PEERS, 3),
         Study(small, PEERS, 3),
         Study(replace(small, name=f"{small.name}, bfloat16", autocast=True), PEERS, 3),
-        Study(deep, ("full", "apex", "apex-split", "apex-2.4%", "lora", "hft", "direct"), 4),
+        Study(deep, (*PEERS, "apex-split"), 4),
         Study(replace(deep, name=f"{deep.name}, compiled", compiled=True), PEERS, 4),
     ]
 

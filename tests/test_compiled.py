@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from apexlib.architectures import family_of, model_components
 from apexlib.expansion import expand, fuse
 from apexlib.plan import ExpansionPlan
+from apexlib.projections import composed_once
 from apexlib.training.stages import train_in_stages
 
 
@@ -115,6 +116,45 @@ def test_a_whole_model_is_not_compiled_again_in_the_next_stage(variant, whole_ba
     assert compiler.frame_count == 1
 
 
+def test_under_autocast_gradients_are_those_of_eager_mode_but_for_rounding(whole_batch, compiler):
+    model, eager = (begun(build("llama", attention="sdpa"), 0) for _ in range(2))
+    exact = gradients(begun(build("llama", attention="sdpa"), 0), whole_batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (gradients(each, whole_batch) for each in (compiled_layers(model, compiler), eager))
+
+    def error(given):
+        return sum((given[name] - exact[name]).norm() / exact[name].norm() for name in exact).item()
+
+    assert 0 < error(found) <= 1.2 * error(expected)
+    assert compiler.frame_count == 1
+
+
+def test_frozen_rows_that_somebody_trains_after_all_get_their_gradients(whole_batch, compiler):
+    model, eager = (begun(build("llama", attention="sdpa"), 0) for _ in range(2))
+    for each in (model, eager):
+        each.model.layers[0].mlp.up_proj.frozen.requires_grad_(True)
+        each.model.layers[1].self_attn.v_proj.frozen.requires_grad_(True)
+    found = gradients(compiled_layers(model, compiler), whole_batch)
+    assert_equal_gradients(found, gradients(eager, whole_batch))
+    assert sum("frozen" in name for name in found) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+def test_evaluation_is_compiled_too_and_composes_anew_what_has_changed(variant, whole_batch, compiler):
+    eager = begun(build(variant, attention="sdpa"), 0).eval()
+    model = compiled_layers(begun(build(variant, attention="sdpa"), 0).eval(), compiler)
+    for seed in (1, 2):
+        for each in (model, eager):
+            perturb(each, seed=seed)
+        expected = eager(**whole_batch, use_cache=False).logits
+        assert_close(model(**whole_batch, use_cache=False).logits, expected)
+        with composed_once(model):
+            for _ in range(2):
+                assert_close(model(**whole_batch, use_cache=False).logits, expected)
+    assert not counters["graph_break"]
+
+
 class Compiled(TrainerCallback):
     """How many graphs there are at the end of each stage."""
 
@@ -141,5 +181,4 @@ def test_stages_that_are_compiled_are_those_of_eager_mode(tiny_model, tmp_path, 
     for name, weight in eager.model.state_dict().items():
         assert_close(compiled.model.get_parameter(name), weight, rtol=1e-3, atol=1e-4)
     first, second = seen.graphs
-    assert 0 < first == second
-    assert all("function ActivationRecorder._" in reason for reason in counters["graph_break"])  # around the layers
+    assert 0 < first == second <= 5  # the model and its head, or embedding, positions, a layer, norm and head
