@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from apexlib.architectures import Component, model_components
 from apexlib.evaluation import in_evaluation, on_device
-from apexlib.fused_ffn import FusedFFN, wide
-from apexlib.plan import ComponentName
+from apexlib.fused_ffn import FusedFFN, counted, wide
 from apexlib.progress import progress
 
 EMA_DECAY = 0.9  # the moving averages that the paper compares with the plain rank score
@@ -92,7 +91,7 @@ class ActivationRecorder:
         self._pass: torch.nn.Module | None = None  # the module whose forward opened the running pass
         self._rows: Tensor | None = None  # which tokens of the running pass are no padding; None: all
         self._tokens = 0
-        self._squares: dict[tuple[ComponentName, int], Tensor] = {}
+        self._observers: list[_Observer] = []
 
     def __enter__(self) -> Self:
         # the outermost forward marks a pass: what backward recomputes runs outside it
@@ -102,12 +101,15 @@ class ActivationRecorder:
             attach(module.register_forward_hook(self._end, always_call=True))
         for part in self.components:
             reader = self.model.get_submodule(part.reader.module)
-            if part.component == "channel" and self.statistic == "gate":
-                observer = _Observer(self, part, reader, of_product=False)
+            observer = _Observer(self, part, reader, of_product=part.component == "head" or self.statistic == "product")
+            self._observers.append(observer)
+            if not observer.of_product:
                 attach(self.model.get_submodule(part.activation).register_forward_hook(observer))
-            else:
-                observer = _Observer(self, part, reader, of_product=True)
+            elif (observers := getattr(reader, "observers", None)) is None:
                 attach(reader.register_forward_pre_hook(observer))
+            else:  # an expanded projection, compiled once for all layers, which no hook of their own would let it be
+                observers.append(observer)
+                self._attached.callback(observers.remove, observer)
             block = self.model.get_submodule(part.reader.module.rpartition(".")[0])
             if isinstance(block, FusedFFN) and not self.differentiable:  # a loss term needs the activations themselves
                 block.observers.append(observer)
@@ -116,7 +118,7 @@ class ActivationRecorder:
 
     def __exit__(self, *_: object) -> None:
         self._attached.close()
-        self._pass = None
+        self._pass, self._observers = None, []
 
     def gather(self) -> None:
         """Add up what the processes of a distributed run have seen, so that all of them hold the same statistics."""
@@ -159,10 +161,11 @@ class ActivationRecorder:
             tables.append(unit_table(part, activation=mean, rank_score=rank, **averages))
         return pd.concat(tables, ignore_index=True).assign(tokens=self.tokens, batches=self.batches)
 
+    @torch.compiler.disable
     def _begin(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if self._pass not in (None, module) or (self.training_only and not module.training):
             return
-        self._pass, self._squares = module, {}
+        self._pass = module
         inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
         mask = inputs.get("attention_mask")
@@ -174,13 +177,14 @@ class ActivationRecorder:
             if not rows.all():
                 self._rows, self._tokens = rows, int(rows.sum())
 
+    @torch.compiler.disable
     def _end(self, module: torch.nn.Module, _: tuple, output: object) -> None:
         if self._pass is not module:
             return
         self._pass = None
-        squares, self._squares = self._squares, {}
         if output is None or not self._tokens:  # the forward raised, or the batch was all padding
             return
+        squares = {(each.part.component, each.part.layer): each.by_unit() for each in self._observers}
         if self.differentiable:
             self.imbalance = torch.stack([_variation(values) for values in squares.values() if len(values) > 1]).mean()
         for component, sums in self._sums.items():
@@ -207,6 +211,7 @@ class _Observer:
         self, recorder: ActivationRecorder, part: Component, reader: torch.nn.Module, *, of_product: bool
     ) -> None:
         self.recorder, self.part, self.reader, self.of_product = recorder, part, reader, of_product
+        self.squares: Tensor | None = None
         self._units: tuple[tuple, Tensor] | None = None
 
     def __call__(self, _: torch.nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
@@ -224,9 +229,13 @@ class _Observer:
 
     def take_squares(self, squares: Float[Tensor, " inputs"]) -> None:
         """Take each input's sum of squares over the tokens of this pass, in the order in which the layer runs them."""
+        self.squares = squares
+
+    def by_unit(self) -> Float[Tensor, " units"]:
+        """Hand on the sums of the pass that ends, by unit."""
+        squares, self.squares = self.squares, None
         units = self._unit_of_input(getattr(self.reader, "input_order", None), squares.device)
-        total = squares.new_zeros(self.part.units).index_add_(0, units, squares)
-        self.recorder._squares[self.part.component, self.part.layer] = total
+        return squares.new_zeros(self.part.units).index_add_(0, units, squares)
 
     def _unit_of_input(self, order: Tensor | None, device: torch.device) -> Tensor:
         made_for = (order, None if order is None else order._version, device)
@@ -241,8 +250,9 @@ class _Observer:
 def _sum_of_squares(activation: Float[Tensor, "*batch n"], tokens: Tensor | None) -> Float[Tensor, " n"]:
     """Sum the squares of the columns over `tokens` (None: all), in float32 at least."""
     rows = activation.flatten(0, -2)
-    if tokens is not None:
-        rows = rows[tokens.to(rows.device)]
+    rows = rows if tokens is None else counted(rows, tokens.to(rows.device))
+    if torch.compiler.is_compiling():
+        return rows.to(wide(rows.dtype)).square().sum(0)
     sums = [chunk.to(wide(rows.dtype)).square().sum(0) for chunk in rows.split(512)]  # no copy of all rows
     return torch.stack(sums).sum(0)
 

@@ -187,8 +187,10 @@ class Mixer(nn.Module):
     ) -> Sequence[Float[Tensor, "n _"]]:
         """Apply the formula to each of several matrices, with the same M and v, and cast the result."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            pairs = zip(matrices, scales, strict=True)
-            found = (expand_rows(rows, self.operator, self.v, None if s is None else s[0]) for rows, s in pairs)
+            sources = torch.cat([rows[len(self.v) : 2 * len(self.v)] for rows in matrices], 1)
+            mixed = self.operator(sources).split([rows.shape[1] for rows in matrices], 1)
+            given = zip(matrices, scales, mixed, strict=True)
+            found = (expand_rows(rows, lambda _, m=m: m, self.v, None if s is None else s[0]) for rows, s, m in given)
             return [rows.to(dtype) for rows in found]
         with without_autocast(self.v.device):
             factors = self.operator._parameters.values()

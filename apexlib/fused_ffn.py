@@ -129,12 +129,37 @@ class GatedFFN(torch.autograd.Function):
         return grad_x, None, None, None, grad.sum(0) if needed[4] else None, *weights
 
 
+class PartlyTrained(torch.autograd.Function):
+    """x Wᵀ, or x W where W `reads` units, of W = [tuned | frozen]: one product each way, and a gradient for `tuned`."""
+
+    @staticmethod
+    def forward(x: Tensor, tuned: Tensor, frozen: Tensor, reads: bool) -> Tensor:
+        whole = torch.cat([tuned, frozen])
+        return x @ (whole if reads else whole.T)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.reads = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, tuned, frozen), grad_x, grad_tuned = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            whole = torch.cat([tuned, frozen])
+            grad_x = grad @ (whole.T if ctx.reads else whole)
+        if ctx.needs_input_grad[1]:
+            left, right = (x, grad) if ctx.reads else (grad, x)
+            grad_tuned = left[..., : len(tuned)].flatten(0, -2).T @ right.flatten(0, -2)
+        return grad_x, grad_tuned, None, None
+
+
 class FusedFFN(nn.Module):
     """A gated FFN whose projections are split; it runs as one function where nothing has to see inside.
 
-    A plain module takes this form by a change of class, `take_form`, as projections do. It falls back to the split form
-    in evaluation, under `torch.compile` and `torch.func`, and where a module inside has a hook that is not one of the
-    `observers`: it may need the tensors themselves.
+    A plain module takes this form by a change of class, `take_form`, as projections do. A compiler gets the formula. In
+    evaluation and under `torch.func` it falls back to the split form, and where a module inside has a hook that is not
+    one of the `observers`: it may need the tensors themselves.
     """
 
     plain_class: type[nn.Module]
@@ -144,19 +169,20 @@ class FusedFFN(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         gate, up, down, activation = (self.get_submodule(name) for name in self.names)
-        in_torch_func = torch._C._are_functorch_transforms_active()
-        plain = not down.training or torch.compiler.is_compiling() or in_torch_func
+        plain = not down.training or torch._C._are_functorch_transforms_active()
         if plain or any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
-        dtype = dtype_of_products(down.frozen)
-        tuned, frozen = _channels(gate, up, down, dtype)
-        parts = [part for part in (tuned, frozen) if len(part.gate)]
+        dtype, known = dtype_of_products(down.frozen), _ACTIVATIONS[type(activation)]
+        parts = [part for part in _channels(gate, up, down, dtype) if len(part.gate)]
         bias = None if down.bias is None else down.bias.to(dtype)
         sums = [_SquareSums(parts, observer, x.device) for observer in self.observers if observer.listens()]
-        keep = self.keeps and torch.is_grad_enabled()
         rows = x.to(dtype).flatten(0, -2)
-        output = GatedFFN.apply(rows, _ACTIVATIONS[type(activation)], keep, sums, bias, *_flat(parts))
+        if torch.compiler.is_compiling():
+            output = _for_compiler(rows, known, sums, bias, parts)
+        else:
+            keep = self.keeps and torch.is_grad_enabled()
+            output = GatedFFN.apply(rows, known, keep, sums, bias, *_flat(parts))
         for squares in sums:
             squares.observer.take_squares(torch.cat(squares.sums))
         return output.unflatten(0, x.shape[:-1])
@@ -176,6 +202,16 @@ def dtype_of_products(weight: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def in_one(frozen: Tensor) -> bool:
+    """Whether one product with a copy of the whole weight stands for two: for a compiler, which makes half the code."""
+    return torch.compiler.is_compiling() and not frozen.requires_grad
+
+
+def counted(values: Float[Tensor, "tokens n"], tokens: Tensor) -> Float[Tensor, "_ n"]:
+    """The rows of those tokens, for a sum; for a compiler, which needs to know how many there are, zeros elsewhere."""
+    return values.where(tokens[:, None], 0) if torch.compiler.is_compiling() else values[tokens]
 
 
 def take_form(module: nn.Module, names: tuple[str, str, str, str], mode: str) -> None:
@@ -202,7 +238,7 @@ class _SquareSums:
 
     def add(self, number: int, values: Tensor, rows: slice, *, of_product: bool) -> None:
         if of_product == self.observer.of_product:
-            values = values if self.tokens is None else values[self.tokens[rows].to(values.device)]
+            values = values if self.tokens is None else counted(values, self.tokens[rows].to(values.device))
             self.sums[number] += values.to(wide(values.dtype)).square().sum(0)
 
 
@@ -229,6 +265,30 @@ def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, 
         return Part(*(None if tensor is None else tensor.to(dtype) for tensor in tensors))
 
     return part(tuned), part(frozen)
+
+
+def _for_compiler(x: Tensor, activation: _Activation, sums: Any, bias: Tensor | None, parts: list[Part]) -> Tensor:
+    """The formula over all parts at once, for a compiler to differentiate and to join what surrounds its products."""
+
+    def product(x: Tensor, name: str, *, reads: bool = False) -> Tensor:
+        weights = [getattr(part, name) for part in parts]
+        if len(parts) > 1 and in_one(weights[1]):
+            return PartlyTrained.apply(x, *weights, reads)
+        return x @ (torch.cat(weights) if reads else torch.cat(weights).T)
+
+    def biased(name: str) -> Tensor:
+        biases = [getattr(part, f"{name}_bias") for part in parts]
+        return product(x, name) if biases[0] is None else product(x, name) + torch.cat(biases)
+
+    value = activation.value(biased("gate"))
+    hidden = value * biased("up")
+    sizes = [len(part.gate) for part in parts]
+    for squares in sums:
+        for number, (gates, products) in enumerate(zip(value.split(sizes, 1), hidden.split(sizes, 1), strict=True)):
+            squares.add(number, gates, slice(None), of_product=False)
+            squares.add(number, products, slice(None), of_product=True)
+    output = product(hidden, "down", reads=True)
+    return output if bias is None else output + bias
 
 
 def _twice_differentiable(ctx: Any, grad: Tensor, x: Tensor, bias: Tensor | None, flat: list[Tensor | None]) -> tuple:

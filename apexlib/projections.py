@@ -10,7 +10,7 @@ goes on working: references, hooks, names of modules. A wrapper in its place wou
 when it goes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from apexlib.architectures import Slot
-from apexlib.fused_ffn import FusedFFN, dtype_of_products, leave_form, wide
+from apexlib.fused_ffn import FusedFFN, PartlyTrained, dtype_of_products, in_one, leave_form, wide
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLOATING = (*_HALF, torch.float32, torch.float64)
@@ -73,6 +73,7 @@ class SplitProjection(nn.Module):
     layout: Layout
     mixer: nn.Module | None  # registered in the parent module only
     order: Tensor  # where each of [rows | frozen] lies in the plain weight; saved, so that a state says what it holds
+    observers: list[Callable[[nn.Module, tuple], None]]  # called with its input, as hooks would be
     held: dict[str, Tensor] | None = None  # what it was composed to, inside `composed_once`
 
     @property
@@ -104,19 +105,31 @@ class SplitProjection(nn.Module):
         super()._load_from_state_dict(state, prefix, *given)
 
     def forward(self, x: Float[Tensor, "*batch n_in"]) -> Float[Tensor, "*batch n_out"]:
+        for observer in self.observers:
+            observer(self, (x,))
         if not self.training:
             return super().forward(x)
-        layout, frozen = self.layout, self.frozen
-        ((composed, bias),) = self.composed_with(dtype=dtype_of_products(frozen))
+        layout, frozen, dtype = self.layout, self.frozen, dtype_of_products(self.frozen)
+        ((composed, bias),) = self.composed_with(dtype=dtype)
+        sizes, output = [len(composed), len(frozen)], None
+        if layout.is_input and layout.reordered:
+            x = x.index_select(-1, self.order)
+        if in_one(frozen) and not torch._C._are_functorch_transforms_active():
+            output = PartlyTrained.apply(x.to(dtype), composed, frozen.to(dtype), layout.is_input)
         if layout.is_input:
-            x = x.index_select(-1, self.order) if layout.reordered else x
-            tuned, rest = x.split([len(composed), len(frozen)], dim=-1)
+            if output is not None:
+                return output if self.bias is None else output + self.bias.to(dtype)
+            tuned, rest = x.split(sizes, dim=-1)
             return linear(tuned, composed.T) + linear(rest, frozen.T, self.bias)
-        tuned, rest = linear(x, composed, bias), linear(x, frozen, self.bias_frozen)
+        if output is None:
+            tuned, rest = linear(x, composed, bias), linear(x, frozen, self.bias_frozen)
+        else:
+            output = output if bias is None else output + torch.cat([bias, self.bias_frozen.to(dtype)])
+            tuned, rest = output.split(sizes, dim=-1)
         if len(layout.widths) > 1 and not layout.by_unit:  # role by role
             tuned, rest = (y.split(layout.sizes(y.shape[-1]), dim=-1) for y in (tuned, rest))
             return torch.cat([y for pair in zip(tuned, rest, strict=True) for y in pair], dim=-1)
-        output = torch.cat([tuned, rest], dim=-1)
+        output = torch.cat([tuned, rest], dim=-1) if output is None else output
         return output.index_select(-1, self.order.argsort()) if layout.reordered else output
 
     def compose(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -236,7 +249,7 @@ def split(
     }
     module._parameters.clear()
     module.__class__ = _SPLIT[type(module)]
-    module.__dict__.update(layout=layout, mixer=mixer)  # by setattr, nn.Module would register the mixer once more
+    module.__dict__.update(layout=layout, mixer=mixer, observers=[])  # setattr would register the mixer once more
     for name, tensor in tensors.items():
         trains = name not in ("frozen", "bias_frozen")
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=trains))
@@ -251,7 +264,7 @@ def unsplit(module: SplitProjection, composed: dict[str, Float[Tensor, "n d"]]) 
     if "bias" in composed:
         bias = module.whole(composed["bias"], module.bias_frozen[:, None]).flatten()
     module._parameters.clear()
-    del module.order, module.__dict__["layout"], module.__dict__["mixer"]
+    del module.order, module.layout, module.mixer, module.observers
     module.__class__ = module.plain_class
     module.weight = nn.Parameter(weight)
     module.register_parameter("bias", None if bias is None else nn.Parameter(bias))

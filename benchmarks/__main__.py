@@ -9,9 +9,10 @@ import torch
 from apexlib.provenance import save_table
 from apexlib.suite.folders import folders
 from benchmarks import effective_rank
-from benchmarks.cases import scaling_studies, step_studies, throughput_cases
+from benchmarks.cases import scaling_studies, step_studies
 from benchmarks.figures import draw
-from benchmarks.studies import forecasts, overheads, scaling, steps, targets, throughput
+from benchmarks.studies import forecasts, overheads, scaling, steps
+from benchmarks.targets import targets
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,24 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, no more")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; times are CPU time with one, else wall time"
-    )
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     parser.add_argument("--name", default=None, help="profile to write to (bench, bench-quick, bench-cuda)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # a case may ask for more
     suffix = "-quick" if options.quick else "" if options.device == "cpu" else f"-{options.device}"
     paths = folders(options.name or f"bench{suffix}")
     started = time.perf_counter()
-    studies = step_studies(options.device, options.quick, options.compile)
-    rounds = 3 if options.quick else 7
+    studies = step_studies(options.device, options.quick)
     measured = steps(studies)
     model = next(study.case for study in studies if study.case.kind == "model")
-    extra = overheads(model, rounds)
-    curves = scaling(scaling_studies(options.device, options.quick))
-    speeds = throughput(throughput_cases(options.device, options.quick), rounds)
-    tables = {"steps": measured, "overheads": extra, "scaling": curves, "throughput": speeds}
+    extra = overheads(model, 3 if options.quick else 5)
+    tables = {"steps": measured, "overheads": extra, "scaling": scaling(scaling_studies(options.device, options.quick))}
     if options.device == "cpu":
         tables["forecast"] = forecasts(studies, measured)
         tables["targets"] = targets(measured, extra, tables["forecast"])
@@ -45,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(save_table(table, name, paths.results, **facts))
     draw(tables, paths.figures)
     small = ["--rows", "256", "--columns", "704"] if options.quick else []
-    effective_rank.main([*small, "--threads", str(options.threads), "--out", str(paths.results)])
+    effective_rank.main([*small, "--out", str(paths.results)])
     return 0
 
 

@@ -1,15 +1,17 @@
 """Effective rank by a float64 Gram matrix against `torch.linalg.svdvals` in float32: time and error over spectra.
 
-    python benchmarks/effective_rank.py [--rows 1024] [--columns 2816] [--repeats 3] [--out FOLDER]
+    python -m benchmarks.effective_rank [--rows 1024] [--columns 2816] [--repeats 3] [--out FOLDER]
+    python -m benchmarks.effective_rank --peers [--out FOLDER]
 
 Each repeat times both on the same matrix, one after the other; `ratio` is the median of time(svdvals) / time(ours)
-within repeats. Errors of the effective rank are relative, against a float64 SVD of the same stored values.
+within repeats. Errors of the effective rank are relative, against a float64 SVD of the same stored values. `--peers`
+takes matrices of the shapes of a model of 7 B parameters, once each, through all that a user might call: minutes.
 """
 
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -17,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from scipy.linalg import svdvals
 
 from apexlib.analysis.spectrum import effective_rank, measures
 from apexlib.provenance import save_table
@@ -83,6 +86,37 @@ def compare(name: str, dtype: str, matrix: torch.Tensor, repeats: int) -> dict[s
     }
 
 
+def peers(shapes: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
+    """Measure one float32 matrix of each shape by every way to its singular values, in seconds of CPU time.
+
+    Its spectrum falls as those of trained weights do. `ratio`: over ours; `error`: to SciPy's in float64.
+    """
+    ways: dict[str, Callable[[torch.Tensor], float]] = {
+        "ours": effective_rank,
+        "torch.linalg.svdvals, float32": lambda matrix: _of(torch.linalg.svdvals(matrix).double().numpy()),
+        "torch.linalg.svdvals, float64": lambda matrix: _of(torch.linalg.svdvals(matrix.double()).numpy()),
+        "scipy.linalg.svdvals, float32": lambda matrix: _of(svdvals(matrix.numpy()).astype("float64")),
+        "scipy.linalg.svdvals, float64": lambda matrix: _of(svdvals(matrix.double().numpy())),
+    }
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for name, (height, width) in shapes.items():
+        matrix = torch.randn(height, width, generator=generator) * torch.arange(1.0, height + 1)[:, None] ** -0.5
+        for way, call in ways.items():
+            start = time.process_time()
+            found = call(matrix)
+            rows.append((name, height, width, way, time.process_time() - start, found))
+    table = pd.DataFrame(rows, columns=["matrix", "rows", "columns", "way", "seconds", "effective_rank"])
+    grouped = table.groupby("matrix")
+    ours, exact = (
+        grouped[column].transform(which) for column, which in (("seconds", "first"), ("effective_rank", "last"))
+    )
+    return table.assign(ratio=table["seconds"] / ours, error=(table["effective_rank"] / exact - 1).abs())
+
+
+def _of(sigma: np.ndarray) -> float:
+    return measures(sigma)["effective_rank"]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run all comparisons, print the table, write it if a folder is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,9 +124,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--columns", type=int, default=2816)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for effective_rank_speed.csv")
+    parser.add_argument("--peers", action="store_true", help="every way to singular values, on matrices of a 7 B model")
+    parser.add_argument("--out", type=Path, help="folder for effective_rank_speed.csv or effective_rank_peers.csv")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.peers:
+        effective_rank(torch.eye(8))
+        table = peers({"query, key, value or output": (4096, 4096), "gate, up or down": (4096, 11008)})
+        print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+        if options.out:
+            print(save_table(table, "effective_rank_peers", options.out, threads=options.threads))
+        return
     found = matrices(options.rows, options.columns)
     effective_rank(next(iter(found.values())))  # imports and first calls are not timed
     table = pd.DataFrame([compare(*key, matrix, options.repeats) for key, matrix in found.items()])

@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -21,9 +22,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from apexlib.plan import ApexConfig
 from apexlib.suite.memory import reset_peak, resident_mb
+from benchmarks.breakdown import seconds_by_kind
 from benchmarks.workloads import Case, Workload, workload
 
 MIB = 2**20
+
+
+@contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """Let torch use so many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def seconds(run: Callable[[], None], device: str = "cpu") -> float:
@@ -69,33 +82,49 @@ def tensor_bytes(work: Workload) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def compile_seconds(work: Workload) -> float:
+    """CPU time of the first step of a compiled model, with that of the compilers that it starts; no cache helps."""
+    before = sum(os.times()[:4])
+    with torch.compiler.config.patch(force_disable_caches=True):
+        work.step()
+    return sum(os.times()[:4]) - before
+
+
 def peak_of(
     run: Callable[[], object], resident: int, device: str = "cpu", prepare: Callable[[], object] = lambda: None
 ) -> int:
     """Peak bytes allocated while `run` runs, `resident` of which are there before; what `prepare` allocates counts."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
+    return resident + _profiled(run, device, prepare)[0]
+
+
+def peak_and_kinds(work: Workload, device: str = "cpu") -> tuple[int, dict[str, float]]:
+    """Peak bytes of a step, and its seconds by kind of work; the first is another, it makes the optimizer's state."""
+    peak, profiler = _profiled(work.step, device)
+    return tensor_bytes(work) + peak, seconds_by_kind(profiler, device)
+
+
+def _profiled(
+    run: Callable[[], object], device: str, prepare: Callable[[], object] = lambda: None
+) -> tuple[int, profile]:
+    """The peak of what a call allocates, and its profile."""
+    on_gpu = device == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds, profile_memory=not on_gpu, acc_events=True) as profiler:
         prepare()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return resident + torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        prepare()
-        with record_function("peak_of run"):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with record_function("the call"):
             run()
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() - before, profiler
     events = profiler.profiler.kineto_results.events()
-    start = next(event.start_ns() for event in events if event.name() == "peak_of run")
+    start = next(event.start_ns() for event in events if event.name() == "the call")
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = np.cumsum([0, *(size for _, size in changes)])[1:]
     before = sum(size for time_ns, size in changes if time_ns < start)
     during = live[[time_ns >= start for time_ns, _ in changes]]
-    return resident + int(during.max(initial=before))
-
-
-def peak_memory(work: Workload, device: str = "cpu") -> int:
-    """Peak bytes of a step that is not the first: one before it makes the optimizer's state."""
-    work.step()
-    return peak_of(work.step, tensor_bytes(work), device)
+    return int(during.max(initial=before)), profiler
 
 
 def peak_resident(case: Case, method: str) -> int:

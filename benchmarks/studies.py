@@ -1,4 +1,4 @@
-"""The tables of the benchmark: steps, scaling, overheads, forecasts, and what the suite promises of itself."""
+"""The tables of the benchmark: steps, scaling, overheads and forecasts."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,47 +12,55 @@ from apexlib.analysis.budget import equal_statistics, plan_budget
 from apexlib.expansion import expand, fuse
 from apexlib.progress import progress
 from apexlib.selection import select
+from benchmarks.breakdown import KINDS, flops
 from benchmarks.cases import Study
-from benchmarks.measure import MIB, peak_memory, peak_of, peak_resident, ratios, seconds, taking_turns
+from benchmarks.measure import (
+    MIB,
+    compile_seconds,
+    on_threads,
+    peak_and_kinds,
+    peak_of,
+    peak_resident,
+    ratios,
+    seconds,
+    taking_turns,
+)
 from benchmarks.workloads import PLANNED, SMALL, Case, llama_config, workload
+
+FACTS = str.split("kind d_model d_ff layers tokens autocast checkpointing embeddings compiled threads device")
+RATIOS = {"peak_ratio": "peak_mib", "resident_ratio": "resident_mib", "compile": "compile_seconds", "floor": "flops"}
 
 
 def measure(study: Study) -> pd.DataFrame:
-    """One row per method: seconds, ratio to full fine-tuning with quartiles, peak memory and its ratio."""
-    case = study.case
-    works = {method: workload(case, method) for method in study.methods}
-    times = taking_turns({method: work.step for method, work in works.items()}, study.rounds, device=case.device)
-    table = ratios(times, "full")
-    resident = pd.Series({method: peak_resident(case, method) / MIB for method in study.resident}, dtype=float)
-    peaks = pd.Series({method: peak_memory(work, case.device) / MIB for method, work in works.items()})
-    table["peak_mib"], table["resident_mib"] = table["method"].map(peaks), table["method"].map(resident)
-    table["peak_ratio"], table["resident_ratio"] = (table[n] / table[n].iloc[0] for n in ("peak_mib", "resident_mib"))
-    trainable = {
-        method: sum(p.numel() for p in w.module.parameters() if p.requires_grad) for method, w in works.items()
-    }
-    table["trainable"] = table["method"].map(trainable)
-    facts = {name: getattr(case, name) for name in ("kind", "d_model", "d_ff", "layers", "tokens", "autocast")}
-    facts |= {"checkpointing": case.checkpointing, "embeddings": case.embeddings, "compiled": case.compiled}
-    return table.assign(**facts | {"threads": torch.get_num_threads(), "device": case.device})
+    """One row per method, each quantity with its ratio to that of full fine-tuning.
+
+    `ratio` of time has quartiles; `floor` is that of FLOPs of products; `compile` that of CPU time of a first step;
+    `products` and the like are shares of the time of full fine-tuning, taken under a profiler.
+    """
+    case, own = study.case, {}
+    with on_threads(case.threads):
+        works = {method: workload(case, method) for method in study.methods}
+        for method, work in works.items():
+            own[method] = {"compile_seconds": compile_seconds(work)} if case.compiled else {}
+        times = taking_turns({method: work.step for method, work in works.items()}, study.rounds, device=case.device)
+        for method, work in works.items():
+            eager = workload(replace(case, compiled=False), method) if case.compiled else work
+            own[method] |= {"flops": flops(eager.step)}
+            peak, kinds = peak_and_kinds(work, case.device)
+            own[method] |= {"peak_mib": peak / MIB, **kinds}
+            own[method]["trainable"] = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
+    for method in study.resident:
+        own[method]["resident_mib"] = peak_resident(case, method) / MIB
+    table = ratios(times, "full").join(pd.DataFrame.from_dict(own, orient="index"), on="method")
+    for name, of in RATIOS.items():
+        table[name] = table[of] / table[of].iloc[0] if of in table else float("nan")
+    table[[*KINDS]] /= table[[*KINDS]].iloc[0].sum()
+    return table.assign(case=case.name, **{name: getattr(case, name) for name in FACTS})
 
 
 def steps(studies: list[Study]) -> pd.DataFrame:
     """Every study's table, one after another."""
-    return pd.concat([measure(s).assign(case=s.case.name) for s in progress(studies, "steps")], ignore_index=True)
-
-
-def throughput(cases: list[Case], rounds: int) -> pd.DataFrame:
-    """Tokens a second of full training, with quartiles, a row per model and precision."""
-    rows = []
-    for case in progress(cases, "throughput"):
-        forms = {"float32": case, "bf16": replace(case, autocast=True)}
-        works = {precision: workload(form, "full") for precision, form in forms.items()}
-        times = taking_turns({name: work.step for name, work in works.items()}, rounds, device=case.device)
-        for precision, work in works.items():
-            low, middle, high = (case.tokens / times[precision].quantile(q) for q in (0.75, 0.5, 0.25))
-            row = {"model": case.name, "parameters": work.model.num_parameters(), "precision": precision}
-            rows.append(row | {"tokens_per_second": middle, "low": low, "high": high})
-    return pd.DataFrame(rows).assign(threads=torch.get_num_threads())
+    return pd.concat([measure(study) for study in progress(studies, "steps")], ignore_index=True)
 
 
 def scaling(studies: dict[tuple[str, float], Study]) -> pd.DataFrame:
@@ -115,13 +123,14 @@ def _share(quantity: str, values: pd.Series) -> dict[str, float | str]:
 def forecasts(studies: list[Study], measured: pd.DataFrame) -> pd.DataFrame:
     """Peak memory that `plan_budget` forecasts beside what was measured, by case, method and phase.
 
-    Models only, without autocast or compilation, which it does not forecast. All methods of the library are planned.
+    Models only, on one thread, without autocast or compilation, which it does not forecast. All methods of the library
+    are planned.
     """
     rows = []
     for study in progress(studies, "forecasts"):
         case = study.case
         methods = [method for method in study.methods if method in PLANNED]
-        if case.kind == "block" or case.autocast or case.compiled or case.device == "cuda":
+        if case.kind == "block" or case.autocast or case.compiled or case.threads > 1 or case.device == "cuda":
             continue
         for method, config in _configs(case, methods, study.methods):
             name = method.partition("-")[0]
@@ -173,48 +182,3 @@ def _fuse_peak(case: Case, method: str) -> int:
         made[0].step()
 
     return peak_of(lambda: fuse(made[0].model), 0, case.device, prepare=prepare)
-
-
-def targets(measured: pd.DataFrame, extra: pd.DataFrame, forecast: pd.DataFrame) -> pd.DataFrame:
-    """What the suite promises of a step of APEX, beside what was measured; the first block and model are meant.
-
-    Columns: `quantity`, `bound` (a ratio, at most), `measured`, `holds`.
-    """
-    half = [case for case in measured["case"].unique() if case == "Llama 7 × 512, bfloat16"]  # not of --quick
-    block, model = (measured[measured["kind"] == kind]["case"].iloc[0] for kind in ("block", "model"))
-    frozen = next((case for case in measured["case"].unique() if case.endswith("embeddings frozen")), None)
-
-    def value(case: str, method: str, column: str = "ratio") -> float:
-        return measured.loc[(measured["case"] == case) & (measured["method"] == method), column].item()
-
-    share = extra.set_index("quantity")["share"]
-
-    def against(case: str, other: str) -> float:
-        return value(case, "apex") / value(case, other)
-
-    rows = [
-        ("FFN block: step to full fine-tuning", 0.90, value(block, "apex")),
-        ("FFN block: step to full fine-tuning, equally fused", 0.92, against(block, "full-fused")),
-        ("FFN block: step to the activation-space scheme", 0.70, against(block, "activation-space")),
-        ("FFN block: peak memory", 0.75, value(block, "apex", "peak_ratio")),
-        ("FFN block, recomputing: step", 1.12, value(block, "apex-recompute")),
-        ("FFN block, recomputing: peak memory", 0.55, value(block, "apex-recompute", "peak_ratio")),
-        ("model: step, embeddings trained", 0.94, value(model, "apex")),
-        ("model: step, embeddings frozen", 0.88, value(frozen, "apex")),
-        ("model: peak memory, embeddings trained", 0.77, value(model, "apex", "peak_ratio")),
-        ("model: peak memory, embeddings frozen", 0.70, value(frozen, "apex", "peak_ratio")),
-        ("model: step to the activation-space scheme", 0.78, against(model, "activation-space")),
-        ("statistics gathered in training, share of a step", 0.02, share["statistics"]),
-        ("fusing a layer, in steps", 1.0, share["fuse"]),
-        ("generating 128 tokens, to the plain model", 1.1, 1 + share["generate"]),
-        ("forecast of peak memory, largest error", 0.10, forecast["error"].abs().max()),
-    ]
-    for case in half:
-        rows.append((f"{case}: step to full fine-tuning", 1.0, value(case, "apex")))
-        rows.append((f"{case}: step to LoRA", 0.9, against(case, "lora")))
-    rows += [
-        (f"{case}, APEX 2.4 %: step to LoRA", 1.0, value(case, "apex-2.4%") / value(case, "lora"))
-        for case in dict.fromkeys((block, model, *half))
-    ]
-    table = pd.DataFrame(rows, columns=["quantity", "bound", "measured"])
-    return table.assign(holds=table["measured"] <= table["bound"])

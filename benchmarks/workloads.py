@@ -28,7 +28,8 @@ FORMS = (
     "apex-recompute",
     "apex-2.4%",
 )
-METHODS = (*FORMS, *(name for name in PLANNED if name not in FORMS))  # and all that the library trains by
+LIKE_FULL = "restart"  # whose step is that of full fine-tuning
+METHODS = (*FORMS, *(name for name in PLANNED if name not in (*FORMS, LIKE_FULL)), "dora")  # what the library trains by
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Case:
     autocast: bool = False  # bfloat16
     checkpointing: bool = False
     compiled: bool = False
+    threads: int = 1
     device: str = "cpu"
     config: ApexConfig = field(default=APEX)
 
@@ -97,11 +99,12 @@ def workload(case: Case, method: str, *, seed: int = 0) -> Workload:
     groups = [group | {"params": [p for p in group["params"] if id(p) in own]} for group in groups]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
     inputs = _inputs(case)
-    run = torch.compile(module) if case.compiled else module
+    for part in ([module] if case.kind == "block" else plain.model.layers) if case.compiled else ():
+        part.compile()  # layer by layer: one trace for all, and minutes less than for a whole model
 
     def step() -> None:
         with torch.autocast(case.device, torch.bfloat16, enabled=case.autocast):
-            output = run(inputs[0]) if case.kind == "block" else run(input_ids=inputs[0], labels=inputs[0]).loss
+            output = module(inputs[0]) if case.kind == "block" else module(input_ids=inputs[0], labels=inputs[0]).loss
         output.backward(inputs[1].to(output.dtype) if case.kind == "block" else None)
         del output
         trained_by.change_gradients(module)
@@ -117,7 +120,12 @@ def prepare(model: PreTrainedModel, case: Case, method: str) -> tuple[PreTrained
     """Let `model` train as `method` says; return it and its parameter groups."""
     config = SMALL if method == "apex-2.4%" else replace(case.config, train_embeddings=case.embeddings)
     name, _, form = method.partition("-")
-    if method == "full-fused":
+    if method == "dora":
+        from peft import LoraConfig, get_peft_model
+
+        every = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, use_dora=True, **every))
+    elif method == "full-fused":
         model = _fully_trained_in_parts(model)
     elif method == "activation-space":
         plan = select(equal_statistics(model), config)

@@ -185,43 +185,64 @@ def run() -> str:
 
 
 def performance() -> str:
-    """Time and peak memory of a step by method, from the benchmark; the targets, and where others are cheaper."""
-    if not (BENCH / "steps.csv").exists():
+    """Time and peak memory of a step by method, from the benchmark; the targets, and where the time goes."""
+    if not (BENCH / "steps.csv").exists() or "floor" not in pd.read_csv(BENCH / "steps.csv"):
         return "Not measured yet: `make bench`."
     steps, overheads, forecast, targets = (
         pd.read_csv(BENCH / f"{name}.csv") for name in ("steps", "overheads", "forecast", "targets")
     )
-    cases = [case for case in steps["case"].unique() if (steps[steps["case"] == case]["method"] == "lora").any()]
-    cases = [case for case in cases if "bfloat16" not in case and "checkpointing" not in case]
-    lines = ["| a step of | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
-    for method in steps["method"].unique():
+    cases, by_case = list(steps["case"].unique()), steps.set_index(["case", "method"])
+    methods = list(steps.groupby("method", sort=False).size().sort_values(ascending=False, kind="stable").index)
+    lines = _table_head("", methods)
+    for case in cases:
         cells = []
-        for case in cases:
-            row = steps[(steps["case"] == case) & (steps["method"] == method)]
+        for method in methods:
             cells.append("–")
-            if len(row):
-                low, high, ratio, peak = row[["ratio_low", "ratio_high", "ratio", "peak_ratio"]].iloc[0]
-                cells[-1] = f"{ratio:.2f} [{low:.2f}, {high:.2f}], {peak:.2f}"
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    share, speeds = overheads.set_index("quantity")["share"], ""
-    if (BENCH / "throughput.csv").exists():
-        rows = pd.read_csv(BENCH / "throughput.csv").pivot(
-            index="model", columns="precision", values="tokens_per_second"
-        )
-        each = (f"{row.Index} {row.float32:,.0f} in float32, {row.bf16:,.0f} in bf16" for row in rows.itertuples())
-        speeds = f" Tokens a second of full training: {'; '.join(each)}."
-    missed = targets[~targets["holds"]]["quantity"]
+            if (case, method) in by_case.index:
+                row = by_case.loc[case, method]
+                cells[-1] = (
+                    f"{row['ratio']:.2f} ± {(row['ratio_high'] - row['ratio_low']) / 2:.2f}, {row['peak_ratio']:.2f}"
+                )
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    share = overheads.set_index("quantity")["share"]
     facts = json.loads((BENCH / "steps.json").read_text(encoding="utf-8"))
-    return "\n".join(lines) + (
-        f"\n\nTime and peak memory relative to full fine-tuning: median [quartiles] of {steps['rounds'].min()} to "
-        f"{steps['rounds'].max()} rounds in turn, and the peak; {facts['device']}, torch {facts['versions']['torch']}. "
+    compiled = steps[steps["compiled"]].set_index("method")["compile_seconds"]
+    full = steps[(steps["method"] == "full") & (steps["kind"] == "model") & ~steps["checkpointing"]]
+    speeds = ", ".join(f"{row.tokens / row.seconds:,.0f} ({row.case})" for row in full.itertuples())
+    lines += [
+        "",
+        f"Time and peak memory relative to full fine-tuning: median ± half of what lies between quartiles, of "
+        f"{steps['rounds'].min()} to {steps['rounds'].max()} rounds in turn, and the peak; {facts['device']} and "
+        f"{steps['threads'].max()} of all, torch {facts['versions']['torch']}. "
         f"Gathering statistics while training takes {share['statistics']:.1%} of a step, assessing a batch "
-        f"{share['assessment']:.1%} of its forward pass, fusing a layer {share['fuse']:.2f} of a step. "
-        f"`plan_budget` forecast all {len(forecast)} peaks to within {forecast['error'].abs().max():.1%}. "
-        f"Of {len(targets)} targets {targets['holds'].sum()} hold"
-        + (f"; missed: {'; '.join(missed)}." if len(missed) else ".")
-        + speeds
-    )
+        f"{share['assessment']:.1%} of its forward pass, fusing a layer {share['fuse']:.2f} of a step. `plan_budget` "
+        f"forecast all {len(forecast)} peaks to within {forecast['error'].abs().max():.1%}. To compile took "
+        + ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in compiled.items())
+        + f" of CPU time. Tokens a second of full fine-tuning: {speeds}.",
+        "",
+        f"Of {len(targets)} targets {targets['holds'].sum()} hold:",
+        "",
+        *_table_head("APEX over full fine-tuning, or what is named", ["must", "aim", "measured", "holds"]),
+    ]
+    for row in targets.itertuples():
+        cells = (f"≤ {row.must:g}", "" if pd.isna(row.aim) else f"{row.aim:g}", f"{row.measured:.3g}")
+        lines.append(f"| {row.quantity} | " + " | ".join([*cells, "yes" if row.holds else "**no**"]) + " |")
+    kinds = list(steps.columns[steps.columns.get_loc("products") : steps.columns.get_loc("rest") + 1])
+    lines += [
+        "",
+        "Where the time goes, in steps of full fine-tuning; the floor: products alone, by FLOPs.",
+        "",
+    ]
+    lines += _table_head("", ["floor", "measured", *(kind.replace("_", " ") for kind in kinds)])
+    shown = steps[(steps["kind"] == "model") & steps["method"].isin(["full", "apex", "apex-2.4%", "lora"])]
+    for _, row in shown.iterrows():
+        cells = [f"{row[name]:.2f}" for name in ("floor", "ratio", *kinds)]
+        lines.append(f"| {row['case']}, {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _table_head(first: str, columns: list[str]) -> list[str]:
+    return [f"| {first} | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
 
 
 def devices() -> str:

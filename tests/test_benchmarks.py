@@ -15,9 +15,12 @@ from apexlib.projections import SplitProjection
 from apexlib.selection import select
 from benchmarks import effective_rank
 from benchmarks.activation_space import ActivationMixer, ActivationProjection, expand_on_activations
-from benchmarks.cases import scaling_studies, step_studies, throughput_cases
-from benchmarks.measure import MIB, peak_memory, peak_of, ratios, taking_turns
-from benchmarks.studies import forecasts, measure, overheads, targets, throughput
+from benchmarks.breakdown import KINDS, flops, seconds_by_kind
+from benchmarks.cases import TINY as SMALL
+from benchmarks.cases import Study, scaling_studies, step_studies
+from benchmarks.measure import MIB, on_threads, peak_and_kinds, peak_of, ratios, taking_turns
+from benchmarks.studies import forecasts, measure, overheads
+from benchmarks.targets import STEPS, Target, _worst, targets
 from benchmarks.workloads import APEX, METHODS, Case, llama_config, workload
 
 TINY = Case("Llama", "model", 32, 80, 2, 4, 64, 2, 12)
@@ -86,7 +89,11 @@ def test_a_peak_is_the_most_that_lives_at_once():
 
 def test_methods_with_less_to_keep_need_less_memory():
     case = replace(BLOCK, d_model=64, d_ff=176, length=128)
-    peaks = {method: peak_memory(workload(case, method)) for method in ("full", "apex-split", "apex", "apex-recompute")}
+    peaks = {}
+    for method in ("full", "apex-split", "apex", "apex-recompute"):
+        work = workload(case, method)
+        work.step()
+        peaks[method], _ = peak_and_kinds(work)
     assert peaks["apex-recompute"] < peaks["apex"] < peaks["apex-split"] < peaks["full"]
 
 
@@ -101,40 +108,71 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_every_study_makes_a_tidy_table():
-    studies = [s for s in step_studies("cpu", True, False) if s.case.kind == "model"][:1]
-    study = replace(studies[0], case=TINY, rounds=1, resident=())
-    steps = measure(study).assign(case=TINY.name)
+    study = Study(TINY, METHODS, 1)
+    steps = measure(study)
     assert steps["method"].tolist() == list(METHODS)
-    assert (steps[["seconds", "ratio", "peak_mib", "trainable"]] > 0).all().all()
+    assert (steps[["seconds", "ratio", "peak_mib", "trainable", "flops"]] > 0).all().all()
+    whole = steps[[*KINDS]].sum(axis=1).set_axis(steps["method"])
+    assert whole["full"] == pytest.approx(1)
+    assert (steps.loc[0, ["products", "attention", "optimizer"]] > 0).all()
     extra = overheads(TINY, 1)
     assert extra["quantity"].tolist() == ["statistics", "assessment", "generate", "expand", "fuse"]
     forecast = forecasts([study], steps)
     assert set(forecast["phase"]) == {"train", "assess", "fuse"}
     assert forecast.loc[forecast["phase"] == "train", "error"].abs().max() < 0.02
-    frozen = steps.assign(case="Llama, embeddings frozen")
-    block = steps.assign(case="FFN", kind="block")
-    half = steps.assign(case="Llama 7 × 512, bfloat16")
-    tables = [targets(pd.concat([block, steps, frozen, *more]), extra, forecast) for more in ([], [half])]
-    assert [len(table) for table in tables] == [17, 20]
-    table = tables[1]
-    assert table["holds"].equals(table["measured"] <= table["bound"])
 
 
-def test_throughput_is_tokens_over_the_time_of_a_step():
-    table = throughput(throughput_cases("cpu", quick=True), 3)
-    assert table["precision"].tolist() == ["float32", "bf16"]
-    assert (table["low"] <= table["tokens_per_second"]).all()
-    assert (table["tokens_per_second"] <= table["high"]).all()
-    assert table["parameters"].nunique() == 1
-    assert [case.d_model for case in throughput_cases("cpu", quick=False)] == [160, 256, 512]
+def test_targets_are_what_was_measured_beside_what_it_must_be():
+    names = {target.case for target in STEPS} - {""}
+    assert names <= {study.case.name for study in step_studies("cpu", quick=False)}
+    quick = {study.case.name: study.methods for study in step_studies("cpu", quick=True)}
+    for target in STEPS:
+        for name, methods in quick.items():
+            assert name.removeprefix(SMALL) != target.case or {target.method, target.over} <= {*methods}
+    rows = [(name, method, number + 2.0) for name in quick for number, method in enumerate(quick[name])]
+    measured = pd.DataFrame(rows, columns=["case", "method", "ratio"]).assign(peak_mib=3.0, compile_seconds=1.0)
+    extra = pd.DataFrame({"quantity": ["statistics", "generate", "fuse"], "share": [0.5, 0.05, 0.0]})
+    table = targets(measured, extra, pd.DataFrame({"error": [0.01, -0.2]}))
+    assert len(table) == len(STEPS) + 4
+    assert table["holds"].equals(table["measured"] <= table["must"])
+    assert table["measured"].tolist()[-4:] == [0.5, 0.0, 1.05, 0.2]
+    worst = pd.DataFrame({"case": ["a", "a", "b", "b", "c"], "method": ["x", "y", "x", "y", "x"]})
+    worst["ratio"] = [1.0, 2.0, 3.0, 2.0, 9.0]
+    assert _worst(worst, Target("", "", "x", 1.0, over="y")) == (1.5, "b")
+
+
+def test_flops_are_those_of_the_products():
+    x, weight = torch.randn(7, 5), torch.randn(3, 5)
+    assert flops(lambda: torch.nn.functional.linear(x, weight)) == 2 * 7 * 5 * 3
+    assert flops(lambda: torch.zeros(7, 3).addmm_(x, weight.T).relu()) == 2 * 7 * 5 * 3
+    counts = {name: flops(workload(BLOCK, name).step) for name in ("full", "apex", "apex-split", "apex-recompute")}
+    tokens, size = BLOCK.tokens, BLOCK.d_model * BLOCK.d_ff
+    assert counts["full"] == 3 * 3 * 2 * tokens * size
+    assert counts["apex"] == counts["apex-split"] < counts["full"]
+    assert counts["apex-recompute"] - counts["apex"] == 2 * 2 * tokens * size  # gate and up once more
+
+
+def test_time_is_shared_out_among_kinds_of_work():
+    with torch.profiler.profile() as profiler:
+        (torch.randn(64, 64) @ torch.randn(64, 64)).relu().double()
+    found = seconds_by_kind(profiler)
+    assert all(found[kind] > 0 for kind in ("products", "copies_and_casts", "elementwise"))
+    assert found["attention"] == found["optimizer"] == 0
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    with on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_cases_cover_what_they_should(device):
-    studies = step_studies(device, quick=False, compiled=True)
+    studies = step_studies(device, quick=False)
     assert {study.case.kind for study in studies} == {"block", "model"}
     assert any(study.case.compiled for study in studies)
-    assert len({study.case.name for study in studies}) == len(studies)
+    assert len({study.case.name for study in studies}) == len(studies) == len(step_studies(device, quick=True))
     assert all("full" in study.methods and study.case.device == device for study in studies)
     assert {axis for axis, _ in scaling_studies(device, quick=False)} == {"tokens", "width", "layers", "k"}
 
@@ -144,3 +182,11 @@ def test_the_throughput_of_effective_rank_is_recorded_too(tmp_path, capsys):
     table = pd.read_csv(tmp_path / "effective_rank_speed.csv")
     assert (table["error"] <= 1e-6).all()
     assert (table["ratio"] > 0).all()
+
+
+def test_effective_rank_is_measured_against_every_way_to_singular_values():
+    table = effective_rank.peers({"flat": (24, 24), "wide": (24, 40)})
+    assert table.groupby("matrix").size().tolist() == [5, 5]
+    assert (table["error"] <= 1e-5).all()
+    assert (table.loc[table["way"].isin(["ours", "scipy.linalg.svdvals, float64"]), "error"] <= 1e-8).all()
+    assert (table.loc[table["way"] == "ours", "ratio"] == 1).all()

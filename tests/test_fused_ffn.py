@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from apexlib.activations import ActivationRecorder, activation_statistics
 from apexlib.architectures import model_components
 from apexlib.expansion import expand, fuse
-from apexlib.fused_ffn import _ACTIVATIONS, FusedFFN, GatedFFN, _parts, literal_ffn
+from apexlib.fused_ffn import _ACTIVATIONS, FusedFFN, GatedFFN, PartlyTrained, _parts, literal_ffn
 from apexlib.operators import OPERATORS
 from apexlib.plan import ExpansionPlan
 
@@ -131,6 +131,18 @@ def test_checkpointing_inside_a_block_changes_nothing(mode, reentrant):
     x.requires_grad_()
     checkpoint(block, x, use_reentrant=reentrant).backward(gradient)
     assert_equal_outcomes([x.grad, *(p.grad for p in tuned(block))], expected[1:], 1e-12)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_one_product_of_a_partly_trained_weight_has_the_gradients_of_its_formula(reads):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 9 if reads else 5), (4, 5), (5, 5)]
+    x, tuned, frozen = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    given = (x.requires_grad_(), tuned.requires_grad_())
+    whole = torch.cat([tuned, frozen])
+    assert_close(PartlyTrained.apply(x, tuned, frozen, reads), x @ (whole if reads else whole.T))
+    assert torch.autograd.gradcheck(lambda x, tuned: PartlyTrained.apply(x, tuned, frozen, reads), given)
+    assert torch.autograd.gradgradcheck(lambda x, tuned: PartlyTrained.apply(x, tuned, frozen, reads), given)
 
 
 def test_a_graph_that_is_kept_can_be_used_again():

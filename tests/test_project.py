@@ -46,14 +46,14 @@ ARROWS = {
     "selection": {"plan"},
     "evaluation": {"progress", "projections"},
     "architectures": {"plan"},
-    "activations": {"architectures", "evaluation", "fused_ffn", "plan", "progress"},
+    "activations": {"architectures", "evaluation", "fused_ffn", "progress"},
     "projections": {"architectures", "fused_ffn"},
     "inspection": {"architectures", "projections"},
     "expansion": {"architectures", "fused_ffn", "inspection", "operators", "plan", "projections"},
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2938, "explore": 722, "the library": 13924}  # at most
+LINES = {"a file": 400, "the method": 3023, "explore": 722, "the library": 14009}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 
