@@ -120,19 +120,15 @@ def prepare(model: PreTrainedModel, case: Case, method: str) -> tuple[PreTrained
     """Let `model` train as `method` says; return it and its parameter groups."""
     config = SMALL if method == "apex-2.4%" else replace(case.config, train_embeddings=case.embeddings)
     name, _, form = method.partition("-")
-    if method == "dora":
-        from peft import LoraConfig, get_peft_model
-
-        every = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, use_dora=True, **every))
-    elif method == "full-fused":
+    if method == "full-fused":
         model = _fully_trained_in_parts(model)
     elif method == "activation-space":
         plan = select(equal_statistics(model), config)
         model = expand_on_activations(model, plan, train_embeddings=config.train_embeddings).to(case.device)
     else:
         config = replace(config, ffn=form) if form in ("split", "recompute") else config
-        model = method_of(name, config).begin(model, 0, equal_statistics(model))
+        name, own = ("lora", {"lora_dora": True}) if name == "dora" else (name, {})
+        model = method_of(name, config, **own).begin(model, 0, equal_statistics(model))
     return model, parameter_groups(model, 1e-4)
 
 
