@@ -202,7 +202,7 @@ def scheduler(address: str) -> Any:
         raise ValueError(f"workers {address}: need the address of a Dask scheduler ({error})") from None
     if not client.ncores():
         client.close()
-        raise ValueError(f"workers {address}: has none; need `dask worker {address}` in this folder")
+        raise ValueError(f"workers {address}: has none yet; need `dask worker {address}`")
     return client
 
 
@@ -217,9 +217,8 @@ def _visit(threads: int, folder: str, deadline: str, run: Run, trial: Trial, *wh
             os.chdir(folder)
             if _key(run, trial) == where[-1]:  # a worker may be older than the code
                 return _finish(run, trial, *where)
-    return (
-        f"{trial.name}: {platform.node()} has other files, code or versions; need its worker started anew, in {folder}"
-    )
+    need = f"need {folder} as it is here, and its worker started anew"
+    return f"{trial.name}: {platform.node()} has other files, code or versions; {need}"
 
 
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:
