@@ -52,7 +52,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 2939, "explore": 710, "the library": 13940}  # at most
+LINES = {"a file": 400, "the method": 2939, "explore": 710, "the library": 13941}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

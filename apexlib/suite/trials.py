@@ -198,8 +198,9 @@ def scheduler(address: str) -> Any:
         raise ValueError(f"workers {address}: need Dask, pip install 'apexlib[cluster]', here and there") from None
     try:
         client = Client(address, timeout=_PATIENCE, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"workers {address}: need the address of a Dask scheduler ({error})") from None
+    except Exception as error:  # whatever a name makes it raise
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"workers {address}: need the address of a Dask scheduler ({found})") from error
     if not client.ncores():
         client.close()
         raise ValueError(f"workers {address}: has none yet; need `dask worker {address}`")
