@@ -31,8 +31,9 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def on_device(model: PreTrainedModel, batch: Mapping[str, Tensor], *, labels: bool = True) -> dict[str, Tensor]:
-    """Bring a batch to where the model is, with or without its labels."""
-    return {name: value.to(model.device) for name, value in batch.items() if labels or name != "labels"}
+    """Bring a batch to where the model is, with or without its labels; one that is offloaded fetches it itself."""
+    given = {name: value for name, value in batch.items() if labels or name != "labels"}
+    return given if model.device.type == "meta" else {name: value.to(model.device) for name, value in given.items()}
 
 
 def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, quiet: bool = False) -> pd.Series:

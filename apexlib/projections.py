@@ -332,7 +332,7 @@ def check_weights(model: nn.Module, projections: Iterable[str], others: Iterable
         module = model.get_submodule(path)
         if type(module) not in _SPLIT or "forward" in module.__dict__ or "weight" not in module._parameters:
             raise ValueError(
-                f"{path}: is {type(module).__name__}, wrapped, patched or reparametrised; need a plain Linear or Conv1D"
+                f"{path}: is {type(module).__name__}, wrapped, patched or device-mapped; need a plain Linear or Conv1D"
             )
         for leaf, parameter in module.named_parameters():
             if len(names := owners[id(parameter)]) > 1:

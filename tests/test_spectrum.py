@@ -249,6 +249,14 @@ def test_a_folder_gives_the_table_of_its_model(shard, dtype, tiny_model, tmp_pat
     assert layers == sorted(layers)
 
 
+def test_processes_measure_a_folder_side_by_side(tiny_model, tmp_path):
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    pd.testing.assert_frame_equal(spectrum_table(tmp_path, processes=2), spectrum_table(tmp_path), check_exact=True)
+    with pytest.raises(ValueError, match="processes 2: need a folder"):
+        spectrum_table(model, processes=2)
+
+
 def test_updates_of_folders_and_of_models_agree(tiny_model, tmp_path):
     base, tuned = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():

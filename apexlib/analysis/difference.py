@@ -7,13 +7,15 @@ hurts more, and stronger models spread their activations more evenly.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib.activations import unit_table
@@ -105,11 +107,14 @@ def silenced(model: PreTrainedModel, parts: Iterable[Component], units: Mapping[
             if unknown := [unit for unit in chosen if not 0 <= unit < part.units]:
                 raise ValueError(f"layer {part.layer} has no {part.component} {unknown[0]}: need 0 to {part.units - 1}")
             module = model.get_submodule(part.reader.module)
-            keep = torch.ones(part.reader.index.numel(), dtype=module.weight.dtype, device=module.weight.device)
+            keep = torch.ones(part.reader.index.numel(), dtype=module.weight.dtype)
             keep[part.reader.index[chosen].flatten()] = 0
-            hook = module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep, *args[1:]))
-            hooks.enter_context(hook)
+            hooks.enter_context(module.register_forward_pre_hook(partial(_masked, keep)))
         yield
+
+
+def _masked(keep: Float[Tensor, " n"], _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0] * keep.to(inputs[0].device), *inputs[1:]  # between passes the module may be on no device
 
 
 def weight_difference(base: PreTrainedModel | str | Path, tuned: PreTrainedModel | str | Path) -> pd.DataFrame:

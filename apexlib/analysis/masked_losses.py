@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apexlib.activations import activation_statistics
 from apexlib.analysis.difference import Order, masked_count, masked_first, silenced
 from apexlib.architectures import Component, model_components
-from apexlib.evaluation import in_evaluation
+from apexlib.evaluation import in_evaluation, on_device
 
 _LENGTH = 256  # tokens of a piece of a text
 
@@ -109,7 +109,7 @@ class Masking:
         """Run the model on one sequence under a mask."""
         parts = self.parts.get(mask.component, {}).values()
         with in_evaluation(self.model), silenced(self.model, parts, dict(mask.units)):
-            return self.model(input_ids=ids[None].to(self.model.device), use_cache=False).logits[0].float()
+            return self.model(**on_device(self.model, {"input_ids": ids[None]}), use_cache=False).logits[0].float()
 
     def outputs(self, component: str, layer: int) -> list[Float[np.ndarray, "tokens units"]]:
         """Measure the norm of each unit's output, as its projection reads it, at each token of each sequence."""
@@ -142,7 +142,8 @@ class Masking:
         return pd.DataFrame(rows)
 
     def _measured(self, ids: Int[Tensor, " n"], labels: Int[Tensor, " n"], mask: Mask) -> Float[np.ndarray, " n"]:
-        logits, targets = self.logits(ids, mask)[:-1], labels[1:].to(self.model.device)
+        logits = self.logits(ids, mask)[:-1]
+        targets = labels[1:].to(logits.device)
         losses = cross_entropy(logits, targets, reduction="none").masked_fill(targets == -100, torch.nan)
         return pad(losses, (1, 0), value=torch.nan).cpu().numpy()
 

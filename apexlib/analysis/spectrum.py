@@ -5,7 +5,10 @@ Every quantity goes by its definition, because "effective rank" is the name of m
 """
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from math import frexp
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -198,21 +201,29 @@ def _exp_entropy(weights: Float[np.ndarray, " n"]) -> float:
 SPECTRAL_MEASURES = tuple(measures(np.ones(1)))  # their names
 
 
-def spectrum_table(source: Model, *, device: str | torch.device | None = None) -> pd.DataFrame:
+def spectrum_table(source: Model, *, device: str | torch.device | None = None, processes: int = 1) -> pd.DataFrame:
     """Measure every weight matrix of a model, or of a folder with safetensors files, one row each.
 
     Columns: `weight`; `layer`, −1 outside the layers, and `role`, the module's own name, both read from the weight's
     name; `rows`, `columns`; the `SPECTRAL_MEASURES`; and `random`, the effective rank of a Gaussian matrix of the same
     shape (`marchenko_pastur_rank`). From a folder one matrix is in memory at a time, on `device` (default: a GPU if
     there is one). Of a stack of matrices, such as the experts of a layer, each has its row, `weight[0]`, `weight[1]`, …
-    Embeddings are taken in, tied weights once; vectors are left out. An expanded model is refused: fuse it first.
+    Embeddings are taken in, tied weights once; vectors are left out. An expanded model is refused: fuse it first. Of
+    one that `device_map` spreads, one module at a time is read. `processes` measure a folder side by side, one matrix
+    each; the main module of a script has to be guarded then, as for any `multiprocessing`.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     >>> spectrum_table(model)[["weight", "rows", "columns"]].values.tolist()
     [['0.weight', 3, 4], ['1.weight', 2, 3]]
     """
     weights = matrices(source, device)
-    return pd.DataFrame([_row(name, weights[name]())[0] for name in progress(weights, "spectra")])
+    if processes == 1:
+        return pd.DataFrame([_measured(*each) for each in progress(weights.items(), "spectra")])
+    if isinstance(source, nn.Module):
+        raise ValueError(f"processes {processes}: need a folder, of which each process reads its own matrices")
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:  # a fork loses torch's threads
+        rows = pool.map(_measured, weights, weights.values())
+        return pd.DataFrame(progress(rows, "spectra", total=len(weights)))
 
 
 def update_table(base: Model, tuned: Model, *, device: str | torch.device | None = None) -> pd.DataFrame:
@@ -302,17 +313,33 @@ def matrices(source: Model, device: str | torch.device | None = None) -> dict[st
     elif is_expanded(source):
         raise ValueError("the model is expanded: its weights lie in parts; need fuse(model) first")
     else:
-        tensors = {name: (tensor.shape, tensor.detach().__getitem__) for name, tensor in source.named_parameters()}
+        tied = getattr(source, "all_tied_weights_keys", {})  # of which an offloaded model has two parameters
+        here = {name: p for name, p in source.named_parameters() if not (p.is_meta and name in tied)}
+        tensors = {name: (parameter.shape, partial(_values, source, name)) for name, parameter in here.items()}
     weights: dict[str, Callable[[], Tensor]] = {}
     for name, (shape, read) in tensors.items():
         if len(shape) == 2 and min(shape):
-            weights[name] = lambda read=read: read(...).to(device)
+            weights[name] = partial(_read, read, ..., device)
         elif len(shape) == 3 and min(shape[1:]) > 1:
-            for index in range(shape[0]):
-                weights[f"{name}[{index}]"] = lambda read=read, index=index: read(index).to(device)
+            weights |= {f"{name}[{index}]": partial(_read, read, index, device) for index in range(shape[0])}
     if not weights:
         raise ValueError(f"{source if isinstance(source, str | Path) else type(source).__name__} has no weight matrix")
     return weights
+
+
+def _values(model: nn.Module, name: str, part: object) -> Tensor:
+    """A part of a parameter, wherever `device_map` keeps it."""
+    parameter = model.get_parameter(name)
+    if parameter.is_meta:
+        from accelerate.utils import align_module_device
+
+        with align_module_device(model.get_submodule(name.rpartition(".")[0])):
+            parameter = model.get_parameter(name)
+    return parameter.detach()[part]
+
+
+def _read(read: Callable[[object], Tensor], part: object, device: str | torch.device) -> Tensor:
+    return read(part).to(device)
 
 
 def _sigma(name: str, matrix: Tensor) -> np.ndarray:
@@ -322,6 +349,10 @@ def _sigma(name: str, matrix: Tensor) -> np.ndarray:
         return singular_values(matrix)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _measured(name: str, read: Callable[[], Tensor]) -> dict[str, object]:
+    return _row(name, read())[0]
 
 
 def _row(name: str, matrix: Tensor) -> tuple[dict[str, object], np.ndarray]:

@@ -205,10 +205,12 @@ def _difference(
         print(apexlib.save_table(table, name, out, **facts))
 
 
-def _spectrum(*, model: str, base: str | None, revision: str | None, base_revision: str | None, out: Path) -> None:
+def _spectrum(
+    *, model: str, base: str | None, revision: str | None, base_revision: str | None, processes: int, out: Path
+) -> None:
     measured, facts = _weights(model, revision), {"model": model, "revision": revision}
     if base is None:
-        table, name, extra = apexlib.spectrum_table(measured), "spectrum", []
+        table, name, extra = apexlib.spectrum_table(measured, processes=processes), "spectrum", []
     else:
         table, name = apexlib.update_table(_weights(base, base_revision), measured), "updates"
         facts |= {"base": base, "base_revision": base_revision}

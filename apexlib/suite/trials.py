@@ -2,15 +2,16 @@
 
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ from apexlib.suite.dependencies import code_of
 
 RESULT = "trial.json"  # holds the key of a trial that has begun, and its result once it has finished
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
+WORKERS = "APEXLIB_WORKERS"  # another: the address of a Dask scheduler whose workers take the trials
 SHARE = "APEXLIB_SHARE"  # another: which part of the trials is to be done here, "3/16": the third of sixteen
 COUNTS = "APEXLIB_COUNTS"  # another: a file that tells how many trials are done, for who watches from outside
 
 _GRACE = 60.0  # seconds that a process has to save, once its parent is gone
+_PATIENCE = "10s"  # until a scheduler has answered
+_QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # the latter: of the files of weights
 _busy = threading.RLock()  # held while this process runs a trial
 
 Run = Callable[..., dict[str, Any]]
+Pool = tuple[Callable[..., Future], Callable[[], int]]  # what takes a trial, and how many are taken at a time
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,9 @@ def run_trials(
     `run` is a function of a module; it returns what JSON can hold and may write to its folder, `folder/name`, in which
     `trial.json` keeps the result. That is up to date while settings, what is read and the code that `run` can reach
     are as they were. On CPUs, `workers` processes (default: one a core) take trials one by one, each with so many
-    `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. A
-    trial that fails lets the others finish, then raises RuntimeError.
+    `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. Where
+    the environment variable `APEXLIB_WORKERS` has the address of a Dask scheduler, its workers take them. A trial that
+    fails lets the others finish, then raises RuntimeError.
 
     After the deadline no trial is started and OutOfTimeError is raised, as it is where others are to do some of them:
     the environment variable `APEXLIB_SHARE` gives this process its part, and a trial that another process is at is
@@ -73,8 +79,12 @@ def run_trials(
     part, parts = map(int, os.environ.get(SHARE, "1/1").split("/"))
     done = ["result" in _written(*call[2:]) for call in calls]
     due = [call for number, call in enumerate(calls) if not done[number] and number % parts == part - 1]
-    workers = workers or default_workers()
-    runs = (_finish(*call) for call in due if not _late()) if workers == 1 else _side_by_side(due, workers, threads)
+    address, workers = os.environ.get(WORKERS), workers or default_workers()
+    if not address and workers == 1:
+        runs = (_finish(*call) for call in due if not _late())
+    else:
+        pool = _cluster(address, threads) if address else _processes(workers, threads, run.__module__)
+        runs = _side_by_side(due, pool)
     if failures := [error for error in _counted(runs, sum(done), len(calls)) if error]:
         raise RuntimeError(f"{len(failures)} of {len(trials)} trials failed, first {failures[0]}")
     results = [_written(*call[2:]).get("result") for call in calls]
@@ -124,30 +134,40 @@ def _written(folder: Path, key: str) -> dict[str, Any]:
     return {}
 
 
-def _side_by_side(calls: Sequence[tuple], workers: int, threads: int) -> Iterator[str]:
+def _side_by_side(calls: Sequence[tuple], pool: AbstractContextManager[Pool]) -> Iterator[str]:
     if not calls:
         return
     waiting, running = list(calls), dict[Future, str]()
-    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(kind)  # a plain fork loses torch's threads, a server imports once for all
-    context.set_forkserver_preload([calls[0][0].__module__])
-    arguments = (threads, dict(os.environ))  # a server keeps the environment that it started with
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=arguments) as pool:
+    with pool as (submit, workers):
         while running or (waiting and not _late()):
-            while waiting and len(running) < workers and not _late():
+            while waiting and len(running) < workers() and not _late():
                 call = waiting.pop(0)
-                running[pool.submit(_finish, *call)] = call[1].name
+                running[submit(*call)] = call[1].name
             wait(running, return_when=FIRST_COMPLETED)
             for future in filter(Future.done, list(running)):
-                name, error = running.pop(future), future.exception()
-                waiting = [] if error else waiting  # the pool takes no more
-                yield f"{name}: its process died ({error}); out of memory?" if error else future.result()
+                name, gone = running.pop(future), future.cancelled()
+                error = None if gone else future.exception()
+                if gone or isinstance(error, BrokenExecutor):
+                    waiting = []  # the pool takes no more
+                died = "its scheduler is gone" if gone else error and f"its process died ({error}); out of memory?"
+                yield f"{name}: {died}" if died else future.result()
+
+
+@contextmanager
+def _processes(workers: int, threads: int, module: str) -> Iterator[Pool]:
+    """Start processes on this machine."""
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)  # a plain fork loses torch's threads, a server imports once for all
+    context.set_forkserver_preload([module])
+    arguments = (threads, dict(os.environ))  # a server keeps the environment that it started with
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=arguments) as pool:
+        yield partial(pool.submit, _finish), lambda: workers
 
 
 def _worker(threads: int, environment: Mapping[str, str]) -> None:
     """Prepare a process: its threads, no bars, and an end with the parent, which a killed one cannot order."""
     os.environ.update(environment)
-    os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # the latter: of the files of weights
+    os.environ.update(_QUIET)
     import torch
 
     torch.set_num_threads(threads)
@@ -159,6 +179,47 @@ def _worker(threads: int, environment: Mapping[str, str]) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@contextmanager
+def _cluster(address: str, threads: int) -> Iterator[Pool]:
+    """Reach the workers of a scheduler; one that dies has its trial taken by another, which goes on with it."""
+    with scheduler(address) as client:
+        given = (threads, os.getcwd(), os.environ.get(DEADLINE, ""))
+        submit = client.get_executor(pure=False).submit
+        yield partial(submit, _visit, *given), lambda: len(client.ncores()) or 1
+
+
+def scheduler(address: str) -> Any:
+    """Connect to a Dask scheduler that has workers."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError(f"workers {address}: need Dask, pip install 'apexlib[cluster]', here and there") from None
+    try:
+        client = Client(address, timeout=_PATIENCE, set_as_default=False)
+    except Exception as error:  # whatever a name makes it raise
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"workers {address}: need the address of a Dask scheduler ({found})") from error
+    if not client.ncores():
+        client.close()
+        raise ValueError(f"workers {address}: has none yet; need `dask worker {address}`")
+    return client
+
+
+def _visit(threads: int, folder: str, deadline: str, run: Run, trial: Trial, *where: Any) -> str:
+    """Run a trial in a worker of a cluster as in a process of the machine that sends it."""
+    import torch
+
+    with _busy:
+        os.environ |= {**_QUIET, DEADLINE: deadline}
+        torch.set_num_threads(threads)
+        if os.path.isdir(folder):
+            os.chdir(folder)
+            if _key(run, trial) == where[-1]:  # a worker may be older than the code
+                return _finish(run, trial, *where)
+    need = f"need {folder} as it is here, and its worker started anew"
+    return f"{trial.name}: {platform.node()} has other files, code or versions; {need}"
 
 
 def _finish(run: Run, trial: Trial, folder: Path, key: str) -> str:

@@ -56,8 +56,13 @@ def decisive_arguments(args: TrainingArguments) -> dict[str, Any]:
     return {name: getattr(value, "value", value) for name, value in arguments.items()}
 
 
-def check_run(args: TrainingArguments, method: Method, kept: Collection[int]) -> None:
-    """Refuse arguments that a run cannot honour; `kept`: the steps after which a plain model is kept."""
+def check_run(model: nn.Module, args: TrainingArguments, method: Method, kept: Collection[int]) -> None:
+    """Refuse what a run cannot train or honour; `kept`: the steps after which a plain model is kept."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{name}: device_map has it offloaded to memory or disk; need a model that is loaded whole"
+            )
     for name, asked in (("checkpoints", kept), ("load_best_model_at_end", args.load_best_model_at_end)):
         if asked and not method.plain:
             raise ValueError(f"{name}: the model of {type(method).__name__} is not plain while it trains; need none")

@@ -105,7 +105,7 @@ def train_in_stages(
     options |= {"eval_dataset": eval_dataset, "data_collator": data_collator, "processing_class": processing_class}
     with Stop(args, seconds) as stop, ExitStack() as held:
         made = method_of(method, config or ApexConfig(), **own)
-        check_run(args, made, checkpoints)
+        check_run(model, args, made, checkpoints)
         data, options, collate = prepare(base, model, args, train_dataset, options)
         run = _Run(model, made, args, data, frozenset(checkpoints))
         named = {"method": method, "options": own, "trainer": base.__name__}
