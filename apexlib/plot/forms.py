@@ -109,7 +109,7 @@ def lines(
 
 def name_ends(ends: Iterable[tuple[float, float, str, str]], ax: Axes) -> None:
     """Write names beside the right edge of `ax`, apart, each near the end of its line: x, y, name and colour."""
-    size, (low, high) = mpl.rcParams["legend.fontsize"], ax.get_ylim()
+    size, (low, high) = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points(), ax.get_ylim()
     apart, ends = 1.3 * size * ax.figure.dpi / 72 / ax.bbox.height, sorted(ends, key=lambda end: end[1])
     wanted = (np.array([y for _, y, _, _ in ends]) - low) / (high - low)
     steps = apart * np.arange(len(ends))

@@ -57,7 +57,7 @@ def compared(before: pd.DataFrame | None, now: pd.DataFrame) -> tuple[str, str]:
                 relative = np.where(same, 0.0, np.nan_to_num(absolute / scale, nan=np.inf))
             by = f", by {absolute.max(initial=0):.3g} at most"
         else:
-            relative = np.where(old.astype(str) != new.astype(str), np.inf, 0.0)
+            relative = np.where(old.fillna("").astype(str) != new.fillna("").astype(str), np.inf, 0.0)
         equal &= not relative.any()
         if (largest := relative.max(initial=0)) > worst:
             worst, where = largest, f"{name}: {(relative > TOLERANCE).sum()} of {len(now)} rows{by}"
