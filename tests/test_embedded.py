@@ -57,6 +57,13 @@ def test_only_what_people_wrote_in_a_package_itself_is_taken(package):
     assert everything("python") == everything("python-code") | everything("python-prose")
 
 
+def test_the_text_stays_where_the_backport_of_importlib_metadata_is_loaded(package):
+    before = everything("python-prose")
+    pytest.importorskip("importlib_metadata")  # takes the place of the standard library's, and has another message
+    embedded._packages.cache_clear()
+    assert everything("python-prose") == before == {"What is computed first.", "What the package is for."}
+
+
 def test_code_and_docstrings_of_a_module_fall_in_one_split(package):
     (code,) = (
         split for split in ("train", "valid", "test") if FILES["lib/first.py"] in load_corpus("python", split=split)

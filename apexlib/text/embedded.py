@@ -121,5 +121,5 @@ def _prose(name: str, modules: dict[str, str]) -> list[tuple[str, str]]:
 
         further = [topics[each] for each in sorted(topics)]
     else:  # READMEs
-        further = [metadata.distribution(package).metadata.get_payload() for package in PACKAGES[name].split()]
+        further = [metadata.distribution(package).metadata["Description"] or "" for package in PACKAGES[name].split()]
     return documents + [(text.strip(), split_of(text)) for text in further if text.strip()]
