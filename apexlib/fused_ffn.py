@@ -205,7 +205,7 @@ def dtype_of_products(weight: Tensor) -> torch.dtype:
 
 
 def in_one(frozen: Tensor) -> bool:
-    """Whether one product with a copy of the whole weight stands for two: for a compiler, which makes half the code."""
+    """Whether one product with a copy of the whole weight stands for two: for a compiler, which has less to do."""
     return torch.compiler.is_compiling() and not frozen.requires_grad
 
 
