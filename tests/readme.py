@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
+_INTERVAL = "{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]"
 ADVICE = {  # by a claim's number and verdict
     52: {
         "reproduced": "Half of the rows, drawn at random, learn as much as all: take them where memory is short.",
@@ -124,7 +125,7 @@ def study() -> str:
     for name, title in measures.items():
         above = paired_differences(runs, {method: ("full", method) for method in methods}, name)
         rows = summarise(above, ["method"], "above").set_index("method")
-        table[title] = rows.apply("{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]".format, axis=1)
+        table[title] = rows.apply(_INTERVAL.format, axis=1)
     of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in measures.items())
     here, default = (claims_table(folder).set_index("number") for folder in (STUDY, RESULTS))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
@@ -132,8 +133,8 @@ def study() -> str:
     said = ", ".join(f"{number} ({default.loc[number, 'verdict']}, here {verdict})" for number, verdict in turned)
     steps = pd.read_csv(ROOT / "figures" / "study" / "decomposition.csv")
     steps = steps[steps["panel"] == steps["panel"].iloc[0]]
-    changes = steps.apply("{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]".format, axis=1)
-    changes = steps.assign(change=changes).pivot(index="setting", columns="method", values="change")
+    steps["change"] = steps.apply(_INTERVAL.format, axis=1)
+    changes = steps.pivot(index="setting", columns="method", values="change")
     changes = changes.loc[steps["setting"].unique(), steps["method"].unique()].rename_axis(columns=None).reset_index()
     return f"""{told("decomposition", ROOT / "figures" / "study")[0]} The answer loss, in nats:
 
@@ -249,7 +250,7 @@ def devices() -> str:
     """Peak memory of each device and what it sends in a step, by model, strategy and method, as planned."""
     table = pd.read_csv(BENCH / "devices.csv")
     methods = list(table["method"].unique())
-    lines = ["| model | devices | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    lines = _table_head("model", ["devices", *methods])
     for (model, number, strategy), rows in table.groupby(["model", "devices", "strategy"], sort=False):
         gib = rows.set_index("method")[["train_mib", "traffic_mib"]] / 1024
         cells = [f"{gib.loc[m, 'train_mib']:.3g}, {gib.loc[m, 'traffic_mib']:.3g}" for m in methods]

@@ -98,7 +98,7 @@ class Direct(Apex):
 class Lora(Method):
     """LoRA on all linear layers, merged at the end (Hu et al. 2021); `lora_rank` r, and α = `lora_scale` · r.
 
-    With `lora_dora` the norms of columns train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
+    With `lora_dora` the norms of rows, each an output's weights, train apart (DoRA, Liu et al. 2024, arXiv:2402.09353).
     """
 
     plain = False
