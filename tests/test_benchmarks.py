@@ -122,6 +122,15 @@ def test_every_study_makes_a_tidy_table():
     assert forecast.loc[forecast["phase"] == "train", "error"].abs().max() < 0.02
 
 
+def test_the_forecast_of_fusing_lets_go_of_what_is_fused():
+    """Frozen rows go as their weights come: at a small share of trained rows they are most of the model."""
+    case = replace(TINY, d_model=128, d_ff=384, layers=6)
+    table = forecasts(
+        [Study(case, ("full", "apex", "apex-2.4%"), 1)], measure(Study(case, ("full", "apex", "apex-2.4%"), 1))
+    )
+    assert table.loc[table["phase"] == "fuse", "error"].abs().max() < 0.02
+
+
 def test_targets_are_what_was_measured_beside_what_it_must_be():
     names = {target.case for target in STEPS} - {""}
     assert names <= {study.case.name for study in step_studies("cpu", quick=False)}

@@ -194,11 +194,13 @@ def _count(
         own, buffers, engine.sent = engine.parameters(), engine.buffers(), 0
         with _Counter((*own, *model.buffers(), *moments.values(), *buffers, ids), engine) as train:
             _step(model, moments, ids, method, engine)
+    held = sum(parameter.nbytes for parameter in own)
+    del own  # fusing lets go of one weight after another
     on_host = isinstance(engine, Fsdp2)
     with _Counter((*model.parameters(), *model.buffers(), *(() if on_host else moments.values()))) as fuse:
         method.end(model)
     gathered, gradients = train.at_peak
-    sizes |= {"train": train.peak, "fuse": fuse.peak, "parameters": sum(parameter.nbytes for parameter in own)}
+    sizes |= {"train": train.peak, "fuse": fuse.peak, "parameters": held}
     sizes |= {"optimizer": sum(moment.nbytes for moment in moments.values()), "gathered": gathered}
     sizes |= {"gradients": gradients + sum(buffer.nbytes for buffer in buffers)}
     parts = ("parameters", "optimizer", "gathered", "gradients")
