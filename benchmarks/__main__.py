@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 
+import pandas as pd
 import torch
 
 from apexlib.provenance import save_table
@@ -26,17 +27,20 @@ def main(arguments: list[str] | None = None) -> int:
     suffix = "-quick" if options.quick else "" if options.device == "cpu" else f"-{options.device}"
     paths = folders(options.name or f"bench{suffix}")
     started = time.perf_counter()
+    tables: dict[str, pd.DataFrame] = {}
+
+    def keep(name: str, table: pd.DataFrame) -> pd.DataFrame:
+        facts = {"quick": options.quick, "seconds": round(time.perf_counter() - started)}
+        print(save_table(table, name, paths.results, **facts), flush=True)
+        return tables.setdefault(name, table)
+
     studies = step_studies(options.device, options.quick)
-    measured = steps(studies)
+    measured = keep("steps", steps(studies))
     model = next(study.case for study in studies if study.case.kind == "model")
-    extra = overheads(model, 3 if options.quick else 5)
-    tables = {"steps": measured, "overheads": extra, "scaling": scaling(scaling_studies(options.device, options.quick))}
+    extra = keep("overheads", overheads(model, 3 if options.quick else 5))
+    keep("scaling", scaling(scaling_studies(options.device, options.quick)))
     if options.device == "cpu":
-        tables["forecast"] = forecasts(studies, measured)
-        tables["targets"] = targets(measured, extra, tables["forecast"])
-    facts = {"quick": options.quick, "seconds": round(time.perf_counter() - started)}
-    for name, table in tables.items():
-        print(save_table(table, name, paths.results, **facts))
+        keep("targets", targets(measured, extra, keep("forecast", forecasts(studies, measured))))
     draw(tables, paths.figures)
     small = ["--rows", "256", "--columns", "704"] if options.quick else []
     effective_rank.main([*small, "--out", str(paths.results)])

@@ -783,6 +783,22 @@ def test_a_wrong_share_is_refused(share, long, capsys):
     assert f"share '{share}': need a part of all, such as 3/16" in capsys.readouterr().err
 
 
+def test_trainings_side_by_side_are_as_many_as_are_asked_for(long, capsys):
+    long.notebook(
+        "00_trials",
+        """
+        import os
+        from pathlib import Path
+        Path("../data/t.csv").write_text("processes\\n" + os.environ["APEXLIB_PROCESSES"])
+        """,
+        writes={"data/t.csv": ["processes"]},
+    )
+    assert main(["--only", "00", "--processes", "3"]) == 0
+    assert (long.root / "data" / "t.csv").read_text() == "processes\n3"
+    assert main(["--only", "00", "--processes", "0"]) == 2
+    assert "processes 0: need at least one" in capsys.readouterr().err
+
+
 def test_without_a_budget_there_is_no_deadline(long):
     assert long.run(only=["00"]) == {"00": "done"}
 

@@ -55,6 +55,19 @@ def here(monkeypatch):
     monkeypatch.setattr(trials, "default_workers", lambda: 1)
 
 
+def where(folder):
+    return {"pid": os.getpid()}
+
+
+@pytest.mark.parametrize(("asked", "here"), [("", True), ("1", True), ("2", False)])
+def test_on_a_gpu_trials_run_side_by_side_where_that_is_asked_for(asked, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one")
+    monkeypatch.setenv("APEXLIB_PROCESSES", asked)
+    ran_in = {result["pid"] for result in run_trials(where, [Trial("a", {}), Trial("b", {})], tmp_path)}
+    assert (ran_in == {os.getpid()}) is here
+
+
 def test_results_come_in_order_and_are_made_once(here, tmp_path):
     assert [result["square"] for result in run_trials(square, some(3, 1, 2), tmp_path)] == [9, 1, 4]
     assert calls(tmp_path) == [3, 1, 2]

@@ -21,7 +21,7 @@ from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
 from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_profile, resolve, unknown, writer_of
 from apexlib.suite.publishing import publish
-from apexlib.suite.trials import DEADLINE, SHARE, WORKERS, scheduler
+from apexlib.suite.trials import DEADLINE, PROCESSES, SHARE, WORKERS, scheduler
 
 _STATE_FORMAT = 2
 _SHARE = "share-"  # how the folders begin in which parts of a run keep their own
@@ -54,8 +54,9 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
     numbers of the ledger whose notebooks are run; `settings` maps "notebook.parameter" to a value. Once `budget`
     seconds are over, no notebook is started, and the one under way starts no further training. With `share` "3/16", one
     of sixteen runs at the same time, on machines that see one folder, does the third part of the trainings; a run of
-    all then finds them done. `workers`, the address of a Dask scheduler, has its workers train. Raises `ReproduceError`
-    before anything has run, `RunError` after all that depends on no failed or unfinished notebook has.
+    all then finds them done. `workers`, the address of a Dask scheduler, has its workers train; `processes` is how many
+    trainings run side by side here. Raises `ReproduceError` before anything has run, `RunError` after all that depends
+    on no failed or unfinished notebook has.
     """
     deadline, job = time.time() + budget, _Job(profile, **chosen)
     steps: list[Step] = []
@@ -135,6 +136,7 @@ class _Job:
         settings: Any = None,
         share: str | None = None,
         workers: str | None = None,
+        processes: int | None = None,
     ) -> None:
         self.root = find_root(root)
         self.profile = read_profile(profile, self.root / "notebooks" / "profiles")
@@ -168,7 +170,10 @@ class _Job:
         for name in self.selected:
             self._check_needs(self.notebooks[name])
         self.state = _State(self.root, self.folders.runs / "state.json")
-        self.environment = {name: value for name, value in ((SHARE, share), (WORKERS, workers)) if value is not None}
+        if processes is not None and processes < 1:
+            raise ReproduceError(f"processes {processes}: need at least one")
+        given = {SHARE: share, WORKERS: workers, PROCESSES: processes}
+        self.environment = {name: str(value) for name, value in given.items() if value is not None}
         if workers is not None:
             try:
                 scheduler(workers).close()

@@ -27,6 +27,7 @@ RESULT = "trial.json"  # holds the key of a trial that has begun, and its result
 DEADLINE = "APEXLIB_DEADLINE"  # an environment variable: when the time is over, in seconds since the epoch
 WORKERS = "APEXLIB_WORKERS"  # another: the address of a Dask scheduler whose workers take the trials
 SHARE = "APEXLIB_SHARE"  # another: which part of the trials is to be done here, "3/16": the third of sixteen
+PROCESSES = "APEXLIB_PROCESSES"  # another: how many processes of this machine take trials
 COUNTS = "APEXLIB_COUNTS"  # another: a file that tells how many trials are done, for who watches from outside
 
 _GRACE = 60.0  # seconds that a process has to save, once its parent is gone
@@ -62,10 +63,10 @@ def run_trials(
 
     `run` is a function of a module; it returns what JSON can hold and may write to its folder, `folder/name`, in which
     `trial.json` keeps the result. That is up to date while settings, what is read and the code that `run` can reach
-    are as they were. On CPUs, `workers` processes (default: one a core) take trials one by one, each with so many
-    `threads`, so that results do not depend on their number; with a GPU or one core, trials run in this process. Where
-    the environment variable `APEXLIB_WORKERS` has the address of a Dask scheduler, its workers take them. A trial that
-    fails lets the others finish, then raises RuntimeError.
+    are as they were. `workers` processes take trials one by one, each with so many `threads`, so that results do not
+    depend on their number: so many as the environment variable `APEXLIB_PROCESSES` says, else one a core; one core, or
+    a GPU, makes them run in this process. Where `APEXLIB_WORKERS` has the address of a Dask scheduler, its workers take
+    them. A trial that fails lets the others finish, then raises RuntimeError.
 
     After the deadline no trial is started and OutOfTimeError is raised, as it is where others are to do some of them:
     the environment variable `APEXLIB_SHARE` gives this process its part, and a trial that another process is at is
@@ -118,7 +119,9 @@ def _late() -> bool:
 
 
 def default_workers() -> int:
-    """One process a core that this process may use; a single one where there is a GPU to share."""
+    """As many processes as were asked for, else one a core that this process may use, or one where there is a GPU."""
+    if asked := os.environ.get(PROCESSES):
+        return int(asked)
     import torch
 
     if torch.cuda.is_available():
