@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
+from apexlib.operators import autocasts
+
 
 class ChannelObserver(Protocol):
     """An observer of channels to whom their sums of squares over tokens are enough, so that the FFN may stay fused.
@@ -198,10 +200,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def dtype_of_products(weight: Tensor) -> torch.dtype:
     """Dtype in which activations are multiplied by a weight: its own, or autocast's."""
-    device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type) if autocasts(weight.device) else weight.dtype
 
 
 def in_one(frozen: Tensor) -> bool:

@@ -60,7 +60,7 @@ def digest(record: TrainingRecord) -> str:
     """A hash of all that a run leaves: weights, log, plans, statistics."""
     found = hashlib.sha256()
     for name, value in sorted(record.model.state_dict().items()):
-        found.update(name.encode() + value.contiguous().numpy().tobytes())
+        found.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
     tables = [record.log, record.trainable, *record.statistics]
     found.update("".join(table.to_json(double_precision=15) for table in tables).encode())
     found.update(repr(record.plans).encode())

@@ -140,7 +140,7 @@ def test_two_processes_train_what_one_trains(folder, tmp_path):
     """Data parallel under `accelerate launch`, on two CPU processes: the same plans, the same weights to 1e-6."""
     assert main(["train", settings(folder, tmp_path / "one", 4)]) == 0
     given = settings(folder, tmp_path / "two", 2, ", ddp_backend: gloo")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*LAUNCH, given], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two, base = (

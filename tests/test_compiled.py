@@ -116,6 +116,13 @@ def test_a_whole_model_is_not_compiled_again_in_the_next_stage(variant, whole_ba
     assert compiler.frame_count == 1
 
 
+def test_a_trace_asks_only_what_older_releases_of_torch_can_trace(whole_batch, compiler, monkeypatch):
+    """They stop at `is_autocast_available`, a layer's every product."""
+    monkeypatch.delattr(torch.amp, "is_autocast_available")
+    gradients(compiled_layers(begun(build("llama", attention="sdpa"), 0), compiler), whole_batch)
+    assert compiler.frame_count == 1
+
+
 def test_under_autocast_gradients_are_those_of_eager_mode_but_for_rounding(whole_batch, compiler):
     model, eager = (begun(build("llama", attention="sdpa"), 0) for _ in range(2))
     exact = gradients(begun(build("llama", attention="sdpa"), 0), whole_batch)
@@ -176,7 +183,7 @@ def test_stages_that_are_compiled_are_those_of_eager_mode(tiny_model, tmp_path, 
     args = arguments(tmp_path / "compiled", torch_compile_backend="aot_eager")
     compiled = train_in_stages(model, Blocks(), args, config, callbacks=[seen])
     for ours, theirs in zip(compiled.statistics, eager.statistics, strict=True):
-        assert_frame_equal(ours, theirs, rtol=1e-4)
+        assert_frame_equal(ours, theirs, rtol=1e-3 if torch.cuda.is_available() else 1e-4)
     assert compiled.plans == eager.plans
     for name, weight in eager.model.state_dict().items():
         assert_close(compiled.model.get_parameter(name), weight, rtol=1e-3, atol=1e-4)

@@ -280,8 +280,9 @@ def test_a_run_out_of_time_goes_on_to_the_numbers_of_one_left_alone(variant, set
         except Interrupted:
             interrupted += 1
     assert interrupted
-    costs = {"seconds_per_step", "peak_memory_mb"}
-    assert {k: v for k, v in parts.items() if k not in costs} == {k: v for k, v in whole.items() if k not in costs}
+    for run in (parts, whole):
+        del run["seconds_per_step"], run["peak_memory_mb"]
+    assert parts == (pytest.approx(whole, rel=1e-4) if torch.cuda.is_available() else whole)  # a GPU sums in any order
 
 
 def test_pretraining_out_of_time_goes_on_to_the_same_log(base, tmp_path, monkeypatch):

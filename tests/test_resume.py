@@ -250,12 +250,12 @@ def test_a_damaged_stage_takes_the_states_that_build_on_it_along(whole, tmp_path
 )
 def test_another_run_is_not_resumed_and_nothing_is_harmed(changes, message, tmp_path):
     run(tmp_path, trainer_class=Fragile)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
     with pytest.raises(ValueError, match=f"cannot resume another run: {message}"):
         run(tmp_path, **({"trainer_class": Fragile} | changes), resume=True)
     with pytest.raises(FileExistsError, match=r"holds a run already; continue it \(resume=True\), replace it"):
         run(tmp_path, **({"trainer_class": Fragile} | changes))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()} == before
 
 
 def test_other_weights_or_data_are_not_resumed(tmp_path, monkeypatch):
