@@ -569,6 +569,10 @@ def test_steps_from_full_fine_tuning_to_apex_add_up_and_say_on_what(tmp_path):
     tried = runs.assign(chosen=False, loss=np.nan)  # other rates of the grid, which count for nothing
     facts = {"model": "data/models/tiny", "chat": {"train": 1600}, "steps": 400, "batch_size": 8}
     save_table(pd.concat([tried, runs]), "instruction", tmp_path, **facts)
+    gate = pd.DataFrame({"method": ["all", "apex", "lora"], "holds": [True, False, False]})
+    save_table(gate, "instruction_gate", tmp_path)
+    assert decomposition(tmp_path, {"loss": ""})["setting"].unique().tolist() == ["tiny, 1,600 × 2, outside the gate"]
+    save_table(gate.assign(holds=[True, True, False]), "instruction_gate", tmp_path)
     found = decomposition(tmp_path, {"loss": "a title"})
     assert found["setting"].unique().tolist() == ["tiny, 1,600 × 2"]
     assert found["panel"].unique().tolist() == ["a title"]

@@ -284,13 +284,16 @@ def paired_differences(table: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]
 def decomposition(results: Path, measures: Mapping[str, str]) -> pd.DataFrame:
     """What each of `STEPS` changes in the chosen runs of notebook 03, for each of `measures`, which names a panel.
 
-    Columns: `panel`, `setting` (base, conversations, and how often each was seen), `method` (the step), `mean`, `low`,
-    `high` and `n` of the differences within a seed.
+    Columns: `panel`, `setting` (base, conversations, how often each was seen, and whether a step's method failed the
+    gate), `method` (the step), `mean`, `low`, `high` and `n` of the differences within a seed.
     """
     table = needed(results / "instruction.csv", "03")
     runs, told = pd.read_csv(table).query("chosen"), read_object(table.with_suffix(".json"))
     number = told["chat"]["train"]
     setting = f"{Path(told['model']).name}, {number:,} × {told['steps'] * told['batch_size'] / number:g}"
+    gate = pd.read_csv(needed(results / "instruction_gate.csv", "03"))
+    if not gate.loc[gate["method"].isin({"all"}.union(*STEPS.values())), "holds"].all():
+        setting += ", outside the gate"
     steps = [paired_differences(runs, STEPS, name).assign(panel=title) for name, title in measures.items()]
     changes = pd.concat(steps, ignore_index=True).assign(setting=setting)
     columns = ["panel", "setting", "method"]
