@@ -82,6 +82,17 @@ def tensor_bytes(work: Workload) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def least_bytes(work: Workload, peak: int) -> int:
+    """Bytes that a step must move.
+
+    Each weight is read in both passes. Of what trains a gradient is written and read, a weight and AdamW's two moments
+    are read and written. What lives at the `peak` beside what lives between steps is written and read.
+    """
+    weights = sum(p.nbytes for p in work.model.parameters())
+    trained = sum(p.nbytes for p in work.model.parameters() if p.requires_grad)
+    return 2 * weights + 8 * trained + 2 * (peak - tensor_bytes(work))
+
+
 def compile_seconds(work: Workload) -> float:
     """CPU time of the first step of a compiled model, with that of the compilers that it starts; no cache helps."""
     before = sum(os.times()[:4])

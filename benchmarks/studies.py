@@ -17,6 +17,7 @@ from benchmarks.cases import Study
 from benchmarks.measure import (
     MIB,
     compile_seconds,
+    least_bytes,
     on_threads,
     peak_and_kinds,
     peak_of,
@@ -28,14 +29,16 @@ from benchmarks.measure import (
 from benchmarks.workloads import PLANNED, SMALL, Case, llama_config, workload
 
 FACTS = str.split("kind d_model d_ff layers tokens autocast checkpointing embeddings compiled threads device")
-RATIOS = {"peak_ratio": "peak_mib", "resident_ratio": "resident_mib", "compile": "compile_seconds", "floor": "flops"}
+RATIOS = {"peak_ratio": "peak_mib", "resident_ratio": "resident_mib", "compile": "compile_seconds"}
+RATIOS |= {"floor": "flops", "floor_bytes": "bytes"}
 
 
 def measure(study: Study) -> pd.DataFrame:
     """One row per method, each quantity with its ratio to that of full fine-tuning.
 
-    `ratio` of time has quartiles; `floor` is that of FLOPs of products; `compile` that of CPU time of a first step;
-    `products` and the like are shares of the time of full fine-tuning, taken under a profiler.
+    `ratio` of time has quartiles; `floor` is that of FLOPs of products, `floor_bytes` of `least_bytes`; `compile` that
+    of CPU time of a first step; `products` and the like are shares of the time of full fine-tuning, taken under a
+    profiler.
     """
     case, own = study.case, {}
     with on_threads(case.threads):
@@ -47,7 +50,7 @@ def measure(study: Study) -> pd.DataFrame:
             eager = workload(replace(case, compiled=False), method) if case.compiled else work
             own[method] |= {"flops": flops(eager.step)}
             peak, kinds = peak_and_kinds(work, case.device)
-            own[method] |= {"peak_mib": peak / MIB, **kinds}
+            own[method] |= {"bytes": least_bytes(work, peak), "peak_mib": peak / MIB, **kinds}
             own[method]["trainable"] = sum(p.numel() for p in work.module.parameters() if p.requires_grad)
     for method in study.resident:
         own[method]["resident_mib"] = peak_resident(case, method) / MIB

@@ -223,21 +223,23 @@ def performance() -> str:
         "",
         f"Of {len(targets)} targets {targets['holds'].sum()} hold:",
         "",
-        *_table_head("APEX over full fine-tuning, or what is named", ["must", "aim", "measured", "holds"]),
+        *_table_head("APEX over full fine-tuning, or what is named", ["must", "aim", "floor", "measured", "holds"]),
     ]
     for row in targets.itertuples():
-        cells = (f"≤ {row.must:g}", "" if pd.isna(row.aim) else f"{row.aim:g}", f"{row.measured:.3g}")
+        aim, floor = ("" if pd.isna(value) else f"{value:.3g}" for value in (row.aim, row.floor))
+        cells = (f"≤ {row.must:g}", aim, floor, f"{row.measured:.3g}")
         lines.append(f"| {row.quantity} | " + " | ".join([*cells, "yes" if row.holds else "**no**"]) + " |")
     kinds = list(steps.columns[steps.columns.get_loc("products") : steps.columns.get_loc("rest") + 1])
     lines += [
         "",
-        "Where the time goes, in steps of full fine-tuning; the floor: products alone, by FLOPs.",
+        "Where the time goes, in steps of full fine-tuning; the floors: products alone, by FLOPs, and what must be "
+        "read and written (weights, gradients, the optimizer's state, what is kept for backward), by bytes.",
         "",
     ]
-    lines += _table_head("", ["floor", "measured", *(kind.replace("_", " ") for kind in kinds)])
+    lines += _table_head("", ["FLOPs", "bytes", "measured", *(kind.replace("_", " ") for kind in kinds)])
     shown = steps[(steps["kind"] == "model") & steps["method"].isin(["full", "apex", "apex-2.4%", "lora"])]
     for _, row in shown.iterrows():
-        cells = [f"{row[name]:.2f}" for name in ("floor", "ratio", *kinds)]
+        cells = [f"{row[name]:.2f}" for name in ("floor", "floor_bytes", "ratio", *kinds)]
         lines.append(f"| {row['case']}, {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -140,10 +140,14 @@ def test_targets_are_what_was_measured_beside_what_it_must_be():
             assert name.removeprefix(SMALL) != target.case or {target.method, target.over} <= {*methods}
     rows = [(name, method, number + 2.0) for name in quick for number, method in enumerate(quick[name])]
     measured = pd.DataFrame(rows, columns=["case", "method", "ratio"]).assign(peak_mib=3.0, compile_seconds=1.0)
+    measured["flops"] = 2 * measured["ratio"]
     extra = pd.DataFrame({"quantity": ["statistics", "generate", "fuse"], "share": [0.5, 0.05, 0.0]})
     table = targets(measured, extra, pd.DataFrame({"error": [0.01, -0.2]}))
     assert len(table) == len(STEPS) + 4
     assert table["holds"].equals(table["measured"] <= table["must"])
+    times = table[: len(STEPS)][[target.column == "ratio" for target in STEPS]]
+    assert times["floor"].tolist() == pytest.approx(times["measured"].tolist())
+    assert table["floor"].notna().sum() == len(times)
     assert table["measured"].tolist()[-4:] == [0.5, 0.0, 1.05, 0.2]
     worst = pd.DataFrame({"case": ["a", "a", "b", "b", "c"], "method": ["x", "y", "x", "y", "x"]})
     worst["ratio"] = [1.0, 2.0, 3.0, 2.0, 9.0]
