@@ -230,16 +230,14 @@ def performance() -> str:
         cells = (f"≤ {row.must:g}", aim, floor, f"{row.measured:.3g}")
         lines.append(f"| {row.quantity} | " + " | ".join([*cells, "yes" if row.holds else "**no**"]) + " |")
     kinds = list(steps.columns[steps.columns.get_loc("products") : steps.columns.get_loc("rest") + 1])
-    lines += [
-        "",
-        "Where the time goes, in steps of full fine-tuning; the floors: products alone, by FLOPs, and what must be "
-        "read and written (weights, gradients, the optimizer's state, what is kept for backward), by bytes.",
-        "",
-    ]
-    lines += _table_head("", ["FLOPs", "bytes", "measured", *(kind.replace("_", " ") for kind in kinds)])
+    bytes_too = "floor_bytes" in steps
+    read = "; of bytes of weights, gradients, the optimizer's state and what is kept for backward" if bytes_too else ""
+    floors = ["floor", *(["floor_bytes"] if bytes_too else [])]
+    lines += ["", f"Where the time goes, in steps of full fine-tuning; the floor: of FLOPs of products{read}.", ""]
+    lines += _table_head("", [name.replace("_", " ") for name in (*floors, "measured", *kinds)])
     shown = steps[(steps["kind"] == "model") & steps["method"].isin(["full", "apex", "apex-2.4%", "lora"])]
     for _, row in shown.iterrows():
-        cells = [f"{row[name]:.2f}" for name in ("floor", "floor_bytes", "ratio", *kinds)]
+        cells = [f"{row[name]:.2f}" for name in (*floors, "ratio", *kinds)]
         lines.append(f"| {row['case']}, {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

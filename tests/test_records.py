@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -120,3 +121,21 @@ def test_the_root_is_found_from_below_and_its_absence_named(tmp_path):
         folders.project_root(tmp_path / "notebooks")
     (tmp_path / "pyproject.toml").touch()
     assert folders.project_root(tmp_path / "notebooks" / "deep") == tmp_path.resolve()
+
+
+def test_what_the_study_says_of_one_s_own_text_is_in_its_tables():
+    """docs/study.md: outside the gate, every method at the grid's highest rate, full fine-tuning ahead all along it."""
+    folder = ROOT / "data" / "results" / "own-25m"
+    gate, runs = (pd.read_csv(folder / f"instruction{name}.csv") for name in ("_gate", ""))
+    assert not gate["holds"].all()
+    tuned = runs[runs["method"] != "base"]
+    assert (tuned.loc[tuned["chosen"], "learning_rate"] == tuned["learning_rate"].max()).all()
+    grid = tuned[tuned["seed"].isin([0, 1, 2])].groupby(["method", "learning_rate"])[["valid_loss", "retention_loss"]]
+    along = grid.mean().sort_index()
+    full = along.loc["full"]
+    for method in ("apex", "lora"):
+        assert (along.loc[method, "valid_loss"] > full["valid_loss"]).all()
+        matched = along.loc[method][along.loc[method, "retention_loss"].between(*full["retention_loss"].iloc[[0, -1]])]
+        assert len(matched) > 1
+        learnt = np.interp(matched["retention_loss"], full["retention_loss"], full["valid_loss"])
+        assert (matched["valid_loss"] > learnt).all()
