@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from apexlib.operators import autocasts
-
 
 class ChannelObserver(Protocol):
     """An observer of channels to whom their sums of squares over tokens are enough, so that the FFN may stay fused.
@@ -200,7 +198,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def dtype_of_products(weight: Tensor) -> torch.dtype:
     """Dtype in which activations are multiplied by a weight: its own, or autocast's."""
-    return torch.get_autocast_dtype(weight.device.type) if autocasts(weight.device) else weight.dtype
+    device = weight.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)  # `without_autocast` tells why not by torch's own word
+    return torch.get_autocast_dtype(device) if on else weight.dtype
 
 
 def in_one(frozen: Tensor) -> bool:

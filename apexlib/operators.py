@@ -230,14 +230,10 @@ def operator_class(kind: str) -> type[Operator]:
     return OPERATORS[kind]
 
 
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on. Meta has none; `is_autocast_available`, which says so, is what torch 2.11 can't trace."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Compute in the dtypes given."""
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+    """Compute in the dtypes given. Meta has no autocast; torch 2.11 can't trace the function that tells so."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _drawn(
