@@ -5,6 +5,7 @@ goes through `train_in_stages`, and an interrupted training goes on where it was
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,7 @@ def continued_run(
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
     train, test = (text_blocks(tokenizer, text["corpus"], split, text["context"]) for split in ("train", "test"))
     data = {"train_dataset": train, "eval_dataset": Subset(test, range(min(text["blocks"], len(test))))}
-    start = {"tokens": 0, "loss": float(perplexity(model, batches(data["eval_dataset"], 16), quiet=True)["loss"])}
-    start["retention_loss"] = text_loss(model, tokenizer, **retention)
+    start = {"tokens": 0} | _losses_of_base(base, tuple(text.items()), tuple(retention.items()))
     steps, tokens = training["steps"], training["batch_size"] * text["context"]
     schedule, every = "constant_with_warmup", max(1, steps // evaluations)
     if (length := VARIANTS[training["variant"]].length) is not None:
@@ -161,6 +161,14 @@ def continued_run(
     return cost | {"curve": [start, *curve.to_dict("records")]}
 
 
+@cache  # a process trains from one base again and again
+def _losses_of_base(base: str, text: tuple[tuple[str, Any], ...], retention: tuple[tuple[str, Any], ...]) -> Settings:
+    """The losses of an untouched model on the test split of a text, and on text of the kind it was trained on."""
+    model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
+    losses = {"loss": text_loss(model, tokenizer, split="test", **dict(text))}
+    return losses | {"retention_loss": text_loss(model, tokenizer, **dict(retention))}
+
+
 def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat: Settings, split: str) -> float:
     """Loss on the answers of a split of conversations, in nats per token."""
     by_length = sorted(conversations(tokenizer, chat, split), key=lambda item: len(item["input_ids"]))
@@ -169,10 +177,16 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat
 
 
 def text_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, corpus: str, context: int, blocks: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    corpus: str,
+    context: int,
+    blocks: int,
+    split: str = "valid",
 ) -> float:
-    """Loss on the first held-out blocks of a corpus (validation split), in nats per token."""
-    held_out = batches(text_blocks(tokenizer, corpus, "valid", context), 16, limit=blocks)
+    """Loss on the first blocks of a held-out split of a corpus, in nats per token."""
+    held_out = batches(text_blocks(tokenizer, corpus, split, context), 16, limit=blocks)
     return float(perplexity(model, held_out, quiet=True)["loss"])
 
 
