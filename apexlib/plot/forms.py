@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from apexlib.plot.style import DOTS, DOTTED, IMAGE, LEVEL, MARKERS, PALETTE, ROLES, SLANTED, STANDING
+from apexlib.plot.style import DOTS, DOTTED, IMAGE, LEVEL, MARKERS, METHODS, PALETTE, ROLES, SLANTED, STANDING
 
 
 def loss_curve(table: pd.DataFrame, ax: Axes, *, x: str = "tokens", unit: float = 1e6) -> None:
@@ -158,12 +158,15 @@ def groups(
 ) -> Iterator[tuple[str, pd.DataFrame, dict[str, str]]]:
     """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in.
 
-    A method that trains a small share of the weights ("lora-2.4%") has the colour of the whole one and dashes. `looks`
-    sets groups and order: of each its name in a legend, the number of its colour in PALETTE, its marker.
+    A method that trains a small share of the weights ("lora-2.4%") has the colour of the whole one and dashes; one of
+    continued pre-training ("full-all") has that of the method. `looks` sets groups and order: of each its name in a
+    legend, the number of its colour in PALETTE, its marker.
     """
     names = table[by].dropna().unique()
-    whole = [re.sub(r"-[\d.]+%$", "", str(name)) for name in names]
-    colours = dict(zip(dict.fromkeys(whole), cycle(range(len(PALETTE)))))
+    whole = [re.sub(r"(-all)?(-[\d.]+%)?$", "", str(name)) for name in names]
+    colours = {name: colour for name, colour in METHODS.items() if name in whole}
+    left = cycle(sorted({*range(len(PALETTE))} - {*colours.values()}))
+    colours |= {name: next(left) for name in dict.fromkeys(whole) if name not in colours}
     count = len(MARKERS)
     markers = [MARKERS[(n + n // count) % count] for n in range(len(names))]  # of many no two look alike
     looks = looks or dict(zip(names, zip(names, map(colours.get, whole), markers, strict=True), strict=True))

@@ -7,6 +7,7 @@ PALETTE = (  # seaborn's "colorblind": told apart with any colour vision
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#56b4e9", "#ece133",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h", "d")
+METHODS = {"full": 0, "apex": 1, "lora": 2}  # numbers of colours, in all figures alike; others take what is left
 LEVEL = {"color": "0.4", "linewidth": 0.8}  # a line across
 DOTTED = LEVEL | {"linestyle": ":"}  # that is there to compare with
 SLANTED = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}  # names below an axis
