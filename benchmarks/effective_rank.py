@@ -95,8 +95,8 @@ def peers(shapes: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
         "ours": effective_rank,
         "torch.linalg.svdvals, float32": lambda matrix: _of(torch.linalg.svdvals(matrix).double().numpy()),
         "torch.linalg.svdvals, float64": lambda matrix: _of(torch.linalg.svdvals(matrix.double()).numpy()),
-        "scipy.linalg.svdvals, float32": lambda matrix: _of(svdvals(matrix.numpy()).astype("float64")),
-        "scipy.linalg.svdvals, float64": lambda matrix: _of(svdvals(matrix.double().numpy())),
+        "SciPy in float32": lambda matrix: _of(svdvals(matrix.numpy()).astype("float64")),
+        "SciPy in float64, as WeightWatcher": lambda matrix: _of(svdvals(matrix.double().numpy())),
     }
     rows, generator = [], torch.Generator().manual_seed(0)
     for name, (height, width) in shapes.items():

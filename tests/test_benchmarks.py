@@ -201,5 +201,5 @@ def test_effective_rank_is_measured_against_every_way_to_singular_values():
     table = effective_rank.peers({"flat": (24, 24), "wide": (24, 40)})
     assert table.groupby("matrix").size().tolist() == [5, 5]
     assert (table["error"] <= 1e-5).all()
-    assert (table.loc[table["way"].isin(["ours", "scipy.linalg.svdvals, float64"]), "error"] <= 1e-8).all()
+    assert (table.loc[table["way"].str.contains("^ours|SciPy in float64"), "error"] <= 1e-8).all()
     assert (table.loc[table["way"] == "ours", "ratio"] == 1).all()
