@@ -46,8 +46,8 @@ ACCELERATE += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backe
 def launched(script, *arguments, by=TORCHRUN):
     """Run a script of this folder on two processes of the CPU."""
     launch = [sys.executable, "-m", *by]
-    around = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"}
-    around["CUDA_VISIBLE_DEVICES"] = ""
+    path = os.pathsep.join([str(HERE.parent), str(HERE)])
+    around = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [*launch, str(HERE / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | around, timeout=900, check=False)
 

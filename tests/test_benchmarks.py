@@ -124,10 +124,8 @@ def test_every_study_makes_a_tidy_table():
 
 def test_the_forecast_of_fusing_lets_go_of_what_is_fused():
     """Frozen rows go as their weights come: at a small share of trained rows they are most of the model."""
-    case = replace(TINY, d_model=128, d_ff=384, layers=6)
-    table = forecasts(
-        [Study(case, ("full", "apex", "apex-2.4%"), 1)], measure(Study(case, ("full", "apex", "apex-2.4%"), 1))
-    )
+    study = Study(replace(TINY, d_model=128, d_ff=384, layers=6), ("full", "apex", "apex-2.4%"), 1)
+    table = forecasts([study], measure(study))
     assert table.loc[table["phase"] == "fuse", "error"].abs().max() < 0.02
 
 
