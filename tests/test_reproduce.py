@@ -442,6 +442,29 @@ def test_only_from_and_force_choose(project):
     assert {name for name in after if after[name] != before[name]} == {"03_beside"}
 
 
+def test_a_clone_keeps_what_the_manifest_tells_of_notebooks_it_has_not_run(project):
+    before, text = project.manifest["notebooks"], project.table("manifest.json").read_bytes()
+    for ignored in ("models", "runs"):
+        shutil.rmtree(project.root / "data" / ignored)
+    assert project.run(only=["03"]) == {"03": "done"}
+    after = project.manifest["notebooks"]
+    assert {name for name in {**before, **after} if after.get(name) != before.get(name)} == {"03_beside"}
+
+    shutil.rmtree(project.runs)
+    project.table("manifest.json").write_bytes(text)
+    source = project.root / "notebooks" / "00_make.ipynb"
+    edit(source, "import hashlib,", "raise ValueError('no data')\\nimport hashlib,")
+    with pytest.raises(RunError, match="no data"):
+        project.run(only=["00"])
+    assert project.table("manifest.json").read_bytes() == text
+
+    edit(source, "raise ValueError('no data')\\n", "")
+    edit(source, '"seen = {', '"raise ValueError(\'too late\')\\n", "seen = {')
+    with pytest.raises(RunError, match="too late"):  # it has written another table by then
+        project.run(only=["00"], settings={"00_make.n": 5})
+    assert set(project.manifest["notebooks"]) == {"01_use", "02_last", "03_beside"}
+
+
 CLAIMS = """
 - {number: 1, id: made, source: s, statement: It is made., expected: yes it is, rule: r, unit: x, limits: None here.,
    margin: 0, because: b,

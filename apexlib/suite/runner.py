@@ -143,6 +143,7 @@ class _Job:
         if not self.profile.runnable:
             raise ReproduceError(f"profile {self.profile.name} is not run here: {' '.join(self.profile.why.split())}")
         self.folders = folders(self.profile.name, self.root)
+        self.manifest = self.folders.results / "manifest.json"
         self.share, self.runs = share, self.folders.runs  # with what this run itself writes there
         self.own = (self.folders.results, self.folders.figures, self.folders.models, self.runs)  # no other writes there
         if share is not None:
@@ -261,8 +262,8 @@ class _Job:
     def expected(self, *, force: bool) -> dict[str, dict[str, Any]]:
         """What is recorded of each selected notebook, as `RunBars` takes it; 0 seconds if it will not run."""
         past: dict[str, dict[str, Any]] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or damaged
-            for name, entry in read_object(self.folders.results / "manifest.json")["notebooks"].items():
+        with suppress(ValueError, TypeError):  # damaged
+            for name, entry in self.recorded().items():
                 past[name] = {key: float(entry[key]) for key in ("seconds", "trials") if key in entry}
         return {
             step.notebook: {"seconds": 0.0} if step.status == "skip" else past.get(step.notebook, {})
@@ -320,17 +321,37 @@ class _Job:
         return Step(name, "done", f"{duration(execution.seconds)}{memory}")
 
     def keep(self, steps: Sequence[Step]) -> None:
-        """Write down what is remembered and, unless nothing ran, what each notebook's whole results were made with."""
+        """Write down what is remembered and what each notebook's whole results were made with.
+
+        What is not known of a notebook, which this copy of the project may never have run to its end, the manifest that
+        is there tells, as long as that stands.
+        """
         self.state.save()
-        manifest = self.folders.results / "manifest.json"
-        nothing_ran = [step.status for step in steps] == ["up to date"] * len(self.selected)
-        if self.share or (manifest.is_file() and nothing_ran):
+        if self.share:
             return
-        past = self.state.notebooks
-        done = {name: past[name]["record"] for name in self.profile.notebooks if past.get(name)}
+        recorded, done = self.recorded(), {}
+        for name in self.profile.notebooks:
+            if past := self.state.notebooks.get(name):
+                done[name] = past["record"]
+            elif (entry := recorded.get(name)) and self.stands(entry):
+                done[name] = entry
+        if recorded and done == recorded:
+            return
         facts = provenance(profile=self.profile.name, notebooks=done)
         del facts["device"]  # that of this process, which computes nothing; each notebook's is in its entry
-        write_json(facts, manifest)
+        write_json(facts, self.manifest)
+
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """What the manifest tells of each notebook; nothing where it is absent or damaged."""
+        try:
+            return {name: dict(entry) for name, entry in read_object(self.manifest)["notebooks"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def stands(self, entry: Mapping[str, Any]) -> bool:
+        """Whether nothing that is there of what an entry of the manifest lists has changed since."""
+        written = entry.get("artifacts")
+        return isinstance(written, dict) and all(self.state.hash(path) in (None, written[path]) for path in written)
 
 
 def _matching(prefix: str, names: Collection[str]) -> list[str]:
