@@ -8,10 +8,11 @@ import torch
 from conftest import VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pandas.testing import assert_frame_equal
 from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
-from apexlib.activations import EMA_DECAY, ActivationRecorder, _UnitSums, activation_statistics
+from apexlib.activations import ActivationRecorder, _UnitSums, activation_statistics
 from apexlib.architectures import family_of, model_components
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
@@ -165,7 +166,7 @@ def test_padding_does_not_count(variant, side, tiny_model):
 
 def test_mean_activation_does_not_depend_on_the_batch_split(tiny_model):
     model = tiny_model("llama", dtype=torch.float64)
-    ids = torch.randint(2, 40, (6, 8), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(2, 40, (6, 100), generator=torch.Generator().manual_seed(3))  # in all, more rows than one chunk
     whole = activation_statistics(model, [{"input_ids": ids}])
     for sizes in ([1] * 6, [4, 2], [2, 4]):
         split = activation_statistics(model, [{"input_ids": part} for part in ids.split(sizes)])
@@ -212,7 +213,11 @@ def test_a_failed_pass_is_not_counted(tiny_model, batch):
         with pytest.raises(IndexError):
             model(input_ids=torch.tensor([[10**6]]))
         model(**batch)
-    assert recorder.batches == 1
+        assert recorder.batches == 1
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[10**6]]))
+        model.model(**batch)  # what failed was a pass of the whole model, this is one of a part
+    assert recorder.batches == 2
     assert_close(
         torch.tensor(recorder.table()["activation"]), torch.tensor(activation_statistics(model, [batch])["activation"])
     )
@@ -237,6 +242,7 @@ def test_wrong_use_is_met_with_the_value_and_the_need(tiny_model, batch):
     for top in (0, 0.51, -1):
         with pytest.raises(ValueError, match=rf"top = {top}: need a fraction above 0 and at most 0.5"):
             activation_statistics(model, [batch], top=top)
+    assert len(activation_statistics(model, [batch], top=0.5))
     with pytest.raises(ValueError, match="statistic 'up': need 'gate' or 'product'"):
         activation_statistics(model, [batch], statistic="up")
     with pytest.raises(ValueError, match="no batch was seen"):
@@ -265,7 +271,7 @@ def test_rank_score_and_moving_averages_equal_their_definitions(data):
 
     def decay(old, new):
         pairs = zip(old or new, new, strict=True)
-        return [EMA_DECAY * before + (1 - EMA_DECAY) * now for before, now in pairs]
+        return [0.9 * before + 0.1 * now for before, now in pairs]
 
     score, ema, ema_rank = [0] * units, None, None
     for batch in batches:
@@ -274,6 +280,7 @@ def test_rank_score_and_moving_averages_equal_their_definitions(data):
         score = [s + d for s, d in zip(score, sign, strict=True)]
         ema, ema_rank = decay(ema, [value / 2 for value in batch]), decay(ema_rank, sign)
     assert sums.rank_score[0].tolist() == score
+    assert not sums.rank_score.is_floating_point()  # a count
     assert_close(sums.ema[0], torch.tensor(ema, dtype=torch.float64))
     assert_close(sums.ema_rank[0], torch.tensor(ema_rank, dtype=torch.float64))
     assert sums.rank_score.sum() == 0  # as many in the Top-K as in the Min-K
@@ -295,6 +302,37 @@ def test_what_processes_have_seen_adds_up_and_moving_averages_become_their_mean(
         assert_close(getattr(combined, name), getattr(whole, name))
     for name in ("ema", "ema_rank"):
         assert_close(getattr(combined, name), (getattr(parts[0], name) + getattr(parts[1], name)) / 2)
+
+
+def test_gathering_takes_what_every_process_has_seen(tiny_model, batch, monkeypatch):
+    model = tiny_model("llama", dtype=torch.float64)
+    part = {name: tensor[:1] for name, tensor in batch.items()}
+    recorders = [ActivationRecorder(model) for _ in range(3)]
+    for recorder, seen in zip(recorders, ([batch], [part, batch], [batch, part, batch]), strict=True):
+        with recorder, torch.no_grad():
+            for each in seen:
+                model(**each)
+    here, there, both = recorders
+
+    def exchange(states, mine):
+        assert mine == (here.tokens, here.batches, here._sums)
+        states[:] = [mine, (there.tokens, there.batches, there._sums)]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
+    here.gather()
+    columns = ["activation", "rank_score", "tokens", "batches"]
+    assert_frame_equal(here.table()[columns], both.table()[columns])
+
+
+def test_a_component_of_one_unit_has_no_imbalance(tiny_model, batch):
+    model = tiny_model("llama", dtype=torch.float64, num_attention_heads=1, num_key_value_heads=1)
+    with ActivationRecorder(model, differentiable=True) as recorder:
+        model(**batch)
+    table = activation_statistics(model, [batch]).query("component == 'channel'")
+    groups = table.groupby("layer")["activation"]
+    assert recorder.imbalance.item() == pytest.approx((groups.std(ddof=0) / groups.mean()).mean(), rel=1e-9)
 
 
 def test_a_cache_or_an_all_padding_batch_does_not_confuse_the_count(tiny_model, batch):

@@ -464,7 +464,11 @@ def test_statistics_of_an_expanded_model_number_units_as_the_plain_model(variant
     expected = activation_statistics(plain, [batch], statistic=statistic)
     with ActivationRecorder(model.train(), statistic=statistic) as recorder:
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
-    for found in (recorder.table(), activation_statistics(model, [batch], statistic=statistic)):
+        in_training = recorder.table()
+        model.eval()(**batch)  # where inputs run in the order of the plain model again
+    assert_close(torch.tensor(recorder.table()["activation"]), torch.tensor(in_training["activation"]))
+    assert not any(getattr(module, "observers", None) for module in model.modules())
+    for found in (in_training, activation_statistics(model.train(), [batch], statistic=statistic)):
         columns = ["layer", "component", "unit", "rank_score", "ema_rank", "tokens", "batches"]
         assert found[columns].equals(expected[columns])
         assert_close(torch.tensor(found["activation"]), torch.tensor(expected["activation"]), rtol=1e-6, atol=1e-9)
