@@ -75,6 +75,17 @@ def pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
         raise ValueError(f"{source}: not loaded, {type(error).__name__}: {error}") from error
 
 
+def untrained(kind: Any, config: Any, **options: Any) -> Any:
+    """Make what `kind` makes of a configuration (a class of transformers), with random weights."""
+    try:
+        return kind.from_config(config, **options)
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:  # whatever sizes that are none and names of nothing make it raise
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{config.model_type}: no model can be made of its configuration, {said}") from error
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that, whenever this is interrupted, it is there whole or not at all."""
     (aside := _beside(folder)).mkdir()

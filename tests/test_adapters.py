@@ -1,5 +1,7 @@
 """Task vectors and LoRA adapters of an update: what base and adapter compute together, and what is lost."""
 
+import json
+
 import pytest
 import torch
 from conftest import build
@@ -81,6 +83,16 @@ def test_what_is_no_pair_of_models_or_no_rank_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
+def test_a_base_of_which_no_model_can_be_made_is_refused_by_a_line(tmp_path):
+    base, tuned = pair(tmp_path, "llama")
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"]["rope_type"] = "denault"
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no model can be made of its configuration, KeyError: 'denault'"):
+        export_lora(base, tuned, tmp_path / "lora", rank=4)
+    assert not (tmp_path / "lora").exists()
+
+
 def test_what_an_adapter_cannot_hold_is_said(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "experts")
     model = build("mixtral")

@@ -172,6 +172,10 @@ def test_what_cannot_be_planned_is_refused():
         plan_budget(TINY_LLAMA, batch=0, length=8)
     with pytest.raises(ValueError, match="mixtral: which experts run depends on values"):
         plan_budget(MixtralConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=64), batch=1, length=8)
+    config = llama_config(CASE)
+    config.rope_parameters["rope_type"] = "denault"
+    with pytest.raises(ValueError, match="llama: no model can be made of its configuration, KeyError: 'denault'"):
+        plan_budget(config, batch=1, length=8)
     with pytest.raises(ValueError, match="devices: need at least 1, got 0"):
         plan_budget(TINY_LLAMA, batch=1, length=8, devices=0)
     with pytest.raises(ValueError, match="strategy 'zero3': need one of ddp, fsdp, zero2"):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apexlib.analysis.stored import Stored, check_versions, stored_weights, write_tensors
-from apexlib.files import atomic_folder, atomic_write, check_new, pretrained
+from apexlib.files import atomic_folder, atomic_write, check_new, pretrained, untrained
 from apexlib.progress import progress
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -141,7 +141,7 @@ def _shell(folder: str | Path) -> PreTrainedModel:
     """The modules of the model in a folder, without its weights."""
     config = pretrained(AutoConfig, folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return untrained(AutoModelForCausalLM, config)
 
 
 def _places(model: PreTrainedModel, name: str) -> list[str]:

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from apexlib.activations import unit_table
 from apexlib.analysis.devices import STRATEGIES, Alone, Fsdp2
 from apexlib.architectures import family_of, model_components
-from apexlib.files import pretrained
+from apexlib.files import pretrained, untrained
 from apexlib.plan import ApexConfig
 from apexlib.training.methods import METHODS, Method, method_of
 
@@ -225,10 +225,7 @@ def _on_meta(
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
-        try:
-            return AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=_ATTENTION)
-        except (TypeError, ArithmeticError, RuntimeError) as error:  # of sizes that are none
-            raise ValueError(f"{shape.model_type}: no model can be made of its configuration ({error})") from error
+        return untrained(AutoModelForCausalLM, shape, dtype=dtype, attn_implementation=_ATTENTION)
 
 
 def equal_statistics(model: PreTrainedModel) -> pd.DataFrame:

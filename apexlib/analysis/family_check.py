@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from apexlib.analysis.budget import equal_statistics
 from apexlib.architectures import FAMILIES, Family, model_components
 from apexlib.expansion import expand, fuse
+from apexlib.files import untrained
 from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.projections import SplitProjection
 from apexlib.selection import select
@@ -65,7 +66,7 @@ def _random_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         experts = {} if FAMILIES.get(config.model_type, Family()).down else {"experts_implementation": "eager"}
         own = {"attn_implementation": "eager", "dtype": torch.float64, **experts}  # grouped products lack float64
-        model = AutoModelForCausalLM.from_config(config, **own)
+        model = untrained(AutoModelForCausalLM, config, **own)
         if (size := model.num_parameters()) > _MOST:
             raise ValueError(f"{config.model_type}: {size:,} parameters; need a small configuration, {_MOST:,} at most")
         with torch.no_grad():
