@@ -166,6 +166,13 @@ def _wait(until: Callable[[], object], what: str, seconds: float = PATIENCE) -> 
         time.sleep(0.2)
 
 
+def _whole(notebook):
+    """Whether a notebook that somebody may be writing is there to its end."""
+    with suppress(nbformat.reader.NotJSONError):
+        return nbformat.read(notebook, as_version=4)
+    return None
+
+
 def choose(page, menu, entry):
     """Choose an entry of a menu."""
     page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{menu}$")).click()
@@ -187,7 +194,7 @@ def run_all(page, notebook, seconds=2 * PATIENCE):
     _wait(lambda: counts.first.inner_text() != "[ ]:" and "[*]:" not in counts.all_inner_texts(), "the cells", seconds)
     before = notebook.stat().st_mtime_ns
     choose(page, "File", "Save Notebook")
-    _wait(lambda: notebook.stat().st_mtime_ns > before, "the notebook to be saved")
+    _wait(lambda: notebook.stat().st_mtime_ns > before and _whole(notebook), "the notebook to be saved")
     cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     failed = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
     assert failed or all(cell.execution_count for cell in cells)
