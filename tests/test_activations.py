@@ -12,7 +12,7 @@ from pandas.testing import assert_frame_equal
 from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
-from apexlib.activations import ActivationRecorder, _UnitSums, activation_statistics
+from apexlib.activations import ActivationRecorder, _UnitSums, _variation, activation_statistics
 from apexlib.architectures import family_of, model_components
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
@@ -324,6 +324,26 @@ def test_gathering_takes_what_every_process_has_seen(tiny_model, batch, monkeypa
     here.gather()
     columns = ["activation", "rank_score", "tokens", "batches"]
     assert_frame_equal(here.table()[columns], both.table()[columns])
+
+
+def test_units_keep_their_numbers_when_a_layer_runs_its_inputs_in_another_order(tiny_model, batch):
+    model = tiny_model("llama", dtype=torch.float64)
+    reader = model.get_submodule(model_components(model)[-1].reader.module)
+    plain = activations(activation_statistics(model, [batch]), "channel")[-1]
+    orders = [torch.randperm(len(plain), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    changed = orders[0].clone()
+    with ActivationRecorder(model) as recorder, torch.no_grad():
+        for order in (None, orders[0], orders[1], changed, orders[2], None):
+            reader.input_order = order if order is not orders[2] else changed.copy_(order)  # in place
+            before = recorder.state()["sums"]["channel"]["total"][-1].clone()
+            model(**batch)
+            gained = recorder.state()["sums"]["channel"]["total"][-1] - before
+            assert_close(gained if order is None else gained[order], plain, rtol=1e-6, atol=1e-9)
+
+
+def test_imbalance_does_not_depend_on_the_size_of_activations():
+    for size in (1e-12, 1.0, 1e12):
+        assert _variation(torch.tensor([1.0, 3.0], dtype=torch.float64) * size).item() == pytest.approx(0.5)
 
 
 def test_a_component_of_one_unit_has_no_imbalance(tiny_model, batch):

@@ -1,5 +1,6 @@
 """The table of architectures: every unit of every family, exactly once; unknown models refused."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import VARIANTS, build
@@ -126,8 +127,10 @@ def test_components_are_known_on_the_meta_device():
 @pytest.mark.parametrize("variant", ["llama", "phi3", "gpt2", "gpt_neox"])
 def test_weight_norms_add_up_to_the_norm_of_the_layer(variant, tiny_model):
     model = tiny_model(variant)
-    norms = weight_norms(model).set_index(["layer", "component"])["weight_norm"]
+    table = weight_norms(model)
+    assert table.index.equals(pd.RangeIndex(len(table)))
+    norms = table.set_index(["layer", "component"])["weight_norm"]
     for part in model_components(model):
         modules = {slot.module for slot in part.slots.values()}
         total = sum(model.get_submodule(name).weight.double().square().sum().item() for name in modules)
-        assert norms[part.layer, part.component].pow(2).sum() == pytest.approx(total)
+        assert norms[part.layer, part.component].pow(2).sum() == pytest.approx(total, rel=1e-12)
