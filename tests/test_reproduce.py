@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from papermill.iorw import read_yaml_file
 
 from apexlib.files import file_hash
 from apexlib.suite import cli, execution
@@ -1064,6 +1065,17 @@ def test_list_shows_profiles_notebooks_and_parameters(small, capsys):
     assert "00_only  writes data/x" in shown
     assert "  n: int = 9\n" in shown
     assert "  profile: str = 'more'  # whose folders\n" in shown
+
+
+def test_the_values_of_a_profile_are_shown_as_papermill_takes_them(small, capsys):
+    small.profile("more", notebooks={"00_only": {"n": 9, "lr": 6e-5, "s": "ä: 'b'"}})
+    assert main(["--parameters", "more", "00"]) == 0
+    (small.root / "values.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    taken = read_yaml_file(str(small.root / "values.yaml"))
+    assert taken == {"profile": "more", "n": 9, "lr": 6e-5, "on": True, "s": "ä: 'b'", "l": [1]}
+    for arguments, said in ((["gone", "00"], "unknown profile 'gone'"), (["more", "7"], "unknown notebook '7'")):
+        assert main(["--parameters", *arguments]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

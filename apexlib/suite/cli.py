@@ -61,6 +61,8 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
                 groups[either] = groups.get(either) or sub.add_mutually_exclusive_group()
             if "type" in options:
                 options["type"] = _TYPES[options["type"]]
+            if isinstance(options.get("metavar"), list):  # of several values
+                options["metavar"] = tuple(options["metavar"])
             groups[either].add_argument(argument, **options)
     return parser
 
@@ -81,7 +83,15 @@ _TYPES = {"int": int, "float": float, "path": Path, "time": _seconds}
 
 
 def _reproduce(
-    *, profile: str, settings: list[str], claims: list[int], budget: float, dry_run: bool, listing: bool, **chosen: Any
+    *,
+    profile: str,
+    settings: list[str],
+    claims: list[int],
+    budget: float,
+    dry_run: bool,
+    listing: bool,
+    parameters: list[str] | None,
+    **chosen: Any,
 ) -> int:
     from apexlib.suite import runner
     from apexlib.suite.notebooks import read_profile
@@ -90,6 +100,9 @@ def _reproduce(
     root = runner.find_root()
     if listing:
         print(*_listing(profile, root), sep="\n")
+        return 0
+    if parameters:
+        print(_values(*parameters, root), end="")
         return 0
     chosen |= {"claims": claims, "root": root, "settings": _assigned(settings, "NOTEBOOK.PARAMETER=VALUE")}
     if dry_run:
@@ -168,6 +181,16 @@ def _listing(profile: str, root: Path) -> Iterator[str]:
         for parameter in notebook.parameters.values():
             told = f"  {parameter.name}: {parameter.kind} = {values[parameter.name]!r}  # {parameter.help}"
             yield told.removesuffix("  # ")
+
+
+def _values(profile: str, prefix: str, root: Path) -> str:
+    """Write what a notebook takes in a profile, as YAML."""
+    from apexlib.suite.notebooks import matching, read_profile, resolve
+
+    chosen = read_profile(profile, root / "notebooks" / "profiles")
+    notebooks = chosen.read_notebooks(root / "notebooks")
+    values = resolve(notebooks[matching(prefix, notebooks)[0]], chosen, {})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:

@@ -66,6 +66,13 @@ def unknown(what: str, name: Any, known: Collection[str], where: str = "") -> Re
     return ReproduceError(f"unknown {what} {name!r}{where and f' in {where}'}: {known_ones}")
 
 
+def matching(prefix: str, names: Collection[str]) -> list[str]:
+    """Choose the notebooks whose names begin so; at least one does, or ReproduceError is raised."""
+    if not (found := [name for name in names if prefix and name.startswith(prefix)]):
+        raise unknown("notebook", prefix, names)
+    return found
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One line `name: kind = default  # help` of a notebook's parameters cell."""

@@ -19,7 +19,16 @@ from apexlib.suite.dependencies import LIBRARY, code_of_source, normalised
 from apexlib.suite.execution import execute, stamps
 from apexlib.suite.folders import folders, project_root
 from apexlib.suite.ledger import choose, read_claims
-from apexlib.suite.notebooks import Notebook, ReproduceError, read_notebook, read_profile, resolve, unknown, writer_of
+from apexlib.suite.notebooks import (
+    Notebook,
+    ReproduceError,
+    matching,
+    read_notebook,
+    read_profile,
+    resolve,
+    unknown,
+    writer_of,
+)
 from apexlib.suite.publishing import publish
 from apexlib.suite.trials import DEADLINE, PROCESSES, SHARE, WORKERS, scheduler
 
@@ -156,15 +165,15 @@ class _Job:
         self.writer = partial(writer_of, notebooks=self.notebooks)  # the name of the one that writes a path
         names = self.selected = list(self.notebooks)
         if only:
-            self.selected = sorted({name for prefix in only for name in _matching(prefix, names)})
+            self.selected = sorted({name for prefix in only for name in matching(prefix, names)})
         elif start is not None:
-            self.selected = names[names.index(_matching(start, names)[0]) :]
+            self.selected = names[names.index(matching(start, names)[0]) :]
         elif claims:
             self.selected = self._needed_by(claims)
         self.settings: dict[str, dict[str, Any]] = {}
         for key, value in (settings or {}).items():
             prefix, _, parameter = key.partition(".")
-            for name in _matching(prefix, self.selected):
+            for name in matching(prefix, self.selected):
                 self.settings.setdefault(name, {})[parameter] = value
         for notebook in self.notebooks.values():
             resolve(notebook, self.profile, self.settings)
@@ -352,12 +361,6 @@ class _Job:
         """Whether nothing that is there of what an entry of the manifest lists has changed since."""
         written = entry.get("artifacts")
         return isinstance(written, dict) and all(self.state.hash(path) in (None, written[path]) for path in written)
-
-
-def _matching(prefix: str, names: Collection[str]) -> list[str]:
-    if not (found := [name for name in names if prefix and name.startswith(prefix)]):
-        raise unknown("notebook", prefix, names)
-    return found
 
 
 def _table_facts(artifacts: Mapping[str, str | None], root: Path) -> dict[str, Any]:
