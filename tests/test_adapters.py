@@ -82,7 +82,6 @@ def test_what_is_no_pair_of_models_or_no_rank_is_refused(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "wider", "other"}
 
 
-@pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
 def test_a_base_of_which_no_model_can_be_made_is_refused_by_a_line(tmp_path):
     base, tuned = pair(tmp_path, "llama")
     config = json.loads((base / "config.json").read_text())
@@ -93,6 +92,7 @@ def test_a_base_of_which_no_model_can_be_made_is_refused_by_a_line(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
 def test_what_an_adapter_cannot_hold_is_said(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "experts")
     model = build("mixtral")
