@@ -22,7 +22,7 @@ from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.selection import select
 from apexlib.text.datasets import PackedTokens
 from apexlib.text.tokenizer import train_tokenizer
-from apexlib.training import bar
+from apexlib.training import bar, stages
 from apexlib.training.checkpoints import checkpoint_folder
 from apexlib.training.checks import first_not_finite
 from apexlib.training.data import check_data
@@ -248,6 +248,45 @@ def test_later_stages_use_what_was_gathered_in_training_at_no_extra_pass(tiny_mo
     pd.testing.assert_frame_equal(record.statistics[0], first)
     assert ExpansionPlan.from_json(tmp_path / "stage-1" / "plan.json") == record.plans[1]
     assert len(pd.read_parquet(tmp_path / "stage-1" / "statistics.parquet")) == 52
+
+
+def test_runs_that_start_alike_assess_once(tiny_model, tmp_path, monkeypatch):
+    passes = []
+
+    def counted(*given, **named):
+        passes.append(1)
+        return activation_statistics(*given, **named)
+
+    monkeypatch.setattr(stages, "activation_statistics", counted)
+
+    def assessed(name, model, dataset=None, **config):
+        own = ApexConfig(**(vars(SMALL) | config))
+        return run(lambda _: model, tmp_path / name, dataset=dataset, config=own, seed=1).statistics[0], len(passes)
+
+    other = tiny_model("llama")
+    scaled = tiny_model("llama", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    with torch.no_grad():
+        other.model.layers[0].mlp.gate_proj.weight[3] += 1
+    first, count = assessed("first", tiny_model("llama"))
+    assert count == 1
+    first["activation"] = 0.0  # the caller's own
+    again, count = assessed("again", tiny_model("llama"), operator="dense", direct_heads=0.75)
+    assert count == 1
+    assert (again["activation"] > 0).all()
+    tables = [again]
+    for number, changed in enumerate([{"fraction": 0.2}, {"assessment_samples": 4}, {"dataset": Blocks(start=3)}], 2):
+        table, count = assessed(str(number), tiny_model("llama"), **changed)
+        assert count == number
+        tables.append(table)
+    for number, model in enumerate([other, scaled, tiny_model("llama", dtype=torch.bfloat16)], 5):
+        table, count = assessed(str(number), model)
+        assert count == number
+        tables.append(table)
+    values = [table.to_csv() for table in tables]
+    assert len({*values}) == len(values)
+    for number in range(8, 16):
+        assessed(str(number), tiny_model("llama"), dataset=Blocks(start=number))
+    assert len(stages._assessed) == 8
 
 
 @pytest.mark.parametrize("method", ["apex", "hft"])

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
@@ -30,6 +31,9 @@ from apexlib.training.interruption import Stop
 from apexlib.training.loggers import Loggers
 from apexlib.training.methods import METHODS, Method, Name, method_of
 from apexlib.training.trainer import Stage, StageTraining
+
+_REMEMBERED = 8  # assessments; that of a model of 7 B parameters takes 30 MB
+_assessed: dict[str, pd.DataFrame] = {}  # by `_assessed_by`, the oldest first
 
 
 @dataclass(frozen=True)
@@ -243,19 +247,32 @@ class _Run:
             warnings.warn(said, RuntimeWarning, stacklevel=3)
 
     def assess(self, collate: Callable, stop: Stop) -> pd.DataFrame:
-        """Assess the first examples of the run's order, as many as `config.assessment_samples`."""
+        """Assess the first examples of the run's order, as many as `config.assessment_samples`.
+
+        Runs of one process that start alike, such as those of a grid, assess once.
+        """
         size, rows = self.args.per_device_train_batch_size, self.order[: self.config.assessment_samples]
+        parts, top = (rows[start : start + size] for start in range(0, len(rows), size)), self.config.fraction
+        taken, batches = {*signature(self.model.base_model.forward).parameters}, []
+        for batch in (collate([self.data[row] for row in part]) for part in parts):
+            batches.append({name: value for name, value in batch.items() if name in taken})
+        key = "" if self.args.world_size > 1 else _assessed_by(self.model, batches, top)  # processes ask together
+        if key in _assessed:
+            return _assessed[key].copy()
 
-        def batches() -> Iterator[Any]:
-            for start in range(0, len(rows), size):
+        def checked() -> Iterator[dict[str, Any]]:
+            for batch in batches:
                 stop.check("in the assessment")
-                batch = collate([self.data[row] for row in rows[start : start + size]])
-                yield {name: value for name, value in batch.items() if name in taken}
+                yield batch
 
-        taken = {*signature(self.model.base_model.forward).parameters}
         shards = self.engine == "fsdp"
         model = sharding.sharded_for_reading(self.model) if shards else self.model.to(self.args.device)
-        return activation_statistics(model, batches(), top=self.config.fraction)
+        statistics = activation_statistics(model, checked(), top=top)
+        if key:
+            _assessed[key] = statistics.copy()
+            for oldest in [*_assessed][:-_REMEMBERED]:
+                del _assessed[oldest]
+        return statistics
 
     def weight_norms(self) -> pd.DataFrame:
         """Measure the units' weights where they are, and tell all processes."""
@@ -295,6 +312,12 @@ class _Run:
         others = sorted(name for name in log if name not in named and not name.startswith("eval_"))
         plans, statistics, trainable = tuple(self.method.plans), tuple(done.assessed), pd.DataFrame(done.trainable)
         return TrainingRecord(self.model, log[[*named, *others]], plans, statistics, trainable, median(done.seconds))
+
+
+def _assessed_by(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], top: float) -> str:
+    """A hash of all that decides what an assessment finds."""
+    tokens = [{name: each.tolist() for name, each in batch.items()} for batch in batches]
+    return content_hash(type(model).__qualname__, model.config.to_json_string(), fingerprints(model), tokens, top)
 
 
 def data_order(size: int, count: int, seed: int | None) -> list[int]:
