@@ -19,16 +19,18 @@ import pandas as pd
 import pyarrow
 import pytest
 import torch
+from conftest import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 import apexlib.text.datasets as datasets_module
 from apexlib.text.cache import cached, corpus_hash
 from apexlib.text.corpora import load_chat, load_corpus, scored
-from apexlib.text.datasets import IGNORED, PackedTokens, batches, collate, encode_chat, pack
+from apexlib.text.datasets import IGNORED, PackedTokens, batches, collate, encode_chat, in_one_row, pack
 from apexlib.text.skills import SPLITS, skills, skills_text, split_of
 from apexlib.text.tokenizer import train_tokenizer
 
@@ -788,6 +790,27 @@ def test_batches_are_those_of_transformers(tokenizer, lengths, side, multiple_of
         assert torch.equal(value, expected[name])
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), variant=st.sampled_from(["llama", "qwen3", "gemma2"])
+)
+def test_items_in_one_row_give_the_gradients_of_padded_ones(lengths, variant):
+    generator = torch.Generator().manual_seed(len(lengths))
+    ids = [torch.randint(48, (n,), generator=generator) for n in [4, *lengths]]
+    unseen = [torch.rand(len(each), generator=generator) < 0.5 for each in ids]
+    unseen[0][-1] = False
+    items = [{"input_ids": i, "labels": i.masked_fill(u, IGNORED)} for i, u in zip(ids, unseen, strict=True)]
+    found = []
+    for join in (collate(1), in_one_row):
+        model = build(variant, dtype=torch.float64, use_cache=False)
+        loss = model(**join(items)).loss
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)  # norms are in float32 inside, whatever the model is in
+    labelled = sum(int((item["labels"][1:] != IGNORED).sum()) for item in items)
+    assert model(**in_one_row(items)).logits.shape[:2] == (1, labelled)
+
+
 def test_a_batch_without_a_label_is_refused():
     blind = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([IGNORED, IGNORED])}
     seeing = {"input_ids": torch.tensor([1]), "labels": torch.tensor([1])}
@@ -795,9 +818,17 @@ def test_a_batch_without_a_label_is_refused():
     assert join([blind, seeing])["labels"].tolist() == [[IGNORED, IGNORED], [1, IGNORED]]
     with pytest.raises(ValueError, match="2 items has no label to learn from"):
         join([blind, blind])
+    assert (
+        in_one_row([blind, {"input_ids": torch.tensor([1, 3]), "labels": torch.tensor([1, 3])}])["labels"].sum()
+        == 3 - 300
+    )
+    with pytest.raises(ValueError, match="2 items has no label to learn from"):
+        in_one_row([blind, seeing])
     for labels in (torch.tensor([1, 2, 3]), torch.tensor([1])):
         with pytest.raises(ValueError, match="an item has more or fewer labels than tokens"):
             join([seeing, blind | {"labels": labels}])
+        with pytest.raises(ValueError, match="an item has more or fewer labels than tokens"):
+            in_one_row([seeing, blind | {"labels": labels}])
     with pytest.raises(ValueError, match="pad_token_id=None"):
         collate(None)
     with pytest.raises(ValueError, match="side 'middle'"):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import smallest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -47,7 +48,7 @@ from apexlib.suite.runs import (
 )
 from apexlib.suite.variants import VARIANTS
 from apexlib.text.corpora import load_corpus
-from apexlib.text.datasets import batches, collate, encode_chat, pack
+from apexlib.text.datasets import batches, collate, encode_chat, in_one_row, pack
 from apexlib.text.skills import skills, skills_text
 from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training.interruption import TIME_IS_OVER, Interrupted
@@ -65,7 +66,7 @@ def base(tmp_path_factory):
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ends)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), use_cache=False, **shape, **ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     texts = skills_text(400)
     (folder / "text.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
@@ -253,6 +254,42 @@ def test_an_instruction_run_measures_the_model_it_leaves(variant, settings, base
     start = untouched_run(folder=tmp_path, base=settings["base"], chat=CHAT, retention=settings["retention"])
     assert result["answer_loss"] < start["answer_loss"]
     assert start.keys() | {"trainable", "seconds_per_step", "peak_memory_mb", "by_operator"} >= result.keys()
+
+
+@pytest.mark.parametrize("variant", ["full", "hft", "gmt", "lora", "apex"])
+def test_conversations_in_one_row_train_as_padded_ones_do(variant, settings, tmp_path, monkeypatch):
+    seen = []
+
+    def joined(items):
+        seen.append(len(items))
+        return in_one_row(items)
+
+    monkeypatch.setattr(runs, "in_one_row", joined)
+    found = []
+    for longest in (1024, 0):
+        monkeypatch.setattr(runs, "_SHORT", longest)
+        found.append(instruction_run(folder=tmp_path / str(longest), variant=variant, chat=CHAT, **settings))
+        assert seen[-4:] == [4] * 4
+        assert set(seen[:-4]) <= {2, 4}
+    measured = [name for name in found[0] if name not in ("seconds_per_step", "peak_memory_mb")]
+    assert [found[0][name] for name in measured] == pytest.approx([found[1][name] for name in measured], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "apart", "changes"),
+    [
+        ("llama", True, {"use_cache": False}),
+        ("llama", False, {"use_cache": True}),  # transformers looks for several in a row only where none is continued
+        ("bloom", False, {"use_cache": False}),
+    ],
+)
+def test_examples_share_a_row_only_where_the_model_keeps_them_apart(family, apart, changes):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(smallest(family, **changes)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape)
+    items = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(2, 9), torch.arange(4, 20))]
+    assert runs._keeps_apart(model, items, collate(0)) == apart
 
 
 def test_without_tokens_to_write_only_the_loss_on_answers_is_measured(base, tmp_path):

@@ -4,7 +4,8 @@ Source: arXiv:2505.24241, sections 4 and 5. Each is a function of its settings, 
 goes through `train_in_stages`, and an interrupted training goes on where it was.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from apexlib import batches, collate, exact_match, multiple_choice, perplexity, pretrain, train_in_stages
 from apexlib.analysis.operators_at_work import operator_moves, rows_of_targets
 from apexlib.analysis.rank_change import movement
+from apexlib.evaluation import on_device
 from apexlib.files import content_hash
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
 from apexlib.suite.memory import peak_mb, reset_peak
@@ -33,10 +35,13 @@ from apexlib.suite.variants import VARIANTS
 from apexlib.text.answers import pad_token
 from apexlib.text.cache import corpus_hash
 from apexlib.text.corpora import final_answer
+from apexlib.text.datasets import in_one_row
 from apexlib.text.skills import SPLITS
 from apexlib.training.stages import TrainingRecord
 
 Settings = Mapping[str, Any]
+
+_SHORT = 1024  # tokens of a step that cost less in one row, where attention is of all with all, than with padding
 
 
 def pretraining_run(
@@ -66,8 +71,11 @@ def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Setti
     models stay in `folder`.
     """
     model, tokenizer = load_model(base, dtype=torch.float32), load_tokenizer(base)
-    data = {"train_dataset": conversations(tokenizer, chat, "train")}
-    data["data_collator"] = collate(pad_token(tokenizer), multiple_of=8 if torch.cuda.is_available() else None)
+    data: dict[str, Any] = {"train_dataset": conversations(tokenizer, chat, "train")}
+    padded = collate(pad_token(tokenizer), multiple_of=8 if torch.cuda.is_available() else None)
+    short = training["batch_size"] * chat["max_length"] <= _SHORT and not torch.cuda.is_available()
+    one_row = short and _keeps_apart(model, [data["train_dataset"][row] for row in range(2)], padded)
+    data["data_collator"] = in_one_row if one_row else padded
     record, cost = _train(model, data, folder, lr_scheduler_type="cosine", **training)
     cost |= movement(load_model(base, dtype=torch.float32), record.model)
     return cost | instruction_losses(record.model, tokenizer, chat=chat, retention=retention)
@@ -174,6 +182,16 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat
     by_length = sorted(conversations(tokenizer, chat, split), key=lambda item: len(item["input_ids"]))
     held_out = batches(by_length, 64, collator=collate(pad_token(tokenizer)))
     return float(perplexity(model, held_out, quiet=True)["loss"])
+
+
+@torch.no_grad()
+def _keeps_apart(model: PreTrainedModel, items: Sequence[Any], padded: Callable[[Any], Any]) -> bool:
+    """Whether a model takes examples in one row as it takes them padded: not each family heeds positions."""
+    try:
+        losses = [float(model(**on_device(model, collator(items))).loss) for collator in (padded, in_one_row)]
+    except TypeError:  # of an argument that it does not know
+        return False
+    return math.isclose(*losses, rel_tol=1e-5)
 
 
 def text_loss(

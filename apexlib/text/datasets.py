@@ -148,6 +148,26 @@ def collate(
     return partial(_collate, pad_token_id=pad_token_id, side=side, multiple_of=multiple_of)
 
 
+def in_one_row(items: Sequence[Item]) -> Item:
+    """Collate items one after another, without padding; logits are computed only where the next token has a label.
+
+    Positions start anew with each item, by which transformers keeps them apart, in families that heed `position_ids`.
+    The first token of an item has no label: it is predicted from nothing. A batch without any is an error.
+
+    >>> items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 0], [7, 0])]
+    >>> {name: each.tolist() for name, each in in_one_row(items).items()}  # doctest: +NORMALIZE_WHITESPACE
+    {'input_ids': [[5, 6, 0, 7, 0]], 'position_ids': [[0, 1, 2, 0, 1]], 'labels': [[-100, 6, 0, -100, 0]],
+     'logits_to_keep': [0, 1, 3], 'shift_labels': [[6, 0, 0]]}
+    """
+    tokens, labels = _tokens_and_labels(items)
+    positions = torch.cat([torch.arange(len(ids)) for ids in tokens])
+    goals = torch.cat(labels).masked_fill(positions == 0, IGNORED)
+    following = pad(goals[1:], (0, 1), value=IGNORED)
+    kept = (following != IGNORED).nonzero()[:, 0]
+    batch = {"input_ids": torch.cat(tokens)[None], "position_ids": positions[None], "labels": goals[None]}
+    return _with_labels(batch, items) | {"logits_to_keep": kept, "shift_labels": following[kept][None]}
+
+
 def batches(
     dataset: Dataset, batch_size: int, *, collator: Callable | None = None, limit: int | None = None
 ) -> list[Item]:
@@ -178,9 +198,7 @@ def _name(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of: int | None) -> Item:
-    tokens, labels = ([item[name].long() for item in items] for name in ("input_ids", "labels"))
-    if any(len(ids) != len(goals) for ids, goals in zip(tokens, labels, strict=True)):
-        raise ValueError("an item has more or fewer labels than tokens: need one for each")
+    tokens, labels = _tokens_and_labels(items)
     missing = -max(map(len, tokens)) % (multiple_of or 1)
     if side == "left":
         labels = [torch.cat([torch.full_like(row[:1], IGNORED), row[1:]]) for row in labels]
@@ -191,6 +209,17 @@ def _collate(items: Sequence[Item], *, pad_token_id: int, side: str, multiple_of
 
     mask = [torch.ones_like(row) for row in tokens]
     batch = {"input_ids": join(tokens, pad_token_id), "attention_mask": join(mask, 0), "labels": join(labels, IGNORED)}
+    return _with_labels(batch, items)
+
+
+def _tokens_and_labels(items: Sequence[Item]) -> tuple[list[Tensor], list[Tensor]]:
+    tokens, labels = ([item[name].long() for item in items] for name in ("input_ids", "labels"))
+    if any(len(ids) != len(goals) for ids, goals in zip(tokens, labels, strict=True)):
+        raise ValueError("an item has more or fewer labels than tokens: need one for each")
+    return tokens, labels
+
+
+def _with_labels(batch: Item, items: Sequence[Item]) -> Item:
     if (batch["labels"] == IGNORED).all():
         raise ValueError(f"a batch of {len(items)} items has no label to learn from: need one other than {IGNORED}")
     return batch
