@@ -5,14 +5,14 @@ goes through `train_in_stages`, and an interrupted training goes on where it was
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,8 +74,7 @@ def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Setti
     data: dict[str, Any] = {"train_dataset": conversations(tokenizer, chat, "train")}
     padded = collate(pad_token(tokenizer), multiple_of=8 if torch.cuda.is_available() else None)
     short = training["batch_size"] * chat["max_length"] <= _SHORT and not torch.cuda.is_available()
-    one_row = short and _keeps_apart(model, [data["train_dataset"][row] for row in range(2)], padded)
-    data["data_collator"] = in_one_row if one_row else padded
+    data["data_collator"] = in_one_row if short and _keeps_apart(model, data["train_dataset"], padded) else padded
     record, cost = _train(model, data, folder, lr_scheduler_type="cosine", **training)
     cost |= movement(load_model(base, dtype=torch.float32), record.model)
     return cost | instruction_losses(record.model, tokenizer, chat=chat, retention=retention)
@@ -185,10 +184,11 @@ def answer_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chat
 
 
 @torch.no_grad()
-def _keeps_apart(model: PreTrainedModel, items: Sequence[Any], padded: Callable[[Any], Any]) -> bool:
+def _keeps_apart(model: PreTrainedModel, examples: Dataset, padded: Callable[[Any], Any]) -> bool:
     """Whether a model takes examples in one row as it takes them padded: not each family heeds positions."""
+    pairs = (batches(examples, 2, collator=collator, limit=2)[0] for collator in (padded, in_one_row))
     try:
-        losses = [float(model(**on_device(model, collator(items))).loss) for collator in (padded, in_one_row)]
+        losses = [float(model(**on_device(model, pair)).loss) for pair in pairs]
     except TypeError:  # of an argument that it does not know
         return False
     return math.isclose(*losses, rel_tol=1e-5)

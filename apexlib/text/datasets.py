@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
-from transformers import PreTrainedTokenizerFast
+from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 from apexlib.files import content_hash
 from apexlib.text.cache import cached, corpus_hash
@@ -156,16 +156,15 @@ def in_one_row(items: Sequence[Item]) -> Item:
 
     >>> items = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 0], [7, 0])]
     >>> {name: each.tolist() for name, each in in_one_row(items).items()}  # doctest: +NORMALIZE_WHITESPACE
-    {'input_ids': [[5, 6, 0, 7, 0]], 'position_ids': [[0, 1, 2, 0, 1]], 'labels': [[-100, 6, 0, -100, 0]],
+    {'input_ids': [[5, 6, 0, 7, 0]], 'labels': [[-100, 6, 0, -100, 0]], 'position_ids': [[0, 1, 2, 0, 1]],
      'logits_to_keep': [0, 1, 3], 'shift_labels': [[6, 0, 0]]}
     """
-    tokens, labels = _tokens_and_labels(items)
-    positions = torch.cat([torch.arange(len(ids)) for ids in tokens])
-    goals = torch.cat(labels).masked_fill(positions == 0, IGNORED)
-    following = pad(goals[1:], (0, 1), value=IGNORED)
+    named = zip(*_tokens_and_labels(items), strict=True)
+    lists = [{"input_ids": ids.tolist(), "labels": goals.tolist()} for ids, goals in named]
+    batch = _with_labels(DataCollatorWithFlattening()(lists), items)
+    following = pad(batch["labels"][0, 1:], (0, 1), value=IGNORED)
     kept = (following != IGNORED).nonzero()[:, 0]
-    batch = {"input_ids": torch.cat(tokens)[None], "position_ids": positions[None], "labels": goals[None]}
-    return _with_labels(batch, items) | {"logits_to_keep": kept, "shift_labels": following[kept][None]}
+    return batch | {"logits_to_keep": kept, "shift_labels": following[kept][None]}
 
 
 def batches(

@@ -33,7 +33,7 @@ from apexlib.training.methods import METHODS, Method, Name, method_of
 from apexlib.training.trainer import Stage, StageTraining
 
 _REMEMBERED = 8  # assessments; that of a model of 7 B parameters takes 30 MB
-_assessed: dict[str, pd.DataFrame] = {}  # by `_assessed_by`, the oldest first
+_assessed: dict[str, pd.DataFrame] = {}  # by `_Run.assessed_by`, the oldest first
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ class _Run:
         self.borders = stage_borders(steps, stages)
         self.folder, self.loggers = RunFolder(Path(args.output_dir), self.borders, kept), Loggers(args)
         self.statistics: pd.DataFrame | None = None  # behind the next plan
+        self.weights = ""  # a hash of those that the run starts from, on the first process
 
     def begin(self, named: Mapping[str, Any], held: ExitStack, **choice: bool) -> Path | None:
         """Lock the folder while it is `held` and find the state to go on from; the first process decides for all."""
@@ -168,8 +169,9 @@ class _Run:
 
         answer: list[Any] = [None]
         if self.args.process_index == 0:
+            self.weights = content_hash(fingerprints(self.model))
             identity = named | {  # all that the run's bits depend on: another identity is another run
-                "model": {"class": type(self.model).__name__, "weights": content_hash(fingerprints(self.model))},
+                "model": {"class": type(self.model).__name__, "weights": self.weights},
                 "config": asdict(self.config),
                 "steps": self.borders[-1],
                 "arguments": decisive_arguments(self.args),
@@ -252,11 +254,11 @@ class _Run:
         Runs of one process that start alike, such as those of a grid, assess once.
         """
         size, rows = self.args.per_device_train_batch_size, self.order[: self.config.assessment_samples]
-        parts, top = (rows[start : start + size] for start in range(0, len(rows), size)), self.config.fraction
         taken, batches = {*signature(self.model.base_model.forward).parameters}, []
-        for batch in (collate([self.data[row] for row in part]) for part in parts):
+        for start in range(0, len(rows), size):
+            batch = collate([self.data[row] for row in rows[start : start + size]])
             batches.append({name: value for name, value in batch.items() if name in taken})
-        key = "" if self.args.world_size > 1 else _assessed_by(self.model, batches, top)  # processes ask together
+        key = "" if self.args.world_size > 1 else self.assessed_by(batches)  # processes ask together
         if key in _assessed:
             return _assessed[key].copy()
 
@@ -267,12 +269,18 @@ class _Run:
 
         shards = self.engine == "fsdp"
         model = sharding.sharded_for_reading(self.model) if shards else self.model.to(self.args.device)
-        statistics = activation_statistics(model, checked(), top=top)
+        statistics = activation_statistics(model, checked(), top=self.config.fraction)
         if key:
             _assessed[key] = statistics.copy()
             for oldest in [*_assessed][:-_REMEMBERED]:
                 del _assessed[oldest]
         return statistics
+
+    def assessed_by(self, batches: Sequence[Mapping[str, Tensor]]) -> str:
+        """A hash of all that decides what an assessment finds."""
+        kind = [type(self.model).__qualname__, self.model.config.to_json_string(), self.weights, str(self.args.device)]
+        tokens = [{name: each.tolist() for name, each in batch.items()} for batch in batches]
+        return content_hash(kind, tokens, self.config.fraction)
 
     def weight_norms(self) -> pd.DataFrame:
         """Measure the units' weights where they are, and tell all processes."""
@@ -312,12 +320,6 @@ class _Run:
         others = sorted(name for name in log if name not in named and not name.startswith("eval_"))
         plans, statistics, trainable = tuple(self.method.plans), tuple(done.assessed), pd.DataFrame(done.trainable)
         return TrainingRecord(self.model, log[[*named, *others]], plans, statistics, trainable, median(done.seconds))
-
-
-def _assessed_by(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], top: float) -> str:
-    """A hash of all that decides what an assessment finds."""
-    tokens = [{name: each.tolist() for name, each in batch.items()} for batch in batches]
-    return content_hash(type(model).__qualname__, model.config.to_json_string(), fingerprints(model), tokens, top)
 
 
 def data_order(size: int, count: int, seed: int | None) -> list[int]:
