@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from apexlib.fused_ffn import wide
 from apexlib.progress import progress
 from apexlib.projections import composed_once
 
@@ -44,6 +46,7 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
     no gradients; every token weighs the same, however the batches are cut. Raises ValueError if no token is labelled.
     """
     total, tokens = 0.0, 0
+    chooses = "logits_to_keep" in signature(model.forward).parameters
     with in_evaluation(model):
         for batch in batches if quiet else progress(batches, "evaluating"):
             inputs = on_device(model, {"labels": batch["input_ids"], **batch})
@@ -52,8 +55,11 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
                 inputs = {name: value.gather(1, order) for name, value in inputs.items()}
                 inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)
             labels = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            pairs = zip(logits if logits.dtype == torch.float64 else logits.float(), labels, strict=True)
+            asked = (labels != -100).any(0).nonzero()[:, 0].cpu()  # positions of which some row needs the logits
+            options = {"logits_to_keep": asked} if chooses else {}
+            logits = model(**inputs, **options, use_cache=False).logits
+            logits = (logits if chooses else logits[:, asked]).to(wide(logits.dtype))
+            pairs = zip(logits, labels[:, asked], strict=True)
             losses = [cross_entropy(*pair, ignore_index=-100, reduction="sum") for pair in pairs]  # fit a CPU's cache
             total += torch.stack(losses).double().sum().item()
             tokens += int((labels != -100).sum())

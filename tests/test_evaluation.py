@@ -1,5 +1,6 @@
 """Losses against slow literal formulas."""
 
+import inspect
 import math
 from contextlib import suppress
 
@@ -73,6 +74,28 @@ def test_labels_decide_what_counts(tiny_model, batch):
     assert result["loss"] == pytest.approx(-logp[batch["input_ids"][0, 4]].item(), rel=1e-5)
     with pytest.raises(ValueError, match="no labelled token"):
         perplexity(model, [batch | {"labels": torch.full_like(labels, -100)}])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_logits_are_computed_where_a_label_follows(plain, tiny_model, batch, monkeypatch):
+    model, asked, forward = tiny_model("llama"), [], type(tiny_model("llama")).forward
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, [2, 5]], labels[1, 3] = batch["input_ids"][0, [2, 5]], batch["input_ids"][1, 3]
+
+    def known(*inputs, **options):  # says that it takes `logits_to_keep`
+        asked.append(options.get("logits_to_keep"))
+        return forward(model, *inputs, **options)
+
+    if not plain:
+        known.__signature__ = inspect.signature(model.forward)
+    whole = model(**batch).logits.detach()
+    monkeypatch.setattr(model, "forward", known)
+    result = perplexity(model, [batch | {"labels": labels}])
+    assert [None if each is None else each.tolist() for each in asked] == [None if plain else [1, 2, 4]]
+    goals = labels[:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), goals, ignore_index=-100)
+    assert result["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert result["tokens"] == 3
 
 
 @pytest.mark.parametrize("fails", [False, True])

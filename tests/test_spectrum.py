@@ -278,6 +278,20 @@ def test_updates_of_folders_and_of_models_agree(tiny_model, tmp_path):
     pd.testing.assert_frame_equal(again.loc[table.index], table)
 
 
+def test_updates_of_several_models_are_those_of_each(tiny_model):
+    precisions = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    base, *tuned = (tiny_model("llama", dtype=dtype) for dtype in precisions)
+    with torch.no_grad():
+        for number, model in enumerate(tuned[:2], 1):  # the third is the base itself
+            model.model.layers[1].mlp.up_proj.weight.add_(draw((24, 16), number).to(model.dtype))
+    table = update_table(base, tuned)
+    for number, model in enumerate(tuned):
+        own = table[table["tuned"] == number].drop(columns="tuned").reset_index(drop=True)
+        pd.testing.assert_frame_equal(own, update_table(base, model), check_exact=True)
+    with pytest.raises(ValueError, match=r"is in base, not in tuned"):
+        update_table(base, [tuned[0], tiny_model("gpt2")])
+
+
 def test_what_cannot_be_measured_is_named(tiny_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: need a folder with safetensors files"):
         spectrum_table(tmp_path / "nowhere")

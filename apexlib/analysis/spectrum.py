@@ -4,9 +4,9 @@ Every quantity goes by its definition, because "effective rank" is the name of m
 1 to its full rank over public definitions. See `spectral_measures` for formulas and sources.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from math import frexp
 from multiprocessing import get_context
 from pathlib import Path
@@ -226,7 +226,9 @@ def spectrum_table(source: Model, *, device: str | torch.device | None = None, p
         return pd.DataFrame(progress(rows, "spectra", total=len(weights)))
 
 
-def update_table(base: Model, tuned: Model, *, device: str | torch.device | None = None) -> pd.DataFrame:
+def update_table(
+    base: Model, tuned: Model | Sequence[Model], *, device: str | torch.device | None = None
+) -> pd.DataFrame:
     """Measure the update ΔW = tuned − base of every weight matrix, beside what rounding and chance would make of it.
 
     Columns as in `spectrum_table`, of ΔW in float64, and
@@ -238,30 +240,55 @@ def update_table(base: Model, tuned: Model, *, device: str | torch.device | None
       not far above it in norm has the effective rank of noise: one of rank 64 can measure 128 from bf16 checkpoints;
     - `above_noise`: how many singular values of ΔW exceed the largest of that noise.
 
-    An untouched matrix has an update of rank 0. Rows follow `base`; both must hold matrices of equal names and shapes.
+    An untouched matrix has an update of rank 0. Rows follow `base`; all must hold matrices of equal names and shapes.
+    `tuned` may be several models, of which the column `tuned` has the number, from 0; `base` is then measured once.
+
+    >>> base, *tuned = (torch.nn.Linear(3, 2) for _ in range(3))
+    >>> update_table(base, tuned)[["tuned", "weight"]].values.tolist()
+    [[0, 'weight'], [1, 'weight']]
     """
-    before, after = matrices(base, device), matrices(tuned, device)
-    check_versions(before, after)
-    rows = []
+    several = isinstance(tuned, Sequence) and not isinstance(tuned, str)
+    before, models = matrices(base, device), [matrices(model, device) for model in (tuned if several else [tuned])]
+    for after in models:
+        check_versions(before, after)
+    tables: list[list[dict[str, object]]] = [[] for _ in models]
     for name in progress(before, "updates"):
-        old, new = before[name](), after[name]()
+        old = _Start(name, before[name]())
+        for number, (rows, after) in enumerate(zip(tables, models, strict=True)):
+            rows.append(({"tuned": number} if several else {}) | old.update_row(after[name]()))
+    return pd.DataFrame([row for rows in tables for row in rows])
+
+
+class _Start:
+    """A matrix of a base: what its updates are measured against, each once."""
+
+    def __init__(self, name: str, matrix: Tensor) -> None:
+        self.name, self.matrix = name, matrix
+        self.effective_rank = _exp_entropy(_sigma(name, matrix))
+        self.norm = torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+        self.noise = cache(lambda dtype: _sigma(name, rounding_noise(matrix, dtype)))
+        self.gaussian = cache(lambda: torch.randn(matrix.shape, generator=_fixed(), dtype=torch.float64))
+
+    def update_row(self, new: Tensor) -> dict[str, object]:
+        """The row of `update_table` for what has become of the matrix."""
+        name, old = self.name, self.matrix
         if old.shape != new.shape:
             raise ValueError(f"{name}: {tuple(old.shape)} in base, {tuple(new.shape)} in tuned; need equal shapes")
         update = new.double() - old.double()
         (row, sigma), noise = _row(name, update), np.zeros(1)
-        row["before"] = row["after"] = row["by_chance"] = _exp_entropy(_sigma(name, old))
+        row["before"] = row["after"] = row["by_chance"] = self.effective_rank
         if sigma[0]:
-            coarser = max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-            noise = _sigma(name, rounding_noise(old, coarser))
+            noise = self.noise(max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps))
             row["after"] = _exp_entropy(_sigma(name, new))
-            draw = torch.randn(update.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            chance = (draw * (row["frobenius"] / draw.norm())).to(update.device)
-            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + chance))
-        size = torch.linalg.vector_norm(old, dtype=torch.float64).item()
-        row["relative"] = row["frobenius"] / size if size else np.nan
+            chance = self.gaussian() * (row["frobenius"] / self.gaussian().norm())
+            row["by_chance"] = _exp_entropy(_sigma(name, old.double() + chance.to(old.device)))
+        row["relative"] = row["frobenius"] / self.norm if self.norm else np.nan
         row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)
-        rows.append(row | {"above_noise": int((sigma > noise[0]).sum())})
-    return pd.DataFrame(rows)
+        return row | {"above_noise": int((sigma > noise[0]).sum())}
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def marchenko_pastur_rank(rows: int, columns: int) -> float:
