@@ -1,14 +1,16 @@
 """Change the method's room one small thing at a time and see whether a test notices: `make test-mutants`.
 
 Every change (a mutant) is tried in a process of its own, on the tests that run the changed line, the quick ones first.
-What was found is kept in `.mutants`, so that a run that was stopped goes on, and later ones try what is new. A survivor
-is a test that is missing, or a change that changes nothing; those of the second kind stand with their reason in
-`mutants.yaml`. Exit code 1: fewer than 95 % of the others were noticed.
+What was found is kept in `.mutants`, so that a run that was stopped goes on; a file all of whose mutants were tried is
+entered in `mutants.csv`, and left alone until it changes or is named. A survivor is a test that is missing, or a change
+that changes nothing; those of the second kind stand with their reason in `mutants.yaml`. Exit code 1: fewer than 95 %
+of the others were noticed.
 """
 
 import argparse
 import ast
 import contextlib
+import csv
 import importlib
 import json
 import os
@@ -33,6 +35,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".mutants"
 REASONS = Path(__file__).with_suffix(".yaml")
+RECORD = Path(__file__).with_suffix(".csv")  # of each file as it was when all its mutants had been tried
 ROOM = sorted(path for path in (ROOT / "apexlib").glob("*.py") if not path.stem.startswith("__"))
 NEEDED = 0.95  # share of mutants that a test must notice
 TESTS_FOR = 60.0  # seconds of tests that a mutant is tried on at most, as they took without it
@@ -41,6 +44,7 @@ LOADED_BEFORE = ("torch", "transformers", "hypothesis", "pandas", "scipy.linalg"
 PYTEST = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
 PYTEST += ["--assert=plain"]  # pytest would rewrite, and load itself, a module whose doctests are asked for
 NOT_LOADED = 71  # exit code
+HEADS = ("killed", "survived", "equivalent", "not tried")
 
 _COMPARED = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.In: ast.NotIn, ast.Is: ast.IsNot}
 _OPERATORS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.FloorDiv: ast.Div, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
@@ -321,10 +325,10 @@ def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, 
     bar.close()
 
 
-def report(every: list[Mutant], results: dict[str, str]) -> bool:
-    """Print a row a file and every survivor without a reason; tell whether enough were noticed."""
+def report(every: list[Mutant], results: dict[str, str], recorded: dict[str, Counter]) -> dict[str, Counter]:
+    """Print a row a file and every survivor without a reason; return the rows, with those that were recorded."""
     reasons = {(each["file"], each["where"], each["change"]) for each in yaml.safe_load(REASONS.read_text()) or ()}
-    rows: dict[str, Counter] = defaultdict(Counter)
+    rows: dict[str, Counter] = defaultdict(Counter, recorded)
     for mutant in every:
         found = results.get(mutant.key, "not tried")
         if found in ("survived", "no test"):
@@ -333,25 +337,51 @@ def report(every: list[Mutant], results: dict[str, str]) -> bool:
             if not known:
                 print(mutant)
         rows[mutant.file][found] += 1
-        rows["all"][found] += 1
-    heads = ("killed", "survived", "equivalent", "not tried")
-    print(f"{'':22}{''.join(f'{head:>12}' for head in heads)}{'noticed':>10}")
-    for name, row in rows.items():
-        share = row["killed"] / max(1, row["killed"] + row["survived"])
-        print(f"{name:22}{''.join(f'{row[head]:12}' for head in heads)}{share:10.1%}")
-    return rows["all"]["killed"] >= NEEDED * (rows["all"]["killed"] + rows["all"]["survived"])
+    print(f"{'':22}{''.join(f'{head:>12}' for head in HEADS)}{'noticed':>10}")
+    for name, row in {**rows, "all": sum(rows.values(), Counter())}.items():
+        print(f"{name:22}{''.join(f'{row[head]:12}' for head in HEADS)}{_noticed(row):10.1%}")
+    return rows
+
+
+def _noticed(row: Counter) -> float:
+    return row["killed"] / max(1, row["killed"] + row["survived"])
+
+
+def _state(file: str) -> str:
+    return sha256((ROOT / "apexlib" / file).read_bytes()).hexdigest()[:16]
+
+
+def read_record() -> dict[str, Counter]:
+    """The rows of files that are as they were when all their mutants had been tried."""
+    if not RECORD.exists():
+        return {}
+    now = {path.name: _state(path.name) for path in ROOM}
+    with RECORD.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["state"] == now.get(row["file"])]
+    return {row["file"]: Counter({head: int(row[head]) for head in HEADS[:-1]}) for row in rows}
+
+
+def write_record(rows: dict[str, Counter]) -> None:
+    """Enter the files whose mutants have all been tried."""
+    done = {name: row for name, row in sorted(rows.items()) if not row["not tried"]}
+    with RECORD.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "state", *HEADS[:-1]])
+        writer.writerows([name, _state(name), *(row[head] for head in HEADS[:-1])] for name, row in done.items())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", help="of the method's room, such as expansion.py; all if none is named")
+    parser.add_argument("files", nargs="*", help="of the method's room, such as expansion.py; by default all new ones")
     parser.add_argument("--tests", nargs="+", default=[], metavar="FILE", help="of tests to try; all by default")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--budget", type=float, default=float("inf"), help="start none after so many minutes")
     parser.add_argument("--again", action="store_true", help="try those once more that survived")
     parser.add_argument("--report", action="store_true", help="try none")
     asked = parser.parse_args()
-    every = [each for path in ROOM if not asked.files or path.name in asked.files for each in mutants(path)]
+    recorded = {name: row for name, row in read_record().items() if name not in asked.files}
+    wanted = asked.files or [path.name for path in ROOM if path.name not in recorded]
+    every = [each for path in ROOM if path.name in wanted for each in mutants(path)]
     kept = KEPT / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     if not asked.report:
@@ -367,7 +397,10 @@ def main() -> int:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
         run(todo, found, results, asked.workers, 60 * asked.budget)
-    return 0 if report(every, results) else 1
+    rows = report(every, results, recorded)
+    if not (asked.report or asked.tests):
+        write_record(rows)
+    return 0 if _noticed(sum(rows.values(), Counter())) >= NEEDED else 1
 
 
 if __name__ == "__main__":
