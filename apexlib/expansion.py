@@ -14,7 +14,6 @@ directly. M = 0 and v = s = s' = 1 at the start, so that the function does not c
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -61,7 +60,7 @@ def expand_rows(
     """
     k = len(v)
     target, source, direct = rows.split([k, k, len(rows) - 2 * k])
-    target = v[:, None] * target + M(source)
+    target = torch.addcmul(M(source), v[:, None], target)
     source = source if s is None else s[:, None] * source
     return torch.cat([target, source, direct])
 
@@ -198,49 +197,34 @@ class Mixer(nn.Module):
 
 
 class _Composed(torch.autograd.Function):
-    """`expand_rows` of several matrices side by side: one product by M, the rest in place, one cast.
-
-    Nothing is kept for backward but what is there anyway; it makes M P anew.
-    """
+    """`expand_rows` of several matrices. Nothing is kept for backward but what is there anyway; it makes M P anew."""
 
     @staticmethod
     def forward(ctx: Any, m: type[Operator], count: int, dtype: torch.dtype, *inputs: Any) -> tuple[Tensor, ...]:
         ctx.m, ctx.count = m, count
         ctx.save_for_backward(*inputs)
         (v, *factors), matrices, scales = inputs[: -2 * count], inputs[-2 * count : -count], inputs[-count:]
-        k, rows, columns = len(v), torch.cat(matrices, 1), _columns(matrices)
-        torch.addcmul(m.product(rows[k : 2 * k], *factors), v[:, None], rows[:k], out=rows[:k])
-        for own, s in zip(columns, scales, strict=True):
-            if s is not None:
-                rows[k : 2 * k, own].mul_(s.T)
-        rows = rows.to(dtype)
-        return tuple(rows[:, own] for own in columns)
+        given = zip(matrices, scales, strict=True)
+        found = (
+            expand_rows(rows, lambda p: m.product(p, *factors), v, None if s is None else s[0]) for rows, s in given
+        )
+        return tuple(rows.to(dtype) for rows in found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         inputs, count = ctx.saved_tensors, ctx.count
         (v, *factors), matrices, scales = inputs[: -2 * count], inputs[-2 * count : -count], inputs[-count:]
-        k, columns, by_scale = len(v), _columns(matrices), []
-        target, source = (torch.cat([matrix[start : start + k] for matrix in matrices], 1) for start in (0, k))
+        k, shared, by_rows, by_scale = len(v), [], [], []
         with without_autocast(v.device):
-            found = torch.cat(grads, 1).to(v.dtype)
-            given = found.clone() if torch.is_grad_enabled() else found  # of which each part is used before it changes
-            by_target, by_source = given[:k], given[k : 2 * k]
-            through_m, *by_factor = ctx.m.gradients(by_target, source, *factors)
-            by_v = (by_target * target).sum(1)
-            found[:k].mul_(v[:, None])
-            for own, s in zip(columns, scales, strict=True):
-                by_scale.append(None if s is None else (by_source[:, own] * source[:, own]).sum(1)[None])
-                if s is not None:
-                    found[k : 2 * k, own].mul_(s.T)
-            found[k : 2 * k].add_(through_m)
-        return None, None, None, by_v, *by_factor, *(found[:, own] for own in columns), *by_scale
-
-
-def _columns(matrices: Sequence[Tensor]) -> list[slice]:
-    """Where the columns of each lie among those of all."""
-    ends = [0, *accumulate(matrix.shape[1] for matrix in matrices)]
-    return [slice(*bounds) for bounds in pairwise(ends)]
+            for rows, s, grad in zip(matrices, scales, grads, strict=True):
+                target, source, direct = grad.to(v.dtype).split([k, k, len(rows) - 2 * k])
+                through_m, *by_factor = ctx.m.gradients(target, rows[k : 2 * k], *factors)
+                shared.append([(target * rows[:k]).sum(1), *by_factor])
+                by_scale.append(None if s is None else (source * rows[k : 2 * k]).sum(1)[None])
+                source = through_m + source if s is None else torch.addcmul(through_m, source, s.T)
+                by_rows.append(torch.cat([target * v[:, None], source, direct]))
+        by_shared = [None if parts[0] is None else sum(parts) for parts in zip(*shared, strict=True)]
+        return None, None, None, *by_shared, *by_rows, *by_scale
 
 
 def _refuse_cache(model: nn.Module, _: tuple, inputs: dict[str, Any]) -> None:
