@@ -40,9 +40,12 @@ def _on_cpu() -> list[Study]:
 
     small = models("8 × 256", d_model=256, d_ff=704, layers=8, vocabulary=8192)
     deep = models("7 × 512, bfloat16", layers=7, heads=16, vocabulary=8192, autocast=True)
+    short = blocks("1024/2816, 256 tokens", d_model=1024, d_ff=2816, batch=1)
     return [
         Study(block, BLOCK_METHODS, 9, ("full", "apex", "apex-recompute")),
         Study(blocks("512/1408, 256 tokens", batch=1), BLOCK_METHODS, 15),
+        Study(short, (*PEERS, "apex-split"), 9),
+        Study(replace(short, name=f"{short.name}, bfloat16", autocast=True), (*PEERS, "apex-split"), 9),
         Study(blocks("1024/2816, 1024 tokens", d_model=1024, d_ff=2816, batch=4), BLOCK_METHODS, 5),
         Study(blocks("2048/5632, 512 tokens", d_model=2048, d_ff=5632, batch=2), (*PEERS, "apex-split"), 3),
         Study(blocks("512/1408, bfloat16", autocast=True), (*CURVES, *PEERS[2:], "apex-split"), 7),

@@ -1,6 +1,6 @@
 """The methods that experiments compare, by name: each is a training method with its settings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,13 +29,30 @@ class Variant:
         config = replace(ApexConfig(stages=stages, seed=seed, assessment_samples=samples), **self.changes)
         if self.share is None or self.method == "lora":
             return config
-        lora = method_of("lora", config, lora_rank=lora_rank_for_share(shape, self.share))
-        return config_for_share(shape, trained_share(shape, lora), config)
+        found = _once(_config_beside_lora, shape, self.share, replace(config, seed=0))
+        return replace(found, seed=seed)
 
     def method_options(self, shape: PretrainedConfig) -> Mapping[str, Any]:
         """Options of the method, with the rank that gives LoRA its share."""
         rank = self.share is not None and self.method == "lora"
-        return {**self.options, "lora_rank": lora_rank_for_share(shape, self.share)} if rank else self.options
+        return {**self.options, "lora_rank": _once(lora_rank_for_share, shape, self.share)} if rank else self.options
+
+
+_solved: dict[tuple[Any, ...], Any] = {}  # a process trains by one share again and again
+
+
+def _once(solve: Callable[..., Any], shape: PretrainedConfig, *given: Any) -> Any:
+    """Solve for a share of a model of that shape, or take what was found before."""
+    key = (solve.__name__, shape.to_json_string(), *given)
+    if key not in _solved:
+        _solved[key] = solve(shape, *given)
+    return _solved[key]
+
+
+def _config_beside_lora(shape: PretrainedConfig, share: float, config: ApexConfig) -> ApexConfig:
+    """Settings like `config` that train as much as LoRA of the rank that comes nearest to the share."""
+    lora = method_of("lora", config, lora_rank=_once(lora_rank_for_share, shape, share))
+    return config_for_share(shape, trained_share(shape, lora), config)
 
 
 # What is compared in fine-tuning trains matrices of layers, no embeddings or norms: half of them, or all in "full".
