@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from apexlib.analysis.budget import trained_share
+from apexlib.analysis.budget import config_for_share, trained_share
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
 from apexlib.provenance import save_table
-from apexlib.suite import runs, trials
+from apexlib.suite import runs, trials, variants
 from apexlib.suite.bases import base_models, check_bases, masked_models, measured_models, models_table, reference_losses
 from apexlib.suite.comparison import (
     Comparison,
@@ -105,6 +105,20 @@ def test_every_variant_is_a_method_with_a_valid_configuration():
         assert method_of(variant.method, config, **variant.method_options(SHAPE))
         if name.startswith("stages-"):
             assert config.stages == int(name[-1])
+
+
+def test_a_share_is_solved_for_once_by_what_it_depends_on(monkeypatch):
+    solved = []
+    monkeypatch.setattr(variants, "_solved", {})
+    monkeypatch.setattr(variants, "config_for_share", lambda *given: solved.append(given) or config_for_share(*given))
+    configs = [VARIANTS["apex-2.4%"].config(**GIVEN | {"seed": seed}) for seed in (0, 1)]
+    assert len(solved) == 1
+    assert configs[1] == replace(configs[0], seed=1)
+    wide = LlamaConfig(**SHAPE.to_dict() | {"intermediate_size": 1024})
+    others = [VARIANTS["apex-2.4%"].config(**GIVEN | {"shape": wide})]
+    others += [VARIANTS[name].config(**GIVEN) for name in ("apex-10%", "operator-2.4%")]
+    assert len(solved) == 4
+    assert len({config.direct_channels for config in (configs[0], *others)}) == 4
 
 
 def test_ablations_change_one_thing_each():
