@@ -168,9 +168,11 @@ class FusedFFN(nn.Module):
     observers: list[ChannelObserver]
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        if not self.training or torch._C._are_functorch_transforms_active():
+            return super().forward(*inputs, **named)
         gate, up, down, activation = (self.get_submodule(name) for name in self.names)
-        plain = not down.training or torch._C._are_functorch_transforms_active()
-        if plain or any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation)):
+        seen = any(_has_other_hooks(module, self.observers) for module in (gate, up, down, activation))
+        if seen or not down.training:
             return super().forward(*inputs, **named)
         (x,) = (*inputs, *named.values())
         dtype, known = dtype_of_products(down.frozen), _ACTIVATIONS[type(activation)]

@@ -79,20 +79,28 @@ class SplitProjection(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The plain weight, in the model's dtype and order of units."""
-        return self._whole("weight", self.rows, self.frozen)
+        return self._held("weight", self._whole_weight)
 
     @property
     def bias(self) -> Tensor | None:
         """The plain bias."""
+        return self._held("bias", self._whole_bias)
+
+    def _held(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        held = self.held
+        if held is None or torch.is_grad_enabled():
+            return make()
+        if name not in held:
+            held[name] = make()
+        return held[name]
+
+    def _whole_weight(self) -> Tensor:
+        return self.whole(self.compose(self.rows), self.frozen)
+
+    def _whole_bias(self) -> Tensor | None:
         if self.bias_rows is None:
             return self._parameters.get("bias")
-        return self._whole("bias", self.bias_rows[:, None], self.bias_frozen[:, None]).flatten()
-
-    def _whole(self, name: str, rows: Float[Tensor, "n d"], frozen: Float[Tensor, "m d"]) -> Tensor:
-        held = {} if self.held is None or torch.is_grad_enabled() else self.held
-        if name not in held:
-            held[name] = self.whole(self.compose(rows), frozen)
-        return held[name]
+        return self.whole(self.compose(self.bias_rows[:, None]), self.bias_frozen[:, None]).flatten()
 
     @property
     def input_order(self) -> Tensor | None:
