@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     studies = step_studies(options.device, options.quick)
     measured = keep("steps", steps(studies))
     model = next(study.case for study in studies if study.case.kind == "model")
-    extra = keep("overheads", overheads(model, 3 if options.quick else 5))
+    extra = keep("overheads", overheads(model, 3 if options.quick else 9))
     keep("scaling", scaling(scaling_studies(options.device, options.quick)))
     if options.device == "cpu":
         keep("targets", targets(measured, extra, keep("forecast", forecasts(studies, measured))))

@@ -52,7 +52,7 @@ def _on_cpu() -> list[Study]:
         Study(
             blocks("1024/2816, bfloat16", d_model=1024, d_ff=2816, batch=4, autocast=True), (*PEERS, "apex-split"), 5
         ),
-        Study(model, METHODS, 3, ("full", "apex")),
+        Study(model, METHODS, 5, ("full", "apex")),
         Study(models("4 × 512, embeddings frozen", embeddings=False), CURVES, 3),
         Study(models("4 × 512, checkpointing", checkpointing=True), ("full", "apex", "apex-recompute", "lora"), 2),
         Study(models("4 × 512, all threads", threads=cores), PEERS, 5),
