@@ -1,6 +1,7 @@
 """The benchmark measures what it says: equal functions, counted bytes, ratios within a round. No time is asserted."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -176,6 +177,16 @@ def test_threads_are_given_back():
     with on_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+def test_what_the_page_says_of_the_forms_of_the_ffn_is_in_the_table():
+    table = pd.read_csv(Path(__file__).parents[1] / "data" / "results" / "bench" / "steps.csv")
+    both = table[table["method"].isin(["apex", "apex-split"])].pivot(index=["case", "tokens"], columns="method")
+    ratio, peak = (both[column].dropna() for column in ("ratio", "peak_mib"))
+    assert len(ratio) >= 8
+    assert (ratio["apex"] - ratio["apex-split"]).abs().max() <= 0.1
+    long = peak[peak.index.get_level_values("tokens") >= 1000]
+    assert (long["apex"] < long["apex-split"]).all()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
