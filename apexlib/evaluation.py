@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from apexlib.fused_ffn import wide
 from apexlib.progress import progress
 from apexlib.projections import composed_once
 
@@ -58,8 +57,8 @@ def perplexity(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], 
             asked = (labels != -100).any(0).nonzero()[:, 0].cpu()  # positions of which some row needs the logits
             options = {"logits_to_keep": asked} if chooses else {}
             logits = model(**inputs, **options, use_cache=False).logits
-            logits = (logits if chooses else logits[:, asked]).to(wide(logits.dtype))
-            pairs = zip(logits, labels[:, asked], strict=True)
+            logits = logits if chooses else logits[:, asked]
+            pairs = zip(logits if logits.dtype == torch.float64 else logits.float(), labels[:, asked], strict=True)
             losses = [cross_entropy(*pair, ignore_index=-100, reduction="sum") for pair in pairs]  # fit a CPU's cache
             total += torch.stack(losses).double().sum().item()
             tokens += int((labels != -100).sum())
