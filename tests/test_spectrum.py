@@ -290,6 +290,8 @@ def test_updates_of_several_models_are_those_of_each(tiny_model):
         pd.testing.assert_frame_equal(own, update_table(base, model), check_exact=True)
     with pytest.raises(ValueError, match=r"is in base, not in tuned"):
         update_table(base, [tuned[0], tiny_model("gpt2")])
+    with pytest.raises(ValueError, match="tuned: need at least one model"):
+        update_table(base, [])
 
 
 def test_what_cannot_be_measured_is_named(tiny_model, tmp_path):

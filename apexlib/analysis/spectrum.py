@@ -248,6 +248,8 @@ def update_table(
     [[0, 'weight'], [1, 'weight']]
     """
     several = isinstance(tuned, Sequence) and not isinstance(tuned, str)
+    if several and not tuned:
+        raise ValueError("tuned: need at least one model")
     before, models = matrices(base, device), [matrices(model, device) for model in (tuned if several else [tuned])]
     for after in models:
         check_versions(before, after)
@@ -267,7 +269,8 @@ class _Start:
         self.effective_rank = _exp_entropy(_sigma(name, matrix))
         self.norm = torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
         self.noise = cache(lambda dtype: _sigma(name, rounding_noise(matrix, dtype)))
-        self.gaussian = cache(lambda: torch.randn(matrix.shape, generator=_fixed(), dtype=torch.float64))
+        generator = torch.Generator().manual_seed(0)
+        self.gaussian = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
 
     def update_row(self, new: Tensor) -> dict[str, object]:
         """The row of `update_table` for what has become of the matrix."""
@@ -280,15 +283,11 @@ class _Start:
         if sigma[0]:
             noise = self.noise(max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps))
             row["after"] = _exp_entropy(_sigma(name, new))
-            chance = self.gaussian() * (row["frobenius"] / self.gaussian().norm())
+            chance = self.gaussian * (row["frobenius"] / self.gaussian.norm())
             row["by_chance"] = _exp_entropy(_sigma(name, old.double() + chance.to(old.device)))
         row["relative"] = row["frobenius"] / self.norm if self.norm else np.nan
         row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)
         return row | {"above_noise": int((sigma > noise[0]).sum())}
-
-
-def _fixed() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def marchenko_pastur_rank(rows: int, columns: int) -> float:
