@@ -252,7 +252,7 @@ def _has_other_hooks(module: nn.Module, observers: list[ChannelObserver]) -> boo
 
 
 def _channels(gate: Any, up: Any, down: Any, dtype: torch.dtype) -> tuple[Part, Part]:
-    """The channels that train, composed by one product by M, and the frozen ones."""
+    """The channels that train, composed in one function, and the frozen ones."""
     readers = [gate] if gate is up else [gate, up]
     tuned = down.composed_with(*readers, dtype=dtype)
     frozen = [(each.frozen, each.bias_frozen) for each in (down, *readers)]

@@ -156,7 +156,7 @@ class SplitProjection(nn.Module):
         return {name: tensor.to(self.frozen.dtype) for name, tensor in tensors.items()}
 
     def composed_with(self, *others: "SplitProjection", dtype: torch.dtype) -> list[tuple[Tensor, Tensor | None]]:
-        """Compose what trains of weight and bias, here and in others with the same M and v, by one product by M."""
+        """Compose what trains of weight and bias, here and in others with the same M and v, in one function."""
         modules = (self, *others)
         rows = [(each, each.rows) for each in modules]
         entries = [(each, each.bias_rows[:, None]) for each in modules if each.bias_rows is not None]

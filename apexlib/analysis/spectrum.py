@@ -269,8 +269,8 @@ class _Start:
         self.effective_rank = _exp_entropy(_sigma(name, matrix))
         self.norm = torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
         self.noise = cache(lambda dtype: _sigma(name, rounding_noise(matrix, dtype)))
-        generator = torch.Generator().manual_seed(0)
-        self.gaussian = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+        draw = partial(torch.randn, matrix.shape, dtype=torch.float64)
+        self.gaussian = cache(lambda: draw(generator=torch.Generator().manual_seed(0)))  # only if the matrix moved
 
     def update_row(self, new: Tensor) -> dict[str, object]:
         """The row of `update_table` for what has become of the matrix."""
@@ -283,7 +283,7 @@ class _Start:
         if sigma[0]:
             noise = self.noise(max(old.dtype, new.dtype, key=lambda dtype: torch.finfo(dtype).eps))
             row["after"] = _exp_entropy(_sigma(name, new))
-            chance = self.gaussian * (row["frobenius"] / self.gaussian.norm())
+            chance = self.gaussian() * (row["frobenius"] / self.gaussian().norm())
             row["by_chance"] = _exp_entropy(_sigma(name, old.double() + chance.to(old.device)))
         row["relative"] = row["frobenius"] / self.norm if self.norm else np.nan
         row["noise_frobenius"], row["noise_effective_rank"] = float(np.linalg.norm(noise)), _exp_entropy(noise)

@@ -43,7 +43,7 @@ _solved: dict[tuple[Any, ...], Any] = {}  # a process trains by one share again 
 
 def _once(solve: Callable[..., Any], shape: PretrainedConfig, *given: Any) -> Any:
     """Solve for a share of a model of that shape, or take what was found before."""
-    key = (solve.__name__, shape.to_json_string(), *given)
+    key = (solve, shape.to_json_string(), *given)
     if key not in _solved:
         _solved[key] = solve(shape, *given)
     return _solved[key]
