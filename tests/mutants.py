@@ -39,6 +39,7 @@ RECORD = Path(__file__).with_suffix(".csv")  # of each file as it was when all i
 ROOM = sorted(path for path in (ROOT / "apexlib").glob("*.py") if not path.stem.startswith("__"))
 NEEDED = 0.95  # share of mutants that a test must notice
 TESTS_FOR = 60.0  # seconds of tests that a mutant is tried on at most, as they took without it
+LIKELY = 4  # tests that are tried first, since they noticed other mutants of the same function
 SLOW_TEST = 15.0  # seconds; slower ones are left out
 LOADED_BEFORE = ("torch", "transformers", "hypothesis", "pandas", "scipy.linalg", "peft", "datasets")
 PYTEST = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
@@ -272,16 +273,28 @@ def _fork(work: Callable[[], int], *, quiet: bool = True) -> int:
         os._exit(code)
 
 
-def _try(mutant: Mutant, tests: list[str], folder: str) -> int:
+class _Killer:
+    """Writes down the test that noticed: a plugin of pytest."""
+
+    def __init__(self, folder: str) -> None:
+        self.file = Path(folder, "killer")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.file.write_text(report.nodeid)
+
+
+def _try(mutant: Mutant, tests: list[str], likely: list[str], folder: str) -> int:
     finder = _Finder(mutant)
     sys.meta_path.insert(0, finder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-    by_file = Counter(test.partition("::")[0] for test in tests)
-    likely = by_file.most_common(1)[0][0]  # collecting all files takes longer than most tests
-    parts = ([test for test in tests if (test.partition("::")[0] == likely) == first] for first in (True, False))
+    rest = [test for test in tests if test not in likely]
+    by_file = Counter(test.partition("::")[0] for test in rest)  # collecting all files takes longer than most tests
+    most = {file for file, _ in by_file.most_common(1)}
+    parts = ([test for test in rest if (test.partition("::")[0] in most) == first] for first in (True, False))
     code = 0
-    for part in filter(None, parts):
-        code = code or int(pytest.main([*PYTEST, f"--basetemp={folder}/t", *part]))
+    for part in filter(None, (likely, *parts)):
+        code = code or int(pytest.main([*PYTEST, f"--basetemp={folder}/t", *part], plugins=[_Killer(folder)]))
     return code if code or sys.modules[finder.name].__loader__ is finder.loader else NOT_LOADED
 
 
@@ -291,6 +304,7 @@ def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, 
 
     KEPT.mkdir(exist_ok=True)
     under_way: dict[int, tuple[Mutant, float, str]] = {}
+    killers: dict[tuple[str, str], list[str]] = defaultdict(list)  # what noticed others in a function, the newest first
     bar, end, waiting = tqdm(total=len(todo), disable=not sys.stderr.isatty()), time.monotonic() + seconds, iter(todo)
     mutant = next(waiting, None)
     while mutant or under_way:
@@ -301,7 +315,8 @@ def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, 
             if tests := tests_of(mutant, found):
                 folder = tempfile.mkdtemp(prefix="mutant-")
                 limit = time.monotonic() + 30 + 6 * sum(found["seconds"][test] for test in tests)
-                child = _fork(lambda m=mutant, t=tests, f=folder: _try(m, t, f))
+                likely = [test for test in killers[mutant.file, mutant.where] if test in tests][:LIKELY]
+                child = _fork(lambda m=mutant, t=tests, k=likely, f=folder: _try(m, t, k, f))
                 under_way[child] = (mutant, limit, folder)
             else:
                 results[mutant.key] = "no test"
@@ -316,6 +331,9 @@ def run(todo: list[Mutant], found: dict, results: dict[str, str], workers: int, 
         done, _, folder = under_way.pop(child)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what it may have started
+        if (noted := Path(folder, "killer")).exists():
+            before, killer = killers[done.file, done.where], noted.read_text()
+            killers[done.file, done.where] = [killer, *(test for test in before if test != killer)]
         shutil.rmtree(folder, ignore_errors=True)
         if os.waitstatus_to_exitcode(status) == NOT_LOADED:
             raise RuntimeError(f"{done}: the tests ran without it")
