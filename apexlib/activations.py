@@ -296,13 +296,54 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights, taken in float64: columns `layer`, `component`, `unit`, `weight_norm`."""
+    return _unit_norms(model, "weight_norm", _unit_weights(model))
+
+
+def gradient_norms(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
+    """Frobenius norm of the gradient of every unit's weights: `layer`, `component`, `unit`, `gradient_norm`.
+
+    The gradient is that of the mean loss over all labelled tokens of `batches`, which have `labels`, in evaluation
+    mode; it takes memory as a step of full fine-tuning does. Raises ValueError if no token is labelled.
+    """
+    weights = _unit_weights(model)
+    sums = {name: torch.zeros_like(weight, dtype=wide(weight.dtype)) for name, weight in weights.items()}
+    frozen, tokens = [weight for weight in weights.values() if not weight.requires_grad], 0
+    try:
+        for weight in frozen:
+            weight.requires_grad_()
+        with in_evaluation(model), torch.enable_grad():
+            for batch in progress(batches, "gradients"):
+                if "labels" not in batch:
+                    raise ValueError(f"batches: no labels, only {', '.join(batch)}; need them for a loss")
+                inputs = on_device(model, batch)
+                if not (labelled := int((inputs["labels"][:, 1:] != -100).sum())):
+                    continue
+                loss = model(**inputs, use_cache=False).loss * labelled
+                for total, gradient in zip(sums.values(), torch.autograd.grad(loss, [*weights.values()]), strict=True):
+                    total += gradient
+                tokens += labelled
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+    if not tokens:
+        raise ValueError("no labelled token in the batches: need at least one label other than -100")
+    return _unit_norms(model, "gradient_norm", {name: total / tokens for name, total in sums.items()})
+
+
+def _unit_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    modules = {slot.module for part in model_components(model) for slot in part.slots.values()}
+    return {name: model.get_submodule(name).weight for name in sorted(modules)}
+
+
+def _unit_norms(model: PreTrainedModel, column: str, of: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Norm of every unit's part of what stands for each matrix."""
     tables = []
     for part in model_components(model):
         squares = torch.zeros(part.units, dtype=torch.float64)
         for slot in part.slots.values():
-            weight = model.get_submodule(slot.module).weight.detach().double()
-            squares += weight.square().sum(dim=1 - slot.axis).cpu()[slot.index].sum(dim=(1, 2))
-        tables.append(unit_table(part, weight_norm=squares.sqrt()))
+            values = of[slot.module].detach().double()
+            squares += values.square().sum(dim=1 - slot.axis).cpu()[slot.index].sum(dim=(1, 2))
+        tables.append(unit_table(part, **{column: squares.sqrt()}))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -21,7 +21,7 @@ FFN_FORMS = ("split", "fused", "recompute")  # kept for backward: all of plain a
 _LEAST = {"stages": 1, "assessment_samples": 1, "align": 1, "balance_weight": 0, "operator_lr_scale": 0}
 _CHOICES = {
     "ffn": FFN_FORMS,
-    "strategy": ("advantage", "random", "reversed", "magnitude"),
+    "strategy": ("advantage", "random", "reversed", "magnitude", "gradient"),
     "statistic": ("rank", "mean", "ema", "ema_rank"),
 }
 
@@ -67,7 +67,8 @@ class ApexConfig(_Json):
     - `fraction`: K, the share of them that is source, and as many target: ⌊K·n⌋; in (0, 0.5]. 0.1875: 6 of 32 heads.
     - `direct_heads`: share of heads that train in all, source and target included; from 2K to 1.
     - `direct_channels`: the same of channels; from 2K to 1.
-    - `strategy`: how units are chosen (see `select`): "advantage" (the paper's), "random", "reversed" or "magnitude".
+    - `strategy`: how units are chosen (see `select`): "advantage" (the paper's), "random", "reversed", "magnitude" or
+      "gradient".
     - `statistic`: what "advantage" and "reversed" rank by: "rank" (the paper's), "mean", "ema" or "ema_rank".
     - `assessment_samples`: sequences in the pass before the first stage that ranks units; at least 1. The paper: 10³
       to 10⁴.

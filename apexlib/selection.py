@@ -12,6 +12,7 @@ import pandas as pd
 
 from apexlib.plan import COMPONENTS, ApexConfig, ComponentName, ExpansionPlan, LayerPlan
 
+UNIT_NORMS = {"magnitude": "weight_norm", "gradient": "gradient_norm"}  # strategies that rank by what no pass records
 _SCORES = {"rank": "rank_score", "mean": "activation", "ema": "ema", "ema_rank": "ema_rank"}
 
 
@@ -30,7 +31,8 @@ def select(
 
     - "advantage": by `config.statistic`, that is by column `rank_score`, `activation` (mean), `ema` or `ema_rank`;
     - "reversed": the same units, but source and target change places, so that the same rows train;
-    - "magnitude": by column `weight_norm`;
+    - "magnitude": by column `weight_norm`, that of `weight_norms`;
+    - "gradient": by column `gradient_norm`, that of `gradient_norms`;
     - "random": by a permutation drawn for `seed` (default: `config.seed`), stage, layer and component.
 
     Equal scores are ranked as `units_in_order` says. A component with fewer than two units has no pair and is left out,
@@ -47,7 +49,7 @@ def select(
     seed = config.seed if seed is None else seed
     if config.halve_fraction and len(previous) != stage:
         raise ValueError(f"previous: stage {stage} needs the plans of the {stage} before it, got {len(previous)}")
-    score = {"magnitude": "weight_norm", "random": "activation"}.get(config.strategy, _SCORES[config.statistic])
+    score = {**UNIT_NORMS, "random": "activation"}.get(config.strategy, _SCORES[config.statistic])
     _check_statistics(statistics, score)
     drawn, layers = _layers_with_heads(statistics, config, seed, stage), []
     for (layer, component), table in statistics.groupby(["layer", "component"], observed=True):

@@ -312,6 +312,12 @@ def test_sharding_that_cannot_be_is_refused_by_name(given, message, tmp_path, mo
     ("engine", "method", "config", "message"),
     [
         ("fsdp", "apex", {"decay_to_start": True}, r"^decay_to_start: under FSDP and ZeRO"),
+        (
+            "fsdp",
+            "direct",
+            {"strategy": "gradient"},
+            r"^strategy 'gradient': under FSDP no process holds whole gradients",
+        ),
         ("zero", "gmt", {}, r"^ZeRO: shows no gradients, which GradientMask changes"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_share_is_solved_for_once_by_what_it_depends_on(monkeypatch):
 
 
 def test_ablations_change_one_thing_each():
-    several = {name for name, variant in VARIANTS.items() if variant.share or "-all" in name}
+    several = {name for name, variant in VARIANTS.items() if variant.share or "-all" in name or "-rows-" in name}
     for name in VARIANTS.keys() - several:
         before = {"halve": "stages-3", "direct-random-1": "direct-random"}.get(name, "apex")
         start = vars(VARIANTS[before].config(**GIVEN))
@@ -151,6 +151,10 @@ def test_what_is_compared_trains_as_much():
     assert lora == pytest.approx(0.024, rel=0.2)  # in steps of a rank
     for name in ("apex-2.4%", "direct-2.4%", "operator-2.4%"):
         assert share_of(name) == pytest.approx(lora, rel=0.05)
+    assert share_of("direct-rows-75%") == pytest.approx(0.75 * layers / total)
+    assert share_of("direct-rows-75%") < share_of("apex-rows-75%") < 1.02 * share_of("direct-rows-75%")
+    assert share_of("restart") < share_of("apex-rows-100%") < 1.02 * share_of("restart")
+    assert share_of("apex-25%") == pytest.approx(share_of("lora-25%"), rel=0.05)
     assert share_of("full-all") == 1
 
 

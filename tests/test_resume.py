@@ -104,6 +104,7 @@ CHANGES = [
     {"optim": "sgd"},
     {"optim": "adafactor"},
     {"config": ApexConfig(**(vars(CONFIG) | {"strategy": "magnitude"}))},
+    {"config": ApexConfig(**(vars(CONFIG) | {"strategy": "gradient"}))},
     {"config": ApexConfig(**(vars(CONFIG) | {"statistic": "ema_rank", "halve_fraction": True}))},
     {"config": ApexConfig(**(vars(CONFIG) | {"balance_weight": 0.1, "operator_lr_scale": 3.0}))},
     {"config": ApexConfig(**(vars(CONFIG) | {"decay_to_start": True})), "weight_decay": 5.0},
@@ -115,7 +116,9 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes", long(CHANGES, CHANGES[0], CHANGES[3], CHANGES[6], CHANGES[8], CHANGES[-1]), ids=str)
+@pytest.mark.parametrize(
+    "changes", long(CHANGES, CHANGES[0], CHANGES[3], CHANGES[4], CHANGES[7], CHANGES[9], CHANGES[-1]), ids=str
+)
 def test_every_kind_of_state_is_restored(changes, tmp_path):
     resumed = crash_and_resume(tmp_path / "a", 5, **changes)
     assert digest(resumed) == digest(run(tmp_path / "b", trainer_class=Fragile, **changes))
@@ -432,7 +435,7 @@ def test_two_hundred_random_plans_resume_at_a_random_step(tmp_path, tally):
         draw = random.Random(seed)
         fraction, stages = draw.choice([0.05, 0.2, 0.25, 0.5]), draw.randint(1, 3)
         shares = [draw.uniform(2 * fraction, 1) for _ in range(2)]
-        choices = {"operator": OPERATORS, "strategy": ("advantage", "random", "reversed", "magnitude")}
+        choices = {"operator": OPERATORS, "strategy": ("advantage", "random", "reversed", "magnitude", "gradient")}
         choices |= {"statistic": ("rank", "mean", "ema", "ema_rank"), "train_norms": (True, False)}
         drawn = {name: draw.choice(list(known)) for name, known in choices.items()}
         drawn |= {"train_embeddings": draw.random() < 0.5, "balance_weight": draw.choice([0.0, 0.1]), "seed": seed}

@@ -22,6 +22,8 @@ from apexlib.operators import OPERATORS, operator_class
 from apexlib.plan import ApexConfig, ExpansionPlan, LayerPlan
 from apexlib.selection import select, unit_counts
 
+STRATEGIES = ["advantage", "random", "reversed", "magnitude", "gradient"]
+UNIT_NORMS = {"magnitude": "weight_norm", "gradient": "gradient_norm"}
 laws = settings(max_examples=25, deadline=None)
 
 
@@ -38,7 +40,7 @@ def statistics_table(heads=8, channels=40, layers=2, seed=0, ties=False) -> pd.D
     rows = len(table)
     table["activation"] = rng.integers(0, 3, rows).astype(float) if ties else rng.lognormal(size=rows)
     table["rank_score"] = rng.integers(-2, 3, rows) if ties else rng.permutation(rows)
-    for column in ("ema", "ema_rank", "weight_norm"):
+    for column in ("ema", "ema_rank", "weight_norm", "gradient_norm"):
         table[column] = rng.integers(0, 4, rows).astype(float) if ties else rng.normal(size=rows)
     return table.assign(tokens=1000, batches=10)
 
@@ -47,7 +49,7 @@ def statistics_table(heads=8, channels=40, layers=2, seed=0, ties=False) -> pd.D
 def settings_of_a_run(draw) -> ApexConfig:
     percent = draw(st.integers(1, 50))
     shares = [draw(st.integers(2 * percent, 100)) / 100 for _ in range(2)]
-    strategy = draw(st.sampled_from(["advantage", "random", "reversed", "magnitude"]))
+    strategy = draw(st.sampled_from(STRATEGIES))
     statistic = draw(st.sampled_from(["rank", "mean", "ema", "ema_rank"]))
     return ApexConfig(percent / 100, *shares, strategy=strategy, statistic=statistic)
 
@@ -67,7 +69,7 @@ SCORES = {"rank": "rank_score", "mean": "activation", "ema": "ema", "ema_rank": 
 @laws
 def test_a_plan_is_the_sorted_list_cut_in_pieces(table, config):
     assume(config.strategy != "random")
-    score = "weight_norm" if config.strategy == "magnitude" else SCORES[config.statistic]
+    score = UNIT_NORMS.get(config.strategy, SCORES[config.statistic])
     plans = {(plan.layer, plan.component): plan for plan in select(table, config).layers}
     for key, rows in table.groupby(["layer", "component"]):
         n = len(rows)
@@ -243,12 +245,12 @@ def test_shares_are_taken_as_written():
     assert unit_counts(30, "channel", ApexConfig(fraction=1 / 3, direct_heads=1, direct_channels=1)) == (10, 10)
 
 
-@pytest.mark.parametrize("strategy", ["advantage", "random", "reversed", "magnitude"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_are_refused_by_name(strategy, value):
     table = statistics_table()
     config = ApexConfig(strategy=strategy, statistic="mean")
-    column = "weight_norm" if strategy == "magnitude" else "activation"
+    column = UNIT_NORMS.get(strategy, "activation")
     table.loc[(table["layer"] == 1) & (table["component"] == "channel") & (table["unit"] == 7), column] = value
     with pytest.raises(ValueError, match=f"layer 1, channel 7: {column} is {value}"):
         select(table, config)
@@ -281,6 +283,7 @@ def test_tables_that_are_not_statistics_are_refused(change, message):
         ({"statistic": "ema"}, "ema"),
         ({"statistic": "ema_rank"}, "ema_rank"),
         ({"strategy": "magnitude"}, "weight_norm"),
+        ({"strategy": "gradient"}, "gradient_norm"),
     ],
 )
 def test_a_statistic_that_was_not_gathered_is_named(settings_, column):
@@ -304,7 +307,7 @@ def test_a_statistic_that_was_not_gathered_is_named(settings_, column):
         ({"assessment_samples": True}, "assessment_samples: need int, got bool"),
         ({"operator": "none"}, "operator: unknown 'none'; known: monarch"),
         ({"strategy": None}, "strategy: need str, got NoneType"),
-        ({"strategy": "best"}, "strategy: unknown 'best'; known: advantage, random, reversed, magnitude"),
+        ({"strategy": "best"}, "strategy: unknown 'best'; known: advantage, random, reversed, magnitude, gradient"),
         ({"statistic": "gate"}, "statistic: unknown 'gate'; known: rank, mean, ema, ema_rank"),
         ({"balance_weight": -1}, "balance_weight: need at least 0"),
         ({"train_norms": 1}, "train_norms: need bool, got int"),

@@ -13,8 +13,9 @@ from torch.optim import AdamW
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
+from apexlib.activations import ActivationRecorder, activation_statistics, gradient_norms, weight_norms
 from apexlib.analysis.budget import plan_budget
+from apexlib.architectures import model_components
 from apexlib.evaluation import in_evaluation, perplexity
 from apexlib.expansion import expand, fuse, is_expanded
 from apexlib.inspection import parameter_groups
@@ -339,6 +340,7 @@ def test_the_balance_term_is_the_mean_coefficient_of_variation_and_lowers_it(tin
         {"strategy": "random"},
         {"strategy": "reversed"},
         {"strategy": "magnitude"},
+        {"strategy": "gradient"},
         {"operator": "diagonal"},
         {"operator": "low_rank"},
         {"operator": "dense"},
@@ -837,6 +839,64 @@ def test_weight_norms_have_a_row_for_every_unit(tiny_model):
     table = weight_norms(tiny_model("llama"))
     assert table.groupby("component", sort=False).size().to_dict() == {"head": 4, "channel": 48}
     assert (table["weight_norm"] > 0).all()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+def test_gradient_norms_are_those_of_the_mean_loss_over_labelled_tokens(variant, tiny_model):
+    model = tiny_model(variant).double().train()
+    ids = torch.arange(60).view(4, 15) * 7 % 48
+    labels = ids.masked_fill(torch.rand(4, 15, generator=torch.Generator().manual_seed(0)) < 0.4, -100)
+    rows = {"input_ids": ids, "labels": labels}
+    nothing = {"input_ids": ids[:1], "labels": torch.full((1, 15), -100)}
+    batches = [{name: value[part] for name, value in rows.items()} for part in (slice(1), slice(1, 4))]
+    table = gradient_norms(model.requires_grad_(False), [*batches, nothing])
+    assert model.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+    logits = model.requires_grad_(True).eval()(ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    norms = table.set_index(["layer", "component", "unit"])["gradient_norm"]
+    for part in model_components(model):
+        for unit in range(part.units):
+            total = 0.0
+            for slot in part.slots.values():
+                gradient = model.get_submodule(slot.module).weight.grad
+                total += gradient.index_select(slot.axis, slot.index[unit].flatten()).square().sum().item()
+            assert norms[part.layer, part.component, unit] == pytest.approx(
+                math.sqrt(total), rel=1e-6
+            )  # the loss is float32
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "batches: no labels, only input_ids"),
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}], "no labelled token"),
+        ([], "no labelled token"),
+    ],
+)
+def test_gradients_of_nothing_are_refused(batches, message, tiny_model):
+    model = tiny_model("llama")
+    model.lm_head.weight.requires_grad_(False)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        gradient_norms(model, batches)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+
+
+def test_each_stage_ranks_by_the_gradients_of_the_examples_that_it_begins_with(tiny_model, tmp_path):
+    config, data = ApexConfig(**(vars(SMALL) | {"strategy": "gradient"})), Blocks()
+    record = run(tiny_model, tmp_path, config=config, dataset=data, checkpoints=[3])
+    order = data_order(len(data), 6 * 4, 42)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "step-00003")
+    for model, plan, start in zip((tiny_model("llama"), half), record.plans, (0, 12), strict=True):
+        rows = [data[row] for row in order[start : start + 8]]
+        batches = [{key: torch.stack([row[key] for row in rows[i : i + 4]]) for key in rows[0]} for i in (0, 4)]
+        norms = gradient_norms(model, batches)
+        for (layer, component), table in norms.groupby(["layer", "component"]):
+            part = next(each for each in plan.layers if (each.layer, each.component) == (layer, component))
+            best = table.nlargest(len(part.source), "gradient_norm")["unit"]
+            assert sorted(best) == list(part.source)
 
 
 def test_weights_decay_to_their_start_where_asked():

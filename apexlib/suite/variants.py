@@ -61,7 +61,13 @@ _ALIKE = {"matrices_only": True, "lora_scale": 8.0}
 _HALF = {"direct_heads": 0.5, "direct_channels": 0.5, "train_embeddings": False}
 _RATES = {"apex": 2.0, "direct": 2.0, "hft": 2.0, "lora": 2.0}
 _RATE_OF = {"restart": "full", "gmt": "full", "direct": "apex"}  # each one thing changed
-_BY_SHARE = {"2.4%": {"apex": 30.0, "direct": 30.0, "lora": 6.0}, "10%": {"apex": 7.0, "direct": 7.0, "lora": 3.0}}
+_BY_SHARE = {
+    "2.4%": {"apex": 30.0, "direct": 30.0, "lora": 6.0},
+    "10%": {"apex": 7.0, "direct": 7.0, "lora": 3.0},
+    "25%": {"apex": 3.0, "direct": 3.0, "lora": 2.0},
+}
+_BY_ROWS = {"75%": 1.5, "100%": 1.0}  # of rows that train, instead of half of them; all without operators: "restart"
+_STRATEGIES = ("random", "reversed", "magnitude", "gradient")
 _EVERYTHING = {  # continued pre-training: every weight trains, and APEX has operators on top
     "full-all": Variant("full"),
     "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
@@ -89,6 +95,17 @@ VARIANTS: dict[str, Variant] = {
         )
         for scale in (3.0, 10.0)
     },
+    **{
+        f"{name}-rows-{rows}": Variant(
+            name,
+            _HALF | dict.fromkeys(("direct_heads", "direct_channels"), float(rows[:-1]) / 100),
+            _ALIKE if name == "direct" else {},
+            rate=rate,
+            rate_of=f"apex-rows-{rows}" if name == "direct" else None,
+        )
+        for rows, rate in _BY_ROWS.items()
+        for name in (("apex", "direct") if rows != "100%" else ("apex",))
+    },
     **_EVERYTHING,
     "restart-all": Variant("restart", rate_of="full-all"),
     **{  # runs of their own lengths, each with a rate that falls to zero at its end
@@ -97,9 +114,9 @@ VARIANTS: dict[str, Variant] = {
         for length in (1 / 3, 1.0)
     },
     # ablations of "apex", one thing changed each
-    **{name: _half(strategy=name) for name in ("random", "reversed", "magnitude")},
+    **{name: _half(strategy=name) for name in _STRATEGIES},
     "no-operator": _half("direct"),
-    **{f"direct-{name}": _half("direct", strategy=name) for name in ("random", "reversed", "magnitude")},
+    **{f"direct-{name}": _half("direct", strategy=name) for name in _STRATEGIES},
     "direct-random-1": _half("direct", strategy="random", stages=1),  # of the rows of the first stage only
     **{name: _half(operator=name) for name in OPERATORS if name != "monarch"},
     **{f"stages-{stages}": _half(stages=stages) for stages in (1, 2, 3, 4)},

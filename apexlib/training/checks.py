@@ -72,6 +72,8 @@ def check_run(model: nn.Module, args: TrainingArguments, method: Method, kept: C
     engine = engine_of(args)
     if engine and method.config.decay_to_start:
         raise ValueError("decay_to_start: under FSDP and ZeRO no process holds a whole start; need False")
+    if engine == "fsdp" and method.assesses and method.config.strategy == "gradient":
+        raise ValueError("strategy 'gradient': under FSDP no process holds whole gradients; need another strategy")
     if engine == "zero" and type(method).change_gradients is not Method.change_gradients:
         raise ValueError(f"ZeRO: shows no gradients, which {type(method).__name__} changes; need FSDP2 or DDP")
     for name, (taken, instead) in _NOT_HONOURED.items():

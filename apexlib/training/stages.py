@@ -15,13 +15,14 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
-from apexlib.activations import ActivationRecorder, activation_statistics, weight_norms
+from apexlib.activations import ActivationRecorder, activation_statistics, gradient_norms, weight_norms
 from apexlib.files import content_hash, exclusive, pretrained
 from apexlib.plan import ApexConfig, ExpansionPlan
+from apexlib.selection import UNIT_NORMS
 from apexlib.training import sharding
 from apexlib.training.bar import show_stages
 from apexlib.training.checkpoints import BEST, Progress, RunFolder, fault, position, save_plain, stage_borders
@@ -122,6 +123,8 @@ def train_in_stages(
         for stage in range(run.restore(start) if start else 0, run.stages):
             if run.method.assesses and run.statistics is None:
                 run.statistics = run.assess(collate, stop)
+            if (column := run.ranked_by) and column not in run.statistics:
+                run.statistics = run.with_norms(column, run.borders[stage], collate, stop)
             run.train(stage, partial(kind, **options), stop, start)
             stop.check(f"after stage {stage}")
             if run.folder.progress.ended:
@@ -207,8 +210,6 @@ class _Run:
         method, config, args, model, progress = self.method, self.config, self.args, self.model, self.folder.progress
         start, end = self.borders[number], self.borders[number + 1]
         if method.assesses:
-            if config.strategy == "magnitude" and "weight_norm" not in self.statistics:
-                self.statistics = self.statistics.merge(self.weight_norms(), on=["layer", "component", "unit"])
             progress.assessed.append(self.statistics)
         weights = sum(parameter.numel() for parameter in model.parameters())
         unit = sharding.layer_class(model) if self.engine == "fsdp" else ""
@@ -253,23 +254,13 @@ class _Run:
 
         Runs of one process that start alike, such as those of a grid, assess once.
         """
-        size, rows = self.args.per_device_train_batch_size, self.order[: self.config.assessment_samples]
-        taken, batches = {*signature(self.model.base_model.forward).parameters}, []
-        for start in range(0, len(rows), size):
-            batch = collate([self.data[row] for row in rows[start : start + size]])
-            batches.append({name: value for name, value in batch.items() if name in taken})
+        batches = self.batches(0, collate, self.model.base_model)
         key = "" if self.args.world_size > 1 else self.assessed_by(batches)  # processes ask together
         if key in _assessed:
             return _assessed[key].copy()
-
-        def checked() -> Iterator[dict[str, Any]]:
-            for batch in batches:
-                stop.check("in the assessment")
-                yield batch
-
         shards = self.engine == "fsdp"
         model = sharding.sharded_for_reading(self.model) if shards else self.model.to(self.args.device)
-        statistics = activation_statistics(model, checked(), top=self.config.fraction)
+        statistics = activation_statistics(model, _stoppable(batches, stop), top=self.config.fraction)
         if key:
             _assessed[key] = statistics.copy()
             for oldest in [*_assessed][:-_REMEMBERED]:
@@ -282,12 +273,29 @@ class _Run:
         tokens = [{name: each.tolist() for name, each in batch.items()} for batch in batches]
         return content_hash(kind, tokens, self.config.fraction)
 
-    def weight_norms(self) -> pd.DataFrame:
-        """Measure the units' weights where they are, and tell all processes."""
+    def batches(self, step: int, collate: Callable, reader: nn.Module) -> list[dict[str, Any]]:
+        """Collate the examples from a step of the run on, as many as are assessed, for the forward pass of `reader`."""
+        size, taken = self.args.per_device_train_batch_size, {*signature(reader.forward).parameters}
+        rows = self.order[step * self.per_step :][: self.config.assessment_samples]
+        cut = (rows[start : start + size] for start in range(0, len(rows), size))
+        collated = (collate([self.data[row] for row in batch]) for batch in cut)
+        return [{name: value for name, value in batch.items() if name in taken} for batch in collated]
+
+    @property
+    def ranked_by(self) -> str | None:
+        """The column that selection needs beside what passes record."""
+        return UNIT_NORMS.get(self.config.strategy) if self.method.assesses else None
+
+    def with_norms(self, column: str, step: int, collate: Callable, stop: Stop) -> pd.DataFrame:
+        """Add that column to the statistics, the same on all processes."""
         from accelerate.utils import broadcast_object_list
 
-        norms = [weight_norms(self.model) if self.holds else None]
-        return norms[0] if self.holds and self.engine != "fsdp" else broadcast_object_list(norms)[0]
+        if column == "gradient_norm":
+            model = self.model.to(self.args.device)
+            norms = [gradient_norms(model, _stoppable(self.batches(step, collate, model), stop))]
+        else:
+            norms = [weight_norms(self.model) if self.holds else None]
+        return self.statistics.merge(broadcast_object_list(norms)[0], on=["layer", "component", "unit"])
 
     def save_stage(self, stage: int, processing_class: Any) -> None:
         """Save what a stage leaves: the plain model, unless it is kept already, with all that the next one needs."""
@@ -329,6 +337,12 @@ def data_order(size: int, count: int, seed: int | None) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(size, generator=generator) for _ in range(math.ceil(count / size))]
     return torch.cat(epochs)[:count].tolist()
+
+
+def _stoppable(batches: Sequence[dict[str, Any]], stop: Stop) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        stop.check("in the assessment")
+        yield batch
 
 
 def _load_plain(model: PreTrainedModel, folder: Path) -> None:
