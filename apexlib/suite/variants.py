@@ -71,6 +71,7 @@ _STRATEGIES = ("random", "reversed", "magnitude", "gradient")
 _EVERYTHING = {  # continued pre-training: every weight trains, and APEX has operators on top
     "full-all": Variant("full"),
     "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
+    "restart-all": Variant("restart", rate_of="full-all"),
 }
 
 
@@ -107,11 +108,10 @@ VARIANTS: dict[str, Variant] = {
         for name in (("apex", "direct") if rows != "100%" else ("apex",))
     },
     **_EVERYTHING,
-    "restart-all": Variant("restart", rate_of="full-all"),
     **{  # runs of their own lengths, each with a rate that falls to zero at its end
-        f"{name}-{length:.0%}": replace(every, length=length, rate_of=name)
+        f"{name}-{length:.0%}": replace(every, length=length, rate_of=every.rate_of or name)
         for name, every in _EVERYTHING.items()
-        for length in (1 / 3, 1.0)
+        for length in (1 / 6, 1 / 3, 2 / 3, 1.0)
     },
     # ablations of "apex", one thing changed each
     **{name: _half(strategy=name) for name in _STRATEGIES},
