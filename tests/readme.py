@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
 from apexlib.analysis.intervals import summarise
 from apexlib.architectures import FAMILIES, NOT_COVERED
-from apexlib.suite.comparison import paired_differences
+from apexlib.suite.comparison import token_ratios
+from apexlib.suite.differences import paired_differences
 from apexlib.suite.figures import told
 from apexlib.suite.ledger import claims_table, measured, read_claims, repeated
 from apexlib.suite.overview import WORDS
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
+TOKENS = ROOT / "data" / "results" / "study-tokens"
 _INTERVAL = "{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]"
 ADVICE = {  # by a claim's number and verdict
     52: {
@@ -147,6 +150,41 @@ in a seed, 95 % intervals. `full` itself: {of_full}.
 {table.to_markdown(index=False, disable_numparse=True)}
 
 Of {len(here)} claims: {counts}. Verdicts that differ from those of the default run: {said or "none"}."""
+
+
+def tokens() -> str:
+    """Loss after continued pre-training at each length, and the tokens that each method needs for the same loss."""
+    curves = pd.read_csv(TOKENS / "continued.csv")
+    curves = curves[curves["chosen"] & curves["method"].str.endswith("%")]
+    lengths = curves[curves["tokens"] > 0].assign(method=curves["method"].str.rpartition("-")[0])
+    methods, seeds = list(lengths["method"].unique()), list(lengths["seed"].unique())
+    table = lengths.pivot_table(index="tokens", columns="method", values="loss")
+    above = [
+        paired_differences(part, {name: (methods[0], name) for name in methods}, "loss").assign(tokens=number)
+        for number, part in lengths.groupby("tokens")
+    ]
+    said = summarise(pd.concat(above), ["tokens", "method"], "above").set_index(["tokens", "method"])
+    shown = pd.DataFrame({"tokens": [f"{number:,}" for number in table.index]})
+    shown[methods[0]] = table[methods[0]].map("{:.4f}".format).to_numpy()
+    for name in methods[1:]:
+        shown[f"{name}, above that"] = [_INTERVAL.format(said.loc[number, name]) for number in table.index]
+    start = curves[curves["tokens"] == 0].drop_duplicates("seed")
+    joined = pd.concat([lengths, *(start.assign(method=name) for name in methods)])
+    lines = []
+    for name in methods[1:]:
+        need, instead = (
+            token_ratios(joined, [one], seeds, goal=other)["ratio"]
+            for one, other in ((name, methods[0]), (methods[0], name))
+        )
+        reached = int((need < math.inf).sum())
+        never = "never reaches" if not reached else f"reaches in {reached} of {len(need)} seeds"
+        lines.append(
+            f"`{name}` {never} the last loss of `{methods[0]}`"
+            + (f", with {need.median():.0%} of its tokens (median)" if reached > len(need) / 2 else "")
+            + f"; `{methods[0]}` reaches that of `{name}` with {instead.median():.0%} "
+            f"({instead.min():.0%} to {instead.max():.0%}) of the tokens."
+        )
+    return "\n".join([shown.to_markdown(index=False, disable_numparse=True), "", *lines])
 
 
 def advice() -> str:
@@ -365,6 +403,7 @@ SECTIONS = {
     "short": short,
     "study": study,
     "support": support,
+    "tokens": tokens,
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

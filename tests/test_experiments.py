@@ -31,11 +31,11 @@ from apexlib.suite.comparison import (
     decomposition,
     gate_table,
     grid_trials,
-    paired_differences,
     rates_table,
     token_ratios,
     tokens_to_reach,
 )
+from apexlib.suite.differences import by_share, paired_differences
 from apexlib.suite.folders import NotReadyError, locate, relative
 from apexlib.suite.inputs import conversations, data_files, documents, examples, load_tokenizer, text_blocks
 from apexlib.suite.runs import (
@@ -658,6 +658,21 @@ def test_differences_are_within_a_seed_and_steps_add_up():
     assert (found["a"] + found["b"]).tolist() == found["c"].tolist() == [1.5, -3.0]
     assert "d" not in found
     assert paired_differences(table, {}, "loss").empty
+
+
+def test_by_share_sets_methods_that_differ_in_what_trains_beside_full_fine_tuning():
+    trains = {"base": 0, "full": 0.8, "restart": 0.8, "apex": 0.4, "apex-10%": 0.1, "apex-rows-75%": 0.6}
+    trains |= {"direct-10%": 0.1, "direct-random": 0.4, "lora-2.4%": 0.02, "operator-2.4%": 0.02, "apex-all-33%": 1.0}
+    runs = pd.DataFrame([(name, seed) for seed in (0, 1) for name in trains], columns=["method", "seed"])
+    runs["trainable"], runs["loss"] = runs["method"].map(trains), np.random.default_rng(0).normal(size=len(runs))
+    found = by_share(runs, {"loss": "a title"}).set_index(["method", "trainable"])
+    of = runs.pivot(index="seed", columns="method", values="loss")
+    expected = {("apex", 0.4): "apex", ("apex", 0.1): "apex-10%", ("apex", 0.6): "apex-rows-75%"}
+    expected |= {("direct", 0.1): "direct-10%", ("direct", 0.8): "restart", ("lora", 0.02): "lora-2.4%"}
+    means = {key: (of[name] - of["full"]).mean() for key, name in expected.items()}
+    assert found["mean"].to_dict() == pytest.approx(means)
+    assert set(found["panel"]) == {"a title"}
+    assert by_share(runs[runs["method"] != "full"], {"loss": "a title"}).empty
 
 
 def test_a_choice_at_the_end_of_the_grid_is_marked():

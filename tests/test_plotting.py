@@ -149,6 +149,11 @@ def step_changes():
     return pd.concat(tables, ignore_index=True)
 
 
+def by_share():
+    means = {"mean": [0.5, -0.25, 0.0], "low": [0.25, -0.5, -0.125], "high": [0.75, 0.0, 0.125]}
+    return pd.DataFrame({"method": ["direct", "lora", "direct"], "trainable": [0.03125, 0.03125, 0.5]} | means)
+
+
 PANELS = {  # a table for each panel of a figure
     ("loss_curve", 0): curve,
     ("activation_distribution", 0): activations,
@@ -161,6 +166,8 @@ PANELS = {  # a table for each panel of a figure
     ("expansion", 2): weight,
     ("learning_rates", 0): rates,
     ("instruction", 0): comparison,
+    ("by_share", 0): by_share,
+    ("by_share", 1): by_share,
     ("trade_off", 0): trade_off,
     ("continued_rates", 0): rates,
     ("continued", 0): token_curve,

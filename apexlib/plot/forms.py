@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from apexlib.plot.style import DOTS, DOTTED, IMAGE, LEVEL, MARKERS, METHODS, PALETTE, ROLES, SLANTED, STANDING
 
@@ -200,6 +200,7 @@ def finish(ax: Axes, table: pd.DataFrame, *, legend: str = "", percent: Mapping 
     for axis, decimals in (percent or {}).items():
         look = PercentFormatter(1, decimals) if decimals is not None else FuncFormatter(_percent)
         getattr(ax, f"{axis}axis").set_major_formatter(look)
+        getattr(ax, f"{axis}axis").set_minor_formatter(NullFormatter())  # a logarithmic one names the least of them
     if legend == "inside":
         ax.legend()
     elif legend == "beside" or (legend and not ax.figure.get_layout_engine()):  # which would make room below

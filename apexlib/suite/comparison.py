@@ -16,6 +16,7 @@ import pandas as pd
 from apexlib import ExpansionPlan, biography
 from apexlib.analysis.intervals import summarise
 from apexlib.files import read_object
+from apexlib.suite.differences import paired_differences
 from apexlib.suite.folders import NotReadyError, home, locate, needed, relative
 from apexlib.suite.inputs import data_files
 from apexlib.suite.runs import untouched_run
@@ -264,21 +265,6 @@ def first_roles(runs: pd.DataFrame, run: Any) -> pd.DataFrame | None:
         if plans := [ExpansionPlan.from_json(file) for file in files if file.is_file()]:
             return biography(plans)
     return None
-
-
-def paired_differences(table: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], measure: str) -> pd.DataFrame:
-    """How much `measure` differs within each `seed`, of pairs of methods by name: `method` (the name), `above`.
-
-    `above` is that of a pair's second method less that of its first; pairs that the table does not have are left out.
-
-    >>> runs = pd.DataFrame({"method": ["full", "apex"], "seed": 0, "loss": [0.5, 0.25]})
-    >>> paired_differences(runs, {"all": ("full", "apex"), "operators": ("direct", "apex")}, "loss").values.tolist()
-    [[0, 'all', -0.25]]
-    """
-    by_seed = table.pivot(index="seed", columns="method", values=measure)
-    pairs = {name: pair for name, pair in pairs.items() if {*pair} <= {*by_seed}}
-    above = pd.DataFrame({name: by_seed[second] - by_seed[first] for name, (first, second) in pairs.items()})
-    return above.melt(var_name="method", value_name="above", ignore_index=False).reset_index()
 
 
 def decomposition(results: Path, measures: Mapping[str, str]) -> pd.DataFrame:

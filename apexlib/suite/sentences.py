@@ -70,6 +70,13 @@ def instruction(table: pd.DataFrame) -> str:
     return f"Of {_seeds(table)}, {'; '.join(said)}."
 
 
+def by_share(table: pd.DataFrame) -> str:
+    panel = table["panel"].iloc[0]
+    least = table[table["panel"] == panel].sort_values("trainable").groupby("method", sort=False).head(1)
+    said = _list(f"{row['method']} {_measured(row)} ({row['trainable']:.1%} train)" for _, row in least.iterrows())
+    return f"At the smallest share of each, {panel.partition(',')[0]}: {said} nats per token."
+
+
 def trade_off(table: pd.DataFrame) -> str:
     chosen = table[table["chosen"] == True].drop_duplicates("method").set_index("method")  # noqa: E712, levels have none
     learns, forgets = chosen["valid_loss"].idxmin(), chosen["retention_loss"].idxmin()
@@ -143,8 +150,9 @@ def decomposition(table: pd.DataFrame) -> str:
 SENTENCES = {
     each.__name__: each
     for each in (
-        loss_curve, activation_distribution, masking_curve, imbalance, expansion, instruction, trade_off, continued,
-        constructed_ranks, effective_rank, update_rank, rank_gain, movement_by_role, ablations, decomposition,
+        loss_curve, activation_distribution, masking_curve, imbalance, expansion, instruction, by_share,
+        trade_off, continued, constructed_ranks, effective_rank, update_rank, rank_gain, movement_by_role, ablations,
+        decomposition,
     )
 } | {"learning_rates": rates, "continued_rates": rates}  # fmt: skip
 
