@@ -154,6 +154,8 @@ Of {len(here)} claims: {counts}. Verdicts that differ from those of the default 
 
 def tokens() -> str:
     """Loss after continued pre-training at each length, and the tokens that each method needs for the same loss."""
+    if not (TOKENS / "continued.csv").exists():
+        return "Not run to its end yet."
     curves = pd.read_csv(TOKENS / "continued.csv")
     curves = curves[curves["chosen"] & curves["method"].str.endswith("%")]
     lengths = curves[curves["tokens"] > 0].assign(method=curves["method"].str.rpartition("-")[0])
