@@ -72,9 +72,10 @@ def train_in_stages(
     schedule runs once over all of them, and its data order, shuffled by `args.data_seed` or `args.seed` (or that of the
     data, if `train_sampling_strategy` is "sequential"), is one order of which every stage takes the next slice. The
     first stage assesses `config.assessment_samples` examples in a pass without training; each later one uses what was
-    gathered while the stage before it trained. Every stage has a fresh optimizer, and warms up anew, for as many steps
-    as the run does, below what the schedule says. Methods without stages ("full", "lora", "gmt") run the same steps on
-    the same data as one.
+    gathered while the stage before it trained. With strategy "gradient" every stage begins with the gradients of as
+    many examples, the next in order, for which `plan_budget` forecasts neither time nor memory. Every stage has a fresh
+    optimizer, and warms up anew, for as many steps as the run does, below what the schedule says. Methods without
+    stages ("full", "lora", "gmt") run the same steps on the same data as one.
 
     `trainer_class` is any subclass of `Trainer`; it prepares the data once, for assessment and all stages, so that
     TRL's take messages, text or preferences. For a stock Trainer, examples are tokenised: mappings with `input_ids`
