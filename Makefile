@@ -27,8 +27,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 reproduce: $(STAMP)
 	$(RUN) -m apexlib reproduce --profile "$(PROFILE)" $(addprefix --claim ,$(CLAIM)) $(ARGS)
 
+# threads wait as they do in a run of your own
 bench: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m benchmarks $(ARGS)
+	env -u OMP_WAIT_POLICY HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m benchmarks $(ARGS)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest $(WORKERS) --dist loadscope $(ARGS)

@@ -324,11 +324,12 @@ def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of tokens: on a CPU so few that a chunk stays in its cache, elsewhere enough to fill the device.
+    """Slices of tokens: on a CPU so few that a thread keeps its part in its cache, elsewhere enough to fill the device.
 
     In half precision products are over so soon that sums in float32 and calls weigh more than the cache.
     """
-    size = 4096 if x.device.type == "cuda" else 256 if x.dtype == wide(x.dtype) else 1024
+    of_thread = 256 if x.dtype == wide(x.dtype) else 1024
+    size = 4096 if x.device.type == "cuda" else of_thread * torch.get_num_threads()
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 

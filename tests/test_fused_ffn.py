@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from apexlib.activations import ActivationRecorder, activation_statistics
 from apexlib.architectures import model_components
 from apexlib.expansion import expand, fuse
-from apexlib.fused_ffn import _ACTIVATIONS, FusedFFN, GatedFFN, PartlyTrained, _parts, literal_ffn
+from apexlib.fused_ffn import _ACTIVATIONS, FusedFFN, GatedFFN, PartlyTrained, _chunks, _parts, literal_ffn
 from apexlib.operators import OPERATORS
 from apexlib.plan import ExpansionPlan
 
@@ -180,6 +180,14 @@ def test_half_precision_is_as_near_to_float64_as_the_split_form(dtype):
         pairs = zip(gradients, reference[2:], strict=True)
         errors.append(sum(((ours - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs))
     assert max(errors[1:]) <= 1.2 * errors[0] + 1e-7
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 256), (torch.float32, 256), (torch.bfloat16, 1024)])
+def test_a_chunk_is_as_much_as_the_caches_of_all_threads_hold(dtype, size, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = torch.empty(10 * size, 2, dtype=dtype)
+    sizes = [len(x[rows]) for rows in _chunks(x)]
+    assert sizes == [3 * size, 3 * size, 3 * size, size]
 
 
 @pytest.mark.parametrize("keep", [True, False])
