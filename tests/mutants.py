@@ -410,7 +410,7 @@ def main() -> int:
             raise RuntimeError(f"{loaded[0]} is loaded already; mutants of it would not be seen")
         os.chdir(ROOT)
         todo = [m for m in every if (m.key not in results) or (asked.again and results[m.key] != "killed")]
-        found = covering(asked.tests)
+        found = covering(asked.tests) if todo else {"loaded": []}
         for name in found["loaded"]:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)

@@ -1,11 +1,13 @@
 """What a run shows while it goes on and in the end: bars on a terminal, lines in a log."""
 
+import io
 import json
 import os
 import pty
 import re
 import signal
 import subprocess
+import sys
 import termios
 from contextlib import closing, suppress
 from functools import partial
@@ -14,6 +16,7 @@ import nbformat
 import pytest
 from test_reproduce import COMMAND, Project
 
+from apexlib.progress import hide_progress, progress
 from apexlib.suite import bars
 from apexlib.suite.bars import Counts, RunBars, seconds_left
 from apexlib.suite.notebooks import read_profile
@@ -181,3 +184,30 @@ def test_the_end_tells_verdicts_what_changed_and_the_page(toy, monkeypatch):
     assert changed in outcome(read, toy.root, {"02_claims"})
     table.write_text("damaged")
     assert [*outcome(read, toy.root, {"02_claims"})] == [tables, to_open]
+
+
+class Screen(io.StringIO):
+    def __init__(self, *, watched):
+        super().__init__()
+        self.watched = watched
+
+    def isatty(self):
+        return self.watched
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("lab", [False, True])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_is_shown_where_somebody_watches(terminal, lab, disabled, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(sys, "stderr", screen := Screen(watched=terminal))
+    if disabled:
+        monkeypatch.setenv("TQDM_DISABLE", "1")
+    if lab:
+        monkeypatch.setitem(sys.modules, "ipykernel", object())
+    shown = (terminal or lab) and not disabled
+    assert hide_progress() is not shown
+    assert list(progress(range(3), "counting sheep", file=screen)) == [0, 1, 2]
+    assert ("counting sheep" in screen.getvalue()) == shown
+    assert screen.getvalue().endswith("\r") == shown  # the line is free again
