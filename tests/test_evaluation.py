@@ -7,7 +7,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from apexlib.evaluation import in_evaluation, perplexity
+from apexlib import evaluation
+from apexlib.evaluation import in_evaluation, on_device, perplexity
 from apexlib.text.answers import exact_match, multiple_choice
 from apexlib.text.datasets import batches, collate, encode_chat
 from apexlib.text.tokenizer import train_tokenizer
@@ -22,11 +23,38 @@ def test_perplexity_weighs_every_labelled_token_the_same(tiny_model, batch):
             logp = model(input_ids=ids[None]).logits[0].log_softmax(-1)
             losses += [-logp[position, ids[position + 1]].item() for position in range(len(ids) - 1)]
     result = perplexity(model, [batch])
-    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-12)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["tokens"] == len(losses)
     rows = [{name: value[row : row + 1] for name, value in batch.items()} for row in (0, 1)]
     assert perplexity(model, rows)["loss"] == pytest.approx(result["loss"], rel=1e-12)
+
+
+def test_losses_of_half_precision_are_taken_in_float32(tiny_model, batch):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    ids = batch["input_ids"][:1]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1].float()
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    assert perplexity(model, [{"input_ids": ids}])["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_bar_is_shown_unless_quiet_is_asked_for(tiny_model, batch, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluation, "progress", lambda items, description: shown.append(description) or items)
+    loss = perplexity(tiny_model("llama"), [batch], quiet=True)["loss"]
+    assert not shown
+    assert perplexity(tiny_model("llama"), [batch])["loss"] == loss
+    assert shown == ["evaluating"]
+
+
+def test_a_batch_has_its_labels_or_not_and_stays_where_it_is_for_a_model_that_is_offloaded(tiny_model):
+    batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, -100]])}
+    model = tiny_model("llama")
+    assert list(on_device(model, batch)) == ["input_ids", "labels"]
+    assert list(on_device(model, batch, labels=False)) == ["input_ids"]
+    model.to("meta")
+    assert on_device(model, batch)["input_ids"] is batch["input_ids"]
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "opt", "qwen3", "gpt_neox"])

@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -85,6 +88,44 @@ def test_a_saved_table_carries_its_provenance_and_hash(tmp_path):
     assert (facts["rows"], facts["seed"], facts["data"]) == (2, 3, {"x": "1"})
     assert {"commit", "created", "device", "python", "versions"} <= set(facts)
     assert facts["versions"]["pandas"] == pd.__version__
+
+
+def test_a_table_has_nine_digits_and_its_time_is_in_seconds(tmp_path):
+    path = provenance.save_table(pd.DataFrame({"a": [1 / 3]}), "t", tmp_path)
+    assert path.read_bytes() == b"a\n0.333333333\n"
+    created = json.loads((tmp_path / "t.json").read_text())["created"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", created)
+
+
+@pytest.mark.parametrize(
+    ("commit", "status", "modified"), [("c", "", False), ("c", " M a", True), ("c", None, None), (None, " M a", None)]
+)
+def test_a_source_is_modified_or_not_where_git_can_tell(commit, status, modified, monkeypatch):
+    told = {"rev-parse": commit, "status": status}
+    monkeypatch.setattr(provenance, "git", lambda folder, command, *_: told[command])
+    found = provenance.provenance()
+    assert (found["commit"], found["source_modified"]) == (commit, modified)
+
+
+def test_git_tells_nothing_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert provenance.git(tmp_path, "rev-parse", "HEAD") is None
+    assert provenance.git(tmp_path, "no-such-command") is None
+
+
+def test_the_device_is_told_with_what_torch_has_of_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    assert provenance.provenance()["device"] == "cpu, 7 threads"
+    monkeypatch.delitem(sys.modules, "torch")
+    assert provenance.provenance()["device"] == "cpu"
+
+
+def test_of_a_package_that_is_found_twice_the_first_counts_as_in_an_import(monkeypatch):
+    found = {"torch": ["2.1", "1.0"]}
+    twice = lambda name: (SimpleNamespace(version=version) for version in found.get(name, ()))  # noqa: E731
+    monkeypatch.setattr(provenance.metadata, "distributions", twice)
+    assert provenance.provenance()["versions"] == {"torch": "2.1"}
 
 
 def test_an_empty_table_is_refused_before_anything_is_written(tmp_path):
