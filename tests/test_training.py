@@ -21,7 +21,7 @@ from apexlib.expansion import expand, fuse, is_expanded
 from apexlib.inspection import parameter_groups
 from apexlib.plan import ApexConfig, ExpansionPlan
 from apexlib.selection import select
-from apexlib.text.datasets import PackedTokens
+from apexlib.text.datasets import PackedTokens, collate, in_one_row
 from apexlib.text.tokenizer import train_tokenizer
 from apexlib.training import bar, stages
 from apexlib.training.checkpoints import checkpoint_folder
@@ -897,6 +897,20 @@ def test_each_stage_ranks_by_the_gradients_of_the_examples_that_it_begins_with(t
             part = next(each for each in plan.layers if (each.layer, each.component) == (layer, component))
             best = table.nlargest(len(part.source), "gradient_norm")["unit"]
             assert sorted(best) == list(part.source)
+
+
+def test_gradients_of_conversations_in_one_row_are_those_of_padded_ones(tiny_model, tmp_path):
+    config = ApexConfig(**(vars(SMALL) | {"strategy": "gradient"}))
+    rows = [torch.arange(2, 2 + length) % 48 for length in (9, 5, 12, 7) * 16]
+    items = [{"input_ids": ids, "labels": ids.masked_fill(torch.arange(len(ids)) < 3, -100)} for ids in rows]
+    records = [
+        run(tiny_model, tmp_path / name, config=config, dataset=items, data_collator=collator, max_steps=4)
+        for name, collator in (("padded", collate(0)), ("in one row", in_one_row))
+    ]
+    for padded, in_row in zip(*(record.statistics for record in records), strict=True):
+        found = in_row["gradient_norm"].to_numpy()
+        np.testing.assert_allclose(found, padded["gradient_norm"].to_numpy(), rtol=1e-3)
+        assert (found > 0).all()
 
 
 def test_weights_decay_to_their_start_where_asked():

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
@@ -255,7 +255,8 @@ class _Run:
 
         Runs of one process that start alike, such as those of a grid, assess once.
         """
-        batches = self.batches(0, collate, self.model.base_model)
+        taken = {*signature(self.model.base_model.forward).parameters}  # not what is of a loss
+        batches = [{name: each[name] for name in each if name in taken} for each in self.batches(0, collate)]
         key = "" if self.args.world_size > 1 else self.assessed_by(batches)  # processes ask together
         if key in _assessed:
             return _assessed[key].copy()
@@ -274,13 +275,12 @@ class _Run:
         tokens = [{name: each.tolist() for name, each in batch.items()} for batch in batches]
         return content_hash(kind, tokens, self.config.fraction)
 
-    def batches(self, step: int, collate: Callable, reader: nn.Module) -> list[dict[str, Any]]:
-        """Collate the examples from a step of the run on, as many as are assessed, for the forward pass of `reader`."""
-        size, taken = self.args.per_device_train_batch_size, {*signature(reader.forward).parameters}
+    def batches(self, step: int, collate: Callable) -> list[dict[str, Any]]:
+        """Collate the examples from a step of the run on, as many as are assessed."""
         rows = self.order[step * self.per_step :][: self.config.assessment_samples]
+        size = self.args.per_device_train_batch_size
         cut = (rows[start : start + size] for start in range(0, len(rows), size))
-        collated = (collate([self.data[row] for row in batch]) for batch in cut)
-        return [{name: value for name, value in batch.items() if name in taken} for batch in collated]
+        return [collate([self.data[row] for row in batch]) for batch in cut]
 
     @property
     def ranked_by(self) -> str | None:
@@ -293,7 +293,7 @@ class _Run:
 
         if column == "gradient_norm":
             model = self.model.to(self.args.device)
-            norms = [gradient_norms(model, _stoppable(self.batches(step, collate, model), stop))]
+            norms = [gradient_norms(model, _stoppable(self.batches(step, collate), stop))]
         else:
             norms = [weight_norms(self.model) if self.holds else None]
         return self.statistics.merge(broadcast_object_list(norms)[0], on=["layer", "component", "unit"])
