@@ -26,6 +26,10 @@ RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 TOKENS = ROOT / "data" / "results" / "study-tokens"
+GRADIENT = ROOT / "data" / "results" / "study-gradient"
+GRADIENT_PAIRS = (("direct-gradient", "direct"), ("direct-gradient", "direct-random"), ("direct-gradient", "full"))
+GRADIENT_PAIRS += (("gradient", "direct-gradient"), ("gradient", "apex"))
+MEASURES = {"answer_loss": "answer loss, nats", "exact_match": "exact match", "retention_loss": "retention, nats"}
 _INTERVAL = "{0[mean]:+.4f} [{0[low]:+.4f}, {0[high]:+.4f}]"
 ADVICE = {  # by a claim's number and verdict
     52: {
@@ -120,17 +124,16 @@ def study() -> str:
         return "Not run to its end yet."
     runs = pd.read_csv(STUDY / "instruction.csv").query("chosen")
     methods = [name for name in runs["method"].unique() if name not in ("base", "full")]
-    measures = {"answer_loss": "answer loss, nats", "exact_match": "exact match", "retention_loss": "retention, nats"}
-    means = runs.groupby("method")[["trainable", "learning_rate", "by_operator", *measures]].mean()
+    means = runs.groupby("method")[["trainable", "learning_rate", "by_operator", *MEASURES]].mean()
     table = pd.DataFrame({"": [f"`{name}`" for name in methods]}, index=methods)
     table["trains"] = means["trainable"].map("{:.1%}".format)
     table["rate"] = means["learning_rate"].map("{:g}".format)
     table["by operators"] = means["by_operator"].map("{:.0%}".format).replace("nan%", "–")
-    for name, title in measures.items():
+    for name, title in MEASURES.items():
         above = paired_differences(runs, {method: ("full", method) for method in methods}, name)
         rows = summarise(above, ["method"], "above").set_index("method")
         table[title] = rows.apply(_INTERVAL.format, axis=1)
-    of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in measures.items())
+    of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in MEASURES.items())
     here, default = (claims_table(folder).set_index("number") for folder in (STUDY, RESULTS))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
     turned = here[here["verdict"] != default["verdict"]]["verdict"].items()
@@ -150,6 +153,21 @@ in a seed, 95 % intervals. `full` itself: {of_full}.
 {table.to_markdown(index=False, disable_numparse=True)}
 
 Of {len(here)} claims: {counts}. Verdicts that differ from those of the default run: {said or "none"}."""
+
+
+def gradients() -> str:
+    """What rows chosen by their gradients learnt and forgot, less what others did."""
+    if not (GRADIENT / "instruction.csv").exists():
+        return "Not run to its end yet."
+    runs = pd.read_csv(GRADIENT / "instruction.csv").query("chosen")
+    pairs = {f"`{name}` less `{than}`": (than, name) for name, than in GRADIENT_PAIRS}
+    table = pd.DataFrame({"": list(pairs)})
+    for name, title in MEASURES.items():
+        rows = summarise(paired_differences(runs, pairs, name), ["method"], "above").set_index("method")
+        table[title] = [_INTERVAL.format(rows.loc[pair]) for pair in pairs]
+    rate = runs.loc[runs["method"] == "apex", "learning_rate"].iloc[0]
+    seeds = f"Means over {runs['seed'].nunique()} seeds, 95 % intervals"
+    return f"{seeds}; at the rate of `apex`, {rate:g}.\n\n{table.to_markdown(index=False, disable_numparse=True)}"
 
 
 def tokens() -> str:
@@ -399,6 +417,7 @@ SECTIONS = {
     "claims": claims,
     "devices": devices,
     "effective_rank": effective_rank,
+    "gradients": gradients,
     "performance": performance,
     "reliability": reliability,
     "run": run,
