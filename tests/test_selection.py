@@ -240,6 +240,13 @@ def test_alignment_rounds_channels_down():
     assert unit_counts(1024, "channel", ApexConfig().of_size(0.02)) == (10, 0)  # of few pairs each counts
 
 
+def test_heads_are_never_rounded():
+    config = ApexConfig(fraction=0.1, direct_heads=0.3, direct_channels=0.3)
+    assert unit_counts(190, "head", config) == (19, 19)
+    assert unit_counts(1920, "channel", config) == (192, 192)
+    assert unit_counts(1900, "channel", config) == (176, 208)  # of 190 and 570, multiples of 16
+
+
 def test_shares_are_taken_as_written():
     assert unit_counts(100, "channel", ApexConfig(fraction=0.29, direct_heads=0.58, direct_channels=0.58)) == (29, 0)
     assert unit_counts(30, "channel", ApexConfig(fraction=1 / 3, direct_heads=1, direct_channels=1)) == (10, 10)
