@@ -122,7 +122,8 @@ def study() -> str:
     """What every method of the study learnt and forgot, less what full fine-tuning did, and its verdicts."""
     if not (STUDY / "claims.csv").exists():
         return "Not run to its end yet."
-    runs = pd.read_csv(STUDY / "instruction.csv").query("chosen")
+    tried = pd.read_csv(STUDY / "instruction.csv")
+    runs, grid = tried.query("chosen"), tried.loc[tried["method"] == "full", "learning_rate"]
     methods = [name for name in runs["method"].unique() if name not in ("base", "full")]
     means = runs.groupby("method")[["trainable", "learning_rate", "by_operator", *MEASURES]].mean()
     table = pd.DataFrame({"": [f"`{name}`" for name in methods]}, index=methods)
@@ -133,6 +134,7 @@ def study() -> str:
         above = paired_differences(runs, {method: ("full", method) for method in methods}, name)
         rows = summarise(above, ["method"], "above").set_index("method")
         table[title] = rows.apply(_INTERVAL.format, axis=1)
+    ends = runs.loc[runs["learning_rate"].isin([grid.min(), grid.max()]), "method"].unique()
     of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in MEASURES.items())
     here, default = (claims_table(folder).set_index("number") for folder in (STUDY, RESULTS))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
@@ -148,7 +150,8 @@ def study() -> str:
 {changes.to_markdown(index=False, disable_numparse=True)}
 
 With the base and the conversations of the default run, means over {runs["seed"].nunique()} seeds; differences to `full`
-in a seed, 95 % intervals. `full` itself: {of_full}.
+in a seed, 95 % intervals. `full` itself: {of_full}. A lower rate forgets less; chosen at an end of the grid:
+{", ".join(f"`{name}`" for name in ends) or "none"}.
 
 {table.to_markdown(index=False, disable_numparse=True)}
 
