@@ -135,7 +135,7 @@ def places(names: Sequence[str], ax: Axes) -> float:
     """Name the places 0, 1, … of an axis, slanted or standing, as there is room; return that of each, in points."""
     size = FontProperties(size=mpl.rcParams["xtick.labelsize"]).get_size_in_points()
     room = ax.bbox.width / ax.figure.dpi * 72 / len(names)
-    ax.set_xticks(range(len(names)), names, **(SLANTED if room > 2 * size else STANDING))
+    ax.set_xticks(range(len(names)), names, **(SLANTED if room > 2 * size else STANDING), size=min(size, 0.95 * room))
     return room
 
 
@@ -163,12 +163,15 @@ def groups(
     legend, the number of its colour in PALETTE, its marker.
     """
     names = table[by].dropna().unique()
-    whole = [re.sub(r"(-all)?(-[\d.]+%)?$", "", str(name)) for name in names]
+    whole = [re.sub(r"(-all|-rows)?(-[\d.]+%)?$", "", str(name)) for name in names]
     colours = {name: colour for name, colour in METHODS.items() if name in whole}
     left = cycle(sorted({*range(len(PALETTE))} - {*colours.values()}))
     colours |= {name: next(left) for name in dict.fromkeys(whole) if name not in colours}
-    count = len(MARKERS)
-    markers = [MARKERS[(n + n // count) % count] for n in range(len(names))]  # of many no two look alike
+    count, markers, used = len(MARKERS), [], set()  # of many no two look alike
+    for n, name in enumerate(whole):
+        turns = (MARKERS[(n + n // count + turn) % count] for turn in range(count))
+        markers.append(next((marker for marker in turns if (colours[name], marker) not in used), MARKERS[n % count]))
+        used.add((colours[name], markers[-1]))
     looks = looks or dict(zip(names, zip(names, map(colours.get, whole), markers, strict=True), strict=True))
     for value, (name, colour, marker) in looks.items():
         if len(rows := table[table[by] == value]):
