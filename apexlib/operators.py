@@ -214,7 +214,7 @@ def monarch_blocks(k: int) -> tuple[int, int]:
 
 
 def _monarch_cost(n: int, m: int) -> int:
-    return n * m * (n + m) if m > 1 else n * n
+    return n * m * (n + m)
 
 
 def _at_least_one(k: int) -> int:

@@ -216,11 +216,11 @@ def test_lines_are_drawn_at_the_tables_values():
 
 def test_a_method_of_few_weights_has_the_colour_of_the_whole_one_and_no_two_look_alike():
     whole = ["apex", "full", "hft", "gmt", "lora", "direct", "random"]  # as many as could make markers come again
-    names = [name + share for share in ("", "-2.4%") for name in whole][:12]
+    names = [name + share for share in ("", "-2.4%") for name in whole][:12] + ["direct-rows-75%"]
     looks = {name: look for name, _, look in forms.groups(pd.DataFrame({"method": names}), "method")}
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(names)
     assert looks["lora-2.4%"]["color"] == looks["lora"]["color"] != looks["gmt"]["color"]
-    assert (looks["lora"]["linestyle"], looks["lora-2.4%"]["linestyle"]) == ("-", "--")
+    assert [looks[n]["linestyle"] for n in ("lora", "lora-2.4%", "direct-rows-75%")] == ["-", "--", "-"]
     many = pd.read_csv(RECORDED / "rank_gain.csv")[["method"]].drop_duplicates()  # more than there are markers
     drawn = [(look["color"], look["marker"]) for _, _, look in forms.groups(many, "method")]
     assert len(set(drawn)) == len(many) > 20

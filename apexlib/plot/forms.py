@@ -159,8 +159,8 @@ def groups(
     """Yield the name and the rows of each group, in order of appearance, with a colour and a marker to draw it in.
 
     A method that trains a small share of the weights ("lora-2.4%") has the colour of the whole one and dashes; one of
-    continued pre-training ("full-all") has that of the method. `looks` sets groups and order: of each its name in a
-    legend, the number of its colour in PALETTE, its marker.
+    many rows ("apex-rows-75%") or of continued pre-training ("full-all") has the colour. `looks` sets groups and order:
+    of each its name in a legend, the number of its colour in PALETTE, its marker.
     """
     names = table[by].dropna().unique()
     whole = [re.sub(r"(-all|-rows)?(-[\d.]+%)?$", "", str(name)) for name in names]
@@ -175,7 +175,8 @@ def groups(
     looks = looks or dict(zip(names, zip(names, map(colours.get, whole), markers, strict=True), strict=True))
     for value, (name, colour, marker) in looks.items():
         if len(rows := table[table[by] == value]):
-            look = {"color": PALETTE[colour], "marker": marker, "linestyle": "--" if str(name).endswith("%") else "-"}
+            few = re.search(r"(?<!-rows)-[\d.]+%$", str(name))
+            look = {"color": PALETTE[colour], "marker": marker, "linestyle": "--" if few else "-"}
             yield name, rows.sort_values(sort_by) if sort_by else rows, look
 
 
