@@ -330,6 +330,18 @@ def test_settings_out_of_range_are_refused(wrong, message):
         ApexConfig(**wrong)
 
 
+def test_the_least_settings_are_allowed():
+    least = {"stages": 1, "assessment_samples": 1, "align": 1, "balance_weight": 0, "operator_lr_scale": 0}
+    assert vars(ApexConfig(**least)).items() >= least.items()
+
+
+def test_presets_are_unrounded_and_the_small_one_trains_pairs_only():
+    assert unit_counts(1100, "channel", ApexConfig.preset("52%")) == (206, 99)
+    small = ApexConfig.preset("2.4%")
+    assert unit_counts(2049, "channel", small) == (30, 1)
+    assert not (small.train_embeddings or small.train_norms or small.train_queries)
+
+
 def test_every_known_operator_can_be_configured():
     for kind in OPERATORS:
         assert ApexConfig(operator=kind).operator == kind
@@ -345,6 +357,7 @@ def layer_plan(**changes) -> LayerPlan:
     ("wrong", "message"),
     [
         ({"source": (0, 4)}, r"layer 3, head: units \[0\] are both source and target"),
+        ({"source": (1, 32), "target": (1, 32), "units": 33}, r"units \[1, 32\] are both source and target"),
         ({"direct": (4,)}, r"units \[4\] are both source and direct"),
         ({"direct": (5,)}, r"units \[5\] are both target and direct"),
         ({"source": (4, 4)}, "source: unit 4 is repeated"),
@@ -373,7 +386,7 @@ def test_bad_layer_plans_are_refused(wrong, message):
 def test_plans_hold_plain_integers_in_ascending_order():
     first, second = layer_plan(layer=np.int64(5), source=[np.int64(4), np.int64(6)]), layer_plan(component="channel")
     plan = ExpansionPlan([first, second])
-    assert plan.layers == (second, first)
+    assert (plan.layers, plan.seed, plan.stage) == ((second, first), 0, 0)
     assert type(first.layer) is type(first.source[0]) is int
     assert ExpansionPlan((second, first)) == plan
     assert hash(plan) == hash(ExpansionPlan((first, second)))
@@ -384,6 +397,8 @@ def test_plans_hold_plain_integers_in_ascending_order():
         ExpansionPlan(())
     with pytest.raises(ValueError, match="need LayerPlans, got dict"):
         ExpansionPlan(({},))
+    with pytest.raises(ValueError, match="config: need an ApexConfig, got dict"):
+        ExpansionPlan((first,), config={"seed": 0})
 
 
 @given(tables(), settings_of_a_run(), st.integers(0, 5))
@@ -412,6 +427,7 @@ LAYER = json.dumps({"layer": 0, "component": "head", "source": [1], "target": [0
         ('{"layers": "ab"}', "at least one layer"),
         ('{"layers": [3]}', "need an object with the fields of LayerPlan, got int"),
         (f'{{"layers": [{LAYER}], "hook": "os.system"}}', "unknown field 'hook' in ExpansionPlan"),
+        (json.dumps({"layers": [], **dict.fromkeys("qwertzuiopasdfghjkl")}), "unknown field 'a'"),
         (f'{{"layers": [{LAYER}], "layers": [{LAYER}]}}', "a key is given twice"),
         (f'{{"layers": [{LAYER}], "stage": true}}', "stage: need an integer"),
         (f'{{"layers": [{LAYER}], "seed": 1e3}}', "seed: need an integer"),
