@@ -1,6 +1,7 @@
 """Damaged and hostile files for every loader: each must load, or be refused in our own words, soon and unexecuted.
 
-`python tests/fuzz.py FOLDER INPUTS [SEED]` tries so many inputs in all and writes `fuzz.csv`, one row per loader.
+`python tests/fuzz.py FOLDER INPUTS [SEED]` tries so many inputs in all and writes `fuzz.csv`, one row per loader, and
+each input that was not taken as it must be.
 """
 
 import gzip
@@ -299,6 +300,8 @@ def fuzz(folder: Path, inputs: int, seed: int = 0) -> pd.DataFrame:
             loader.path.write_bytes(changed)
             if why := judge(loader, changed, original, canary):
                 faults.append(f"{why} ← {changed[:60]!r}")
+                kept = folder / f"{number} {loader.name} {len(faults)}.fault"
+                kept.write_bytes(changed)
         loader.path.write_bytes(original)
         if resident_mb() * 1e6 > MEMORY:  # of this process: getrusage tells that of its parent if larger
             faults.append("takes more memory than it may")

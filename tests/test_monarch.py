@@ -108,7 +108,8 @@ def test_gradients_can_be_differentiated_again(kind):
     assert_close(by_rows, operator.dense().T @ grad)
 
     def of_rows(rows):
-        return sum(each.square().sum() for each in torch.autograd.grad(operator(rows), factors, grad, create_graph=True))
+        gradients = torch.autograd.grad(operator(rows), factors, grad, create_graph=True)
+        return sum(each.square().sum() for each in gradients)
 
     assert_close(found, torch.autograd.grad(of_rows(rows), rows)[0])
 

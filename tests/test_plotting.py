@@ -216,7 +216,7 @@ def test_lines_are_drawn_at_the_tables_values():
 
 def test_a_method_of_few_weights_has_the_colour_of_the_whole_one_and_no_two_look_alike():
     whole = ["apex", "full", "hft", "gmt", "lora", "direct", "random"]  # as many as could make markers come again
-    names = [name + share for share in ("", "-2.4%") for name in whole][:12] + ["direct-rows-75%"]
+    names = [*[name + share for share in ("", "-2.4%") for name in whole][:12], "direct-rows-75%"]
     looks = {name: look for name, _, look in forms.groups(pd.DataFrame({"method": names}), "method")}
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(names)
     assert looks["lora-2.4%"]["color"] == looks["lora"]["color"] != looks["gmt"]["color"]

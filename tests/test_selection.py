@@ -339,7 +339,7 @@ def test_presets_are_unrounded_and_the_small_one_trains_pairs_only():
     assert unit_counts(1100, "channel", ApexConfig.preset("52%")) == (206, 99)
     small = ApexConfig.preset("2.4%")
     assert unit_counts(2049, "channel", small) == (30, 1)
-    assert not (small.train_embeddings or small.train_norms or small.train_queries)
+    assert [small.train_embeddings, small.train_norms, small.train_queries] == [False] * 3
 
 
 def test_every_known_operator_can_be_configured():
