@@ -51,19 +51,20 @@ def test_the_certificate_says_what_a_reader_of_the_folder_would_measure(variant,
     assert found == json.loads((tmp_path / "fused" / "certificate.json").read_text())
     assert not is_expanded(model)
     assert model.dtype == dtype
+    assert found["dtype"] == str(dtype).removeprefix("torch.")
     assert {name: module.training for name, module in model.named_modules()} == modes
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", dtype="auto", attn_implementation="eager")
     assert loaded.dtype == dtype
-    differences = []
-    for batch, old in zip(batches, before, strict=True):
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        differences.append((logits(loaded, batch).double() - old.double())[mask].abs())
-    difference = torch.cat(differences)
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool() for batch in batches]
+    old = torch.cat([each[mask].double() for each, mask in zip(before, masks, strict=True)])
+    new = torch.cat([logits(loaded, batch)[mask].double() for batch, mask in zip(batches, masks, strict=True)])
+    difference = (new - old).abs()
     assert found["drift"]["tokens"] == len(difference)
     assert found["drift"]["max"] == pytest.approx(difference.max().item(), rel=1e-6)
     assert found["drift"]["mean"] == pytest.approx(difference.mean().item(), rel=1e-6)
     assert (found["drift"]["max"] < 1e-5) == (dtype == torch.float32)
+    assert found["drift"]["largest_logit"] == pytest.approx(old.abs().max().item(), rel=1e-6)
 
     start = dict(base.named_parameters())
     asked = torch.cat([(weight - start[name]).flatten() for name, weight in exact.items()]).double()
@@ -76,6 +77,15 @@ def test_the_certificate_says_what_a_reader_of_the_folder_would_measure(variant,
     assert found["update"]["rounded"] == pytest.approx(rounded[trained].norm().item())
     assert found["update"]["survived"] == pytest.approx(1 - (rounded[trained].norm() / asked.norm()).item())
     assert (found["update"]["survived"] == 1) == (dtype == torch.float32)
+
+
+def test_a_model_whose_logits_are_not_all_finite_is_not_saved(tmp_path, batches):
+    model = expanded("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = 3e38  # the weights are finite
+    with pytest.raises(ValueError, match="logits are not finite before fusing"):
+        save_fused(model, tmp_path / "fused", batches=batches)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_did_not_train_has_no_share_that_survived(tmp_path):
@@ -126,6 +136,12 @@ def test_every_file_is_certified_and_what_is_put_beside_them_is_found(tmp_path):
         (folder / name).write_text("{}")
         assert failures(folder) == [("hash", name, "is not in the certificate")]
         (folder / name).unlink()
+    more = sorted("qwertzuiopasdf")
+    for name in more:
+        (folder / name).touch()
+    assert [name for _, name, _ in failures(folder)] == more
+    for name in more:
+        (folder / name).unlink()
     (folder / ".cache").mkdir()
     (folder / ".cache" / "note.txt").write_text("of a download")
     assert not failures(folder)
@@ -141,11 +157,14 @@ def test_the_card_says_what_is_known_and_is_certified(tmp_path, batches):
     card = ModelCard.load(tmp_path / "fused" / "README.md")
     assert card.data.base_model == "owner/some-model"
     assert (card.data.library_name, card.data.tags) == ("transformers", ["apexlib", "apex"])
+    assert card.data.pipeline_tag == "text-generation"
+    assert "\n# fused\n" in card.text
     sources = sum(len(layer.source) for layer in plan.layers)
     for row in (
         f"| trained | {share['trainable'] / share['total']:.3g} of the parameters |",
         f"| stage 2 | {sources} source, {sources} target, ",
         "| settings | stages 3 |",
+        "| weights | float32 |",
         "| data | 0123\\|abc d |",
         "| logits moved by fusing and rounding | at most ",
     ):
@@ -162,6 +181,13 @@ def test_a_base_from_a_folder_is_no_model_of_the_hub_and_its_path_is_kept_privat
     save_fused(expanded("llama"), tmp_path / "fused", base=tmp_path / "secret" / "base")
     card = ModelCard.load(tmp_path / "fused" / "README.md")
     assert card.data.base_model is None
+    assert card.data.tags == ["apexlib", "apex"]
+    assert "| base | base |" in card.text
+    assert "secret" not in str(card)
+    model = expanded("llama")
+    model.config.name_or_path = model.name_or_path = "/secret/that/is/no/more/base"
+    save_fused(model, tmp_path / "again")
+    card = ModelCard.load(tmp_path / "again" / "README.md")
     assert "| base | base |" in card.text
     assert "secret" not in str(card)
     save_fused(build("llama"), tmp_path / "plain")  # trained by whatever method
@@ -176,14 +202,14 @@ def test_what_is_pushed_is_the_certified_folder_as_it_is(tmp_path, monkeypatch):
     def upload(_, **given):
         folder = given["folder_path"]
         assert verify_folder(folder)["passed"].all()
-        calls.append((given["repo_id"], {path.name for path in folder.iterdir()}))
+        calls.append((given["repo_id"], given["commit_message"], {path.name for path in folder.iterdir()}))
 
     monkeypatch.setattr(HfApi, "create_repo", lambda _, *given, **options: calls.append((given, options)))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
     save_fused(expanded("llama"), tmp_path / "fused", push_to_hub="me/fused")
-    made, (repository, files) = calls
+    made, (*told, files) = calls
     assert made == (("me/fused",), {"private": True, "exist_ok": True})
-    assert repository == "me/fused"
+    assert told == ["me/fused", "Upload fused"]
     assert files == {path.name for path in (tmp_path / "fused").iterdir()}
     assert {"README.md", "certificate.json", "model.safetensors"} <= files
 
