@@ -47,12 +47,67 @@ def test_a_failed_folder_leaves_the_old_one_and_no_debris(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+def test_what_is_in_place_was_flushed_with_the_folder_that_names_it(tmp_path, monkeypatch):
+    opened, closed, really = {}, [], (os.open, os.close)
+
+    def opening(path, *given, **options):
+        handle = really[0](path, *given, **options)
+        opened[handle, Path(path)] = None
+        return handle
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or really[1](handle))
+    with files.atomic_write(tmp_path / "a" / "b" / "empty.json") as temporary:
+        pass
+    assert (tmp_path / "a" / "b" / "empty.json").read_bytes() == b""
+    assert {path for _, path in opened} >= {temporary, tmp_path / "a" / "b"}
+    with files.atomic_folder(tmp_path / "x" / "y" / "z") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "file").touch()
+    parts = {temporary, temporary / "inner", temporary / "inner" / "file", tmp_path / "x" / "y"}
+    assert {path for _, path in opened} >= parts
+    assert {handle for handle, _ in opened} == {*closed}
+
+
+def test_an_object_is_written_so_that_it_can_be_read_and_compared(tmp_path):
+    path = files.write_json({"b": "ü", "a": {"d": 1, "c": 2}}, tmp_path / "a.json")
+    assert path.read_text(encoding="utf-8") == '{\n  "a": {\n    "c": 2,\n    "d": 1\n  },\n  "b": "ü"\n}\n'
+
+
+def test_nothing_is_loaded_that_could_run_and_what_goes_wrong_is_told():
+    def kind(name, error=None):
+        def load(_, **options):
+            if error:
+                raise error
+            return options
+
+        return type(name, (), {"from_pretrained": staticmethod(load), "from_config": staticmethod(load)})
+
+    assert files.pretrained(kind("AutoTokenizer"), "a") == {"trust_remote_code": False}
+    loaded = files.pretrained(kind("AutoModel"), "a", dtype="auto")
+    assert loaded == {"trust_remote_code": False, "use_safetensors": True, "dtype": "auto"}
+    config = SimpleNamespace(model_type="llama")
+    for error in (OSError("gone"), ValueError("bad"), ImportError("no such")):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            files.pretrained(kind("AutoModel", error), "a")
+    for error in (ValueError("bad"), ImportError("no such")):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            files.untrained(kind("AutoModel", error), config)
+    with pytest.raises(ValueError, match="a: not loaded, KeyError: 'x'"):
+        files.pretrained(kind("AutoModel", KeyError("x")), "a")
+    with pytest.raises(ValueError, match="llama: no model can be made of its configuration, KeyError: 'x'"):
+        files.untrained(kind("AutoModel", KeyError("x")), config)
+
+
 def test_only_what_an_unfinished_write_left_is_cleared(tmp_path):
     (tmp_path / ".partial-a-x").mkdir()
     (tmp_path / ".partial-b").symlink_to(tmp_path / "kept")
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").touch()
-    assert len(files.clear_partial(tmp_path)) == 2
+    more = [tmp_path / f".partial-c-{letter}" for letter in "qwertzuiop"]
+    for path in more:
+        path.touch()
+    assert files.clear_partial(tmp_path) == [tmp_path / ".partial-a-x", tmp_path / ".partial-b", *sorted(more)]
     assert os.listdir(tmp_path) == ["kept"]
     assert os.listdir(tmp_path / "kept") == ["file"]
 
@@ -74,7 +129,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(write, tmp_path, monkeypatch):
 def test_a_lock_is_let_go_at_the_end(tmp_path):
     with files.exclusive(tmp_path / "lock"), pytest.raises(BlockingIOError), files.exclusive(tmp_path / "lock"):
         pass
-    with files.exclusive(tmp_path / "lock"):
+    with files.exclusive(tmp_path / "a" / "b" / "lock"), files.exclusive(tmp_path / "lock"):
         pass
 
 
