@@ -113,8 +113,9 @@ def test_a_wrapped_model_is_refused_with_advice(tiny_model):
 
 @pytest.mark.case("mixtures of experts: their attention; experts are no units", "partly")
 def test_experts_are_announced_as_not_covered(tiny_model):
-    with pytest.warns(UserWarning, match="mixtral: the experts' channels are not units here"):
+    with pytest.warns(UserWarning, match="mixtral: the experts' channels are not units here") as told:
         parts = model_components(tiny_model("mixtral"))
+    assert [warning.filename for warning in told if "experts" in str(warning.message)] == [__file__]
     assert {part.component for part in parts} == {"head"}
 
 

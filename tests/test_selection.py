@@ -323,6 +323,7 @@ def test_a_statistic_that_was_not_gathered_is_named(settings_, column):
         ({"balance_weight": -1}, "balance_weight: need at least 0"),
         ({"train_norms": 1}, "train_norms: need bool, got int"),
         ({"seed": -1}, "seed: need an integer from 0"),
+        ({"seed": 2**31}, "seed: need an integer from 0 to 2147483647, got 2147483648"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, message):
@@ -333,6 +334,7 @@ def test_settings_out_of_range_are_refused(wrong, message):
 def test_the_least_settings_are_allowed():
     least = {"stages": 1, "assessment_samples": 1, "align": 1, "balance_weight": 0, "operator_lr_scale": 0}
     assert vars(ApexConfig(**least)).items() >= least.items()
+    assert ApexConfig(seed=2**31 - 1).seed == 2**31 - 1
 
 
 def test_presets_are_unrounded_and_the_small_one_trains_pairs_only():
