@@ -13,6 +13,7 @@ from test_expansion import layer_plan, perturb
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from apexlib import fused_ffn
 from apexlib.activations import ActivationRecorder, activation_statistics
 from apexlib.architectures import model_components
 from apexlib.expansion import expand, fuse
@@ -193,17 +194,29 @@ def test_a_chunk_is_as_much_as_the_caches_of_all_threads_hold(dtype, size, monke
 @pytest.mark.parametrize("keep", [True, False])
 def test_gradients_of_many_chunks_of_half_precision_add_up_in_float32(keep):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(10 * 1024, 5), (7, 5), (7, 5), (7, 6)]  # all positive: small parts would be lost in a sum of few bits
+    shapes = [(99 * 1024, 5), (7, 5), (7, 5), (7, 6), (7,), (7,)]  # all positive: a sum of few bits would lose some
     x, *flat = (torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     halves = [tensor.bfloat16().requires_grad_() for tensor in flat]
     exact = [half.detach().double().requires_grad_() for half in halves]
     gradient = torch.rand(len(x), 6, generator=generator, dtype=torch.float64).bfloat16()
-    activation, none = _ACTIVATIONS[torch.nn.SiLU], [None, None]
-    ours = GatedFFN.apply(x.bfloat16(), activation, keep, [], None, *halves, *none)
-    theirs = literal_ffn(x.bfloat16().double(), activation, None, _parts([*exact, *none]))
+    activation = _ACTIVATIONS[torch.nn.SiLU]
+    ours = GatedFFN.apply(x.bfloat16(), activation, keep, [], None, *halves)
+    theirs = literal_ffn(x.bfloat16().double(), activation, None, _parts(exact))
     found = torch.autograd.grad(ours, halves, gradient)
     for mine, right in zip(found, torch.autograd.grad(theirs, exact, gradient.double()), strict=True):
         assert (mine.double() - right).norm() < 2**-8 * right.norm()
+
+
+@pytest.mark.parametrize(("mode", "kept", "again"), [("fused", 4, 0), ("recompute", 0, 2)])
+def test_pre_activations_are_kept_for_backward_or_made_again(mode, kept, again, monkeypatch):
+    (block,), (x, gradient), saved, made = blocks("llama", modes=(mode,)), batch(), [], []
+    really = fused_ffn._pre_activations
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each.shape) or each, lambda each: each):
+        output = block(x)
+    assert sum(shape[0] == x[..., 0].numel() for shape in saved) == 1 + kept  # the input, and two of either part
+    monkeypatch.setattr(fused_ffn, "_pre_activations", lambda *given: made.append(1) or really(*given))
+    output.backward(gradient)
+    assert len(made) == again
 
 
 @pytest.mark.parametrize("statistic", ["gate", "product"])
