@@ -144,6 +144,8 @@ def test_one_product_of_a_partly_trained_weight_has_the_gradients_of_its_formula
     assert_close(PartlyTrained.apply(x, tuned, frozen, reads), x @ (whole if reads else whole.T))
     assert torch.autograd.gradcheck(lambda x, tuned: PartlyTrained.apply(x, tuned, frozen, reads), given)
     assert torch.autograd.gradgradcheck(lambda x, tuned: PartlyTrained.apply(x, tuned, frozen, reads), given)
+    assert torch.autograd.gradcheck(lambda x: PartlyTrained.apply(x, tuned.detach(), frozen, reads), given[:1])
+    assert torch.autograd.gradcheck(lambda tuned: PartlyTrained.apply(x.detach(), tuned, frozen, reads), given[1:])
 
 
 def test_a_graph_that_is_kept_can_be_used_again():
