@@ -75,6 +75,22 @@ def test_every_form_has_the_gradients_of_plain_autograd(variant, pairs, direct):
         assert_equal_outcomes(outcome(block, *batch()), outcome(split, *batch()))
 
 
+def test_gate_and_up_in_one_may_have_a_bias():
+    found = []
+    for mode in ("split", "fused", "recompute"):
+        model = build("phi3", dtype=torch.float64)
+        block = model.model.layers[0].mlp
+        block.gate_up_proj = torch.nn.Linear(16, 48, dtype=torch.float64)
+        with torch.no_grad():
+            block.gate_up_proj.weight.copy_(torch.linspace(-1, 1, 48 * 16).sin().view(48, 16))
+            block.gate_up_proj.bias.copy_(torch.linspace(-1, 1, 48))
+        perturb(expand(model, channel_plan(model, 4, 5), ffn=mode), 0.3)
+        assert isinstance(block, FusedFFN) == (mode != "split")
+        found.append(outcome(block.train(), *batch()))
+    for each in found[1:]:
+        assert_equal_outcomes(each, found[0])
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_gets_its_gradients(operator):
     split, *others = blocks("llama-mha-bias", operator=operator)
