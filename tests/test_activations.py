@@ -304,6 +304,22 @@ def test_what_processes_have_seen_adds_up_and_moving_averages_become_their_mean(
         assert_close(getattr(combined, name), (getattr(parts[0], name) + getattr(parts[1], name)) / 2)
 
 
+def test_one_process_alone_has_nothing_to_gather_and_a_state_goes_on(tiny_model, batch):
+    model = tiny_model("llama", dtype=torch.float64)
+    recorder, later = ActivationRecorder(model, training_only=True), ActivationRecorder(model)
+    with recorder:
+        model.eval()(**batch)
+        assert recorder.batches == 0
+        model.train()(**batch)
+    recorder.gather()
+    later.load_state(recorder.state())
+    assert_frame_equal(later.table(), recorder.table())
+    expected = activation_statistics(model, [batch, {"input_ids": batch["input_ids"]}])
+    with later:
+        model(input_ids=batch["input_ids"])
+    assert_frame_equal(later.table(), expected)
+
+
 def test_gathering_takes_what_every_process_has_seen(tiny_model, batch, monkeypatch):
     model = tiny_model("llama", dtype=torch.float64)
     part = {name: tensor[:1] for name, tensor in batch.items()}
@@ -346,12 +362,14 @@ def test_imbalance_does_not_depend_on_the_size_of_activations():
         assert _variation(torch.tensor([1.0, 3.0], dtype=torch.float64) * size).item() == pytest.approx(0.5)
 
 
-def test_a_component_of_one_unit_has_no_imbalance(tiny_model, batch):
-    model = tiny_model("llama", dtype=torch.float64, num_attention_heads=1, num_key_value_heads=1)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_component_of_one_unit_has_no_imbalance(heads, tiny_model, batch):
+    model = tiny_model("llama", dtype=torch.float64, num_attention_heads=heads, num_key_value_heads=heads)
     with ActivationRecorder(model, differentiable=True) as recorder:
         model(**batch)
-    table = activation_statistics(model, [batch]).query("component == 'channel'")
-    groups = table.groupby("layer")["activation"]
+    table = activation_statistics(model, [batch])
+    groups = (table if heads > 1 else table.query("component == 'channel'")).groupby(["layer", "component"])
+    groups = groups["activation"]
     assert recorder.imbalance.item() == pytest.approx((groups.std(ddof=0) / groups.mean()).mean(), rel=1e-9)
 
 
