@@ -1,5 +1,6 @@
 """Activation statistics against literal formulas, on every supported family."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,14 @@ from pandas.testing import assert_frame_equal
 from torch.testing import assert_close
 from transformers.activations import ACT2FN
 
-from apexlib.activations import ActivationRecorder, _UnitSums, _variation, activation_statistics
+from apexlib.activations import (
+    ActivationRecorder,
+    _UnitSums,
+    _variation,
+    activation_statistics,
+    gradient_norms,
+    weight_norms,
+)
 from apexlib.architectures import family_of, model_components
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts' channels are not units")
@@ -382,3 +390,59 @@ def test_a_cache_or_an_all_padding_batch_does_not_confuse_the_count(tiny_model, 
         model(input_ids=batch["input_ids"], attention_mask=torch.zeros_like(mask[:, :-1]))
     assert recorder.tokens == int(batch["attention_mask"].sum()) + 1
     assert recorder.batches == 2
+
+
+def test_weight_norms_have_a_row_for_every_unit(tiny_model):
+    table = weight_norms(tiny_model("llama"))
+    assert table.groupby("component", sort=False).size().to_dict() == {"head": 4, "channel": 48}
+    assert (table["weight_norm"] > 0).all()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+def test_gradient_norms_are_those_of_the_mean_loss_over_labelled_tokens(variant, tiny_model):
+    model = tiny_model(variant).double().train()
+    ids = torch.arange(60).view(4, 15) * 7 % 48
+    labels = ids.masked_fill(torch.rand(4, 15, generator=torch.Generator().manual_seed(0)) < 0.4, -100)
+    rows = {"input_ids": ids, "labels": labels}
+    nothing = {"input_ids": ids[:1], "labels": torch.full((1, 15), -100)}
+    batches = [{name: value[part] for name, value in rows.items()} for part in (slice(1), slice(1, 4))]
+    table = gradient_norms(model.requires_grad_(False), [*batches, nothing])
+    assert model.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+    logits = model.requires_grad_(True).eval()(ids, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    norms = table.set_index(["layer", "component", "unit"])["gradient_norm"]
+    for part in model_components(model):
+        for unit in range(part.units):
+            total = 0.0
+            for slot in part.slots.values():
+                gradient = model.get_submodule(slot.module).weight.grad
+                total += gradient.index_select(slot.axis, slot.index[unit].flatten()).square().sum().item()
+            found = norms[part.layer, part.component, unit]
+            assert found == pytest.approx(math.sqrt(total), rel=1e-6)  # the loss is float32
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "batches: no labels, only input_ids"),
+        ([{"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}], "no labelled token"),
+        ([], "no labelled token"),
+    ],
+)
+def test_gradients_of_nothing_are_refused(batches, message, tiny_model):
+    model = tiny_model("llama")
+    model.lm_head.weight.requires_grad_(False)
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        gradient_norms(model, batches)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+
+
+def test_gradients_of_half_precision_add_up_in_float32(tiny_model):
+    model = tiny_model("llama").bfloat16()
+    ids = torch.arange(30).view(2, 15) * 7 % 48
+    batch = {"input_ids": ids, "labels": ids}
+    once, often = (gradient_norms(model, [batch] * times) for times in (1, 100))
+    assert_close(torch.tensor(often["gradient_norm"]), torch.tensor(once["gradient_norm"]), rtol=1e-6, atol=0)

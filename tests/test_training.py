@@ -13,9 +13,8 @@ from torch.optim import AdamW
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from apexlib.activations import ActivationRecorder, activation_statistics, gradient_norms, weight_norms
+from apexlib.activations import ActivationRecorder, activation_statistics, gradient_norms
 from apexlib.analysis.budget import plan_budget
-from apexlib.architectures import model_components
 from apexlib.evaluation import in_evaluation, perplexity
 from apexlib.expansion import expand, fuse, is_expanded
 from apexlib.inspection import parameter_groups
@@ -833,55 +832,6 @@ def test_a_restart_is_full_training_with_a_fresh_optimizer(tiny_model, tmp_path)
     losses = [record.log["loss"].tolist() for record in (restarted, full)]
     assert losses[0][:3] == losses[1][:3]  # the first step of the second stage starts from the same weights
     assert losses[0][3] != losses[1][3]
-
-
-def test_weight_norms_have_a_row_for_every_unit(tiny_model):
-    table = weight_norms(tiny_model("llama"))
-    assert table.groupby("component", sort=False).size().to_dict() == {"head": 4, "channel": 48}
-    assert (table["weight_norm"] > 0).all()
-
-
-@pytest.mark.parametrize("variant", ["llama", "gpt2"])
-def test_gradient_norms_are_those_of_the_mean_loss_over_labelled_tokens(variant, tiny_model):
-    model = tiny_model(variant).double().train()
-    ids = torch.arange(60).view(4, 15) * 7 % 48
-    labels = ids.masked_fill(torch.rand(4, 15, generator=torch.Generator().manual_seed(0)) < 0.4, -100)
-    rows = {"input_ids": ids, "labels": labels}
-    nothing = {"input_ids": ids[:1], "labels": torch.full((1, 15), -100)}
-    batches = [{name: value[part] for name, value in rows.items()} for part in (slice(1), slice(1, 4))]
-    table = gradient_norms(model.requires_grad_(False), [*batches, nothing])
-    assert model.training
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
-
-    logits = model.requires_grad_(True).eval()(ids, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    norms = table.set_index(["layer", "component", "unit"])["gradient_norm"]
-    for part in model_components(model):
-        for unit in range(part.units):
-            total = 0.0
-            for slot in part.slots.values():
-                gradient = model.get_submodule(slot.module).weight.grad
-                total += gradient.index_select(slot.axis, slot.index[unit].flatten()).square().sum().item()
-            assert norms[part.layer, part.component, unit] == pytest.approx(
-                math.sqrt(total), rel=1e-6
-            )  # the loss is float32
-
-
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([{"input_ids": torch.ones(1, 4, dtype=torch.long)}], "batches: no labels, only input_ids"),
-        ([{"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}], "no labelled token"),
-        ([], "no labelled token"),
-    ],
-)
-def test_gradients_of_nothing_are_refused(batches, message, tiny_model):
-    model = tiny_model("llama")
-    model.lm_head.weight.requires_grad_(False)
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with pytest.raises(ValueError, match=message):
-        gradient_norms(model, batches)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
 
 
 def test_each_stage_ranks_by_the_gradients_of_the_examples_that_it_begins_with(tiny_model, tmp_path):
