@@ -209,12 +209,8 @@ def monarch_blocks(k: int) -> tuple[int, int]:
     n, m = divisor, k // divisor
     if 4 * n * n < k:
         padded = ((n, -(-k // n)) for n in range(1, root + 1))
-        n, m = min(padded, key=lambda blocks: _monarch_cost(*blocks))
-    return (n, m) if _monarch_cost(n, m) <= k * k else (k, 1)
-
-
-def _monarch_cost(n: int, m: int) -> int:
-    return n * m * (n + m)
+        n, m = min(padded, key=lambda blocks: prod(blocks) * sum(blocks))
+    return (n, m) if n * m * (n + m) <= k * k else (k, 1)
 
 
 def _at_least_one(k: int) -> int:
