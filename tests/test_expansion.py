@@ -955,6 +955,13 @@ def test_a_sharded_tensor_is_refused():
         ValueError, match=r"up_proj.weight: is sharded or quantised \(Shard of shape \(24, 16\)\); need"
     ):
         expand(model, varied_plan(model))
+    model = expanded("llama")  # and sharded later
+    rows = model.model.layers[1].mlp.up_proj.rows
+    before, rows.data = rows.data, rows.data[:0]
+    with pytest.raises(ValueError, match=r"up_proj.rows: is sharded or quantised \(Tensor of shape \(0, 16\)\)"):
+        fuse(model)
+    rows.data = before
+    assert not is_expanded(fuse(model))
 
 
 def test_plans_and_options_that_do_not_fit_are_refused():
