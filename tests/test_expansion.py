@@ -980,9 +980,9 @@ def test_plans_and_options_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="plan: need an ExpansionPlan, got dict"):
         expand(model, {})
     direct = LayerPlan(1, "channel", source=(), target=(), direct=(1,), units=24)  # without an operator, even
-    for given in (plan, ExpansionPlan((direct,))):
+    for each in (plan, ExpansionPlan((direct,))):
         with pytest.raises(ValueError, match=r"unknown operator 'butterfly'; known: monarch, .*dense"):
-            expand(model, given, operator="butterfly")
+            expand(model, each, operator="butterfly")
     with pytest.raises(ValueError, match="LlamaForCausalLM: is not expanded, or fused already"):
         fuse(model)
     with pytest.raises((TypeError, RuntimeError, ValueError)):
