@@ -74,6 +74,12 @@ def test_an_object_is_written_so_that_it_can_be_read_and_compared(tmp_path):
     assert path.read_text(encoding="utf-8") == '{\n  "a": {\n    "c": 2,\n    "d": 1\n  },\n  "b": "ü"\n}\n'
 
 
+def test_other_values_have_another_hash():
+    hashes = [files.content_hash(value) for value in ({"a": 1}, {"a": 2}, {"b": 1}, [1], None)]
+    assert {len(each) for each in hashes} == {64}
+    assert len({*hashes}) == len(hashes)
+
+
 def test_nothing_is_loaded_that_could_run_and_what_goes_wrong_is_told():
     def kind(name, error=None):
         def load(_, **options):
