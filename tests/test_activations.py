@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from apexlib.activations import (
     ActivationRecorder,
+    _sum_of_squares,
     _UnitSums,
     _variation,
     activation_statistics,
@@ -143,6 +144,17 @@ def test_perturbing_a_unit_moves_its_row_and_no_other(variant, tiny_model, batch
             others = here.drop(unit)
             assert others.any() == (role in family_of(model).coupled), (part.layer, part.component, role)
             assert not moved[moved.index.get_level_values("layer") < part.layer].any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiler_sums_the_same_squares(masked):
+    values = torch.randn(2, 400, 5, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(800) % 3 > 0 if masked else None
+    torch.compiler.reset()
+    found = torch.compile(_sum_of_squares, backend="aot_eager", fullgraph=True)(values, tokens)
+    kept = values.double().flatten(0, 1)[tokens if masked else slice(None)]
+    assert_close(found.double(), kept.square().sum(0), rtol=1e-5, atol=0)
+    assert_close(_sum_of_squares(values, tokens).double(), kept.square().sum(0), rtol=1e-5, atol=0)
 
 
 def test_product_statistic_sees_the_input_of_the_output_projection(tiny_model, batch):
