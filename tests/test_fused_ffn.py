@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -254,6 +255,44 @@ def test_statistics_are_gathered_without_leaving_the_fused_form(variant, statist
     for table in tables[1:]:
         assert_close(torch.tensor(table["activation"]), torch.tensor(tables[0]["activation"]), rtol=1e-9, atol=1e-12)
         assert table["rank_score"].equals(tables[0]["rank_score"])
+
+
+@pytest.mark.parametrize("statistic", ["gate", "product"])
+@pytest.mark.parametrize(("variant", "pairs", "direct"), [("llama-mha-bias", 4, 5), ("phi3", 4, 5), ("gemma", 12, 0)])
+def test_a_compiler_gets_a_formula_of_the_same_values(variant, pairs, direct, statistic, batch, monkeypatch):
+    gradients, tables, products = [], [], []
+    for compiling in (False, True):
+        model, calls = build(variant, dtype=torch.float64), []
+        perturb(expand(model, channel_plan(model, pairs, direct))).train()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        for function in (GatedFFN, PartlyTrained):
+            told, apply = partial(calls.append, function), function.apply
+            monkeypatch.setattr(function, "apply", lambda *given, t=told, a=apply: t() or a(*given))
+        with ActivationRecorder(model, statistic=statistic) as recorder:
+            model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        monkeypatch.undo()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.numel()})
+        tables.append(recorder.table())
+        products.append((calls.count(GatedFFN), calls.count(PartlyTrained)))
+    assert products == [(2, 0), (0, 6 if pairs < 12 else 0)]  # layers; of three matrices each, where rows are frozen
+    for name, gradient in gradients[0].items():
+        assert_close(gradients[1][name], gradient, rtol=1e-8, atol=1e-12)
+    assert_close(torch.tensor(tables[1]["activation"]), torch.tensor(tables[0]["activation"]), rtol=1e-9, atol=1e-12)
+
+
+def test_one_product_of_a_split_projection_is_for_a_compiler_alone(monkeypatch):
+    model, calls = build("gpt2", dtype=torch.float64), []
+    perturb(expand(model, channel_plan(model, 4, 5))).train()
+    block, (x, _) = model.transformer.h[0].mlp, batch()
+    apply = PartlyTrained.apply
+    monkeypatch.setattr(PartlyTrained, "apply", lambda *given: calls.append(1) or apply(*given))
+    expected = block(x)
+    assert not calls
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_close(block(x), expected)
+    assert len(calls) == 2
+    torch.func.vjp(block, x)
+    assert len(calls) == 2
 
 
 def test_several_recorders_share_the_fused_form(batch, monkeypatch):
