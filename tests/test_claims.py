@@ -87,6 +87,11 @@ NEVER = -np.inf
         ([NEVER] * 3, {}, "opposite"),
         ([NEVER] * 2, {}, "undecided"),
         ([NEVER, 1.0, 1.1], {}, "undecided"),
+        ([*[NEVER] * 9, 1.0], {}, "opposite"),  # the median, by a sign test: p = 0.02
+        ([*[NEVER] * 8, 1.0, 1.0], {}, "undecided"),
+        ([*[NEVER] * 8, -1.0, 1.0], {"margin": 0.5}, "opposite"),
+        ([*[NEVER] * 8, -1.0, 1.0], {"margin": 2}, "undecided"),
+        ([*[NEVER] * 9, 1.0], {"goal": 3.0, "margin": 1}, "opposite"),
     ],
 )
 def test_the_verdict_follows_interval_and_margin(values, rule, verdict):
@@ -440,6 +445,8 @@ def test_numbers_are_written_with_three_digits_of_the_wider_end():
     assert measured(never) == "did not reach it"
     never.verdict = "undecided"
     assert measured(never) == "did not reach it from every seed"
+    never.verdict, never.high = "opposite", 0.0767
+    assert measured(never) == "did not reach it from every seed; +0.077 at best"
     assert measured(SimpleNamespace(mean=np.nan, low=np.nan, high=np.nan, n=0, unit="nats per token")) == "–"
 
 

@@ -152,8 +152,9 @@ def decide(values: Sequence[float], *, margin: float = 0.0, needs: str = "more",
     The interval, less the goal, is compared with the margin. A claim that needs "more" is "reproduced" above +margin,
     "opposite" below −margin, and finds "no difference" in between; one that needs "at least" is "reproduced" above
     −margin and "opposite" below. Across a border, or with fewer than three seeds: "undecided"; none: "not measured".
-    Values of −∞ (a run that never reached what it is measured by) decide if all are: "opposite". `p`, two-sided, is the
-    smallest level at which a verdict would be given.
+    Where some are −∞ (a run that never reached what it is measured by) there is no interval: "opposite" if all are, or
+    if the median is by a sign test; `high` is then the best of the others. `p`, two-sided, is the smallest level at
+    which a verdict would be given.
 
     >>> decide([0.9, 1.0, 1.1])["verdict"], decide([0.9, 1.0, 1.1], margin=2)["verdict"]
     ('reproduced', 'no difference')
@@ -163,9 +164,12 @@ def decide(values: Sequence[float], *, margin: float = 0.0, needs: str = "more",
         return row
     values = np.asarray(values, dtype=float)
     row |= {"mean": float(values.mean()), "verdict": "undecided", "p": 1.0}
-    if np.isinf(values).any():
-        never = np.isinf(values).all() and len(values) >= 3
-        return row | ({"verdict": "opposite", "p": 2 * 0.5 ** len(values)} if never else {})
+    if (never := np.isinf(values)).any():
+        from scipy.stats import binom
+
+        row["p"] = float(min(1.0, 2 * binom.sf((values - goal < -margin).sum() - 1, len(values), 0.5)))
+        row |= {} if never.all() else {"high": float(values.max())}
+        return row | ({"verdict": "opposite"} if (never.all() and len(values) >= 3) or row["p"] < _LEVEL else {})
     row["low"], row["high"] = interval(values)
     if len(values) >= 3:
         borders = {"reproduced": (margin if needs == "more" else -margin, np.inf), "opposite": (-np.inf, -margin)}
@@ -197,7 +201,8 @@ def measured(row: Any) -> str:
     if row.n == 0:
         return "–"
     if row.mean == -np.inf:
-        return "did not reach it" if row.verdict == "opposite" else "did not reach it from every seed"
+        some = "" if np.isnan(row.high) else f" from every seed; {row.high:+.2g} at best"
+        return f"did not reach it{some or ' from every seed' * (row.verdict != 'opposite')}"
     ends = [row.mean] if row.n == 1 else [row.mean, row.low, row.high]
     largest = max(map(abs, ends))
     digits = min(9, max(0, 2 - int(np.floor(np.log10(largest))))) if largest else 1
