@@ -100,6 +100,9 @@ def test_modules_that_contradict_the_config_are_refused(tiny_model):
     model.model.layers[1].self_attn.v_proj = torch.nn.Linear(16, 20)
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.v_proj: axis 0 has 20 entries; .* need 8"):
         model_components(model)
+    model.model.layers[1].self_attn.v_proj.weight.data = torch.zeros(128)  # as sharding or quantising leaves it
+    with pytest.raises(ValueError, match=r"self_attn.v_proj: weight of shape \(128,\); need a matrix"):
+        model_components(model)
 
 
 @pytest.mark.case("a model in a wrapper (PEFT, DDP)", "refused")
