@@ -178,7 +178,9 @@ def tokens() -> str:
     if not (TOKENS / "continued.csv").exists():
         return "Not run to its end yet."
     curves = pd.read_csv(TOKENS / "continued.csv")
+    grid = curves[curves["learning_rate"] > 0]["learning_rate"]
     curves = curves[curves["chosen"] & curves["method"].str.endswith("%")]
+    at_end = curves[curves["learning_rate"].isin([grid.min(), grid.max()])]["method"].unique()
     lengths = curves[curves["tokens"] > 0].assign(method=curves["method"].str.rpartition("-")[0])
     methods, seeds = list(lengths["method"].unique()), list(lengths["seed"].unique())
     table = lengths.pivot_table(index="tokens", columns="method", values="loss")
@@ -187,13 +189,15 @@ def tokens() -> str:
         for number, part in lengths.groupby("tokens")
     ]
     said = summarise(pd.concat(above), ["tokens", "method"], "above").set_index(["tokens", "method"])
+    rates = lengths.pivot_table(index="tokens", columns="method", values="learning_rate")
     shown = pd.DataFrame({"tokens": [f"{number:,}" for number in table.index]})
     shown[methods[0]] = table[methods[0]].map("{:.4f}".format).to_numpy()
     for name in methods[1:]:
         shown[f"{name}, above that"] = [_INTERVAL.format(said.loc[number, name]) for number in table.index]
+    shown["peak rates"] = [", ".join(f"{rates.loc[number, name]:g}" for name in methods) for number in table.index]
     start = curves[curves["tokens"] == 0].drop_duplicates("seed")
     joined = pd.concat([lengths, *(start.assign(method=name) for name in methods)])
-    lines = []
+    lines = [f"Chosen at an end of the grid: {', '.join(f'`{name}`' for name in at_end) or 'none'}.", ""]
     for name in methods[1:]:
         need, instead = (
             token_ratios(joined, [one], seeds, goal=other)["ratio"]
@@ -204,8 +208,8 @@ def tokens() -> str:
         lines.append(
             f"`{name}` {never} the last loss of `{methods[0]}`"
             + (f", with {need.median():.0%} of its tokens (median)" if reached > len(need) / 2 else "")
-            + f"; `{methods[0]}` reaches that of `{name}` with {instead.median():.0%} "
-            f"({instead.min():.0%} to {instead.max():.0%}) of the tokens."
+            + f"; `{methods[0]}` reaches that of `{name}` with {instead.median():.0%} of the tokens "
+            f"({instead.min():.0%} to {'never' if instead.max() == math.inf else f'{instead.max():.0%}'})."
         )
     return "\n".join([shown.to_markdown(index=False, disable_numparse=True), "", *lines])
 
