@@ -211,6 +211,9 @@ def tokens() -> str:
             + f"; `{methods[0]}` reaches that of `{name}` with {instead.median():.0%} of the tokens "
             f"({instead.min():.0%} to {'never' if instead.max() == math.inf else f'{instead.max():.0%}'})."
         )
+    last = lengths[lengths["tokens"] == lengths["tokens"].max()]
+    apart = summarise(paired_differences(last, {"": tuple(methods[:0:-1])}, "loss"), ["method"], "above").iloc[0]
+    lines.append(f"At the last length `{methods[1]}` less `{methods[2]}`: {_INTERVAL.format(apart)} nats.")
     return "\n".join([shown.to_markdown(index=False, disable_numparse=True), "", *lines])
 
 
