@@ -311,5 +311,6 @@ def fuzz(folder: Path, inputs: int, seed: int = 0) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1]).resolve()
+    os.chdir(folder)  # where a path that was damaged into a relative one may be written
     fuzz(folder, int(sys.argv[2]), *map(int, sys.argv[3:])).to_csv(folder / "fuzz.csv", index=False)
