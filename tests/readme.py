@@ -134,7 +134,6 @@ def study() -> str:
         above = paired_differences(runs, {method: ("full", method) for method in methods}, name)
         rows = summarise(above, ["method"], "above").set_index("method")
         table[title] = rows.apply(_INTERVAL.format, axis=1)
-    ends = runs.loc[runs["learning_rate"].isin([grid.min(), grid.max()]), "method"].unique()
     of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in MEASURES.items())
     here, default = (claims_table(folder).set_index("number") for folder in (STUDY, RESULTS))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
@@ -150,12 +149,18 @@ def study() -> str:
 {changes.to_markdown(index=False, disable_numparse=True)}
 
 With the base and the conversations of the default run, means over {runs["seed"].nunique()} seeds; differences to `full`
-in a seed, 95 % intervals. `full` itself: {of_full}. A lower rate forgets less; chosen at an end of the grid:
-{", ".join(f"`{name}`" for name in ends) or "none"}.
+in a seed, 95 % intervals. `full` itself: {of_full}. A lower rate forgets less;
+{_at_ends(runs, grid)}
 
 {table.to_markdown(index=False, disable_numparse=True)}
 
 Of {len(here)} claims: {counts}. Verdicts that differ from those of the default run: {said or "none"}."""
+
+
+def _at_ends(chosen: pd.DataFrame, grid: pd.Series) -> str:
+    """Name the methods that chose the lowest or the highest learning rate of a grid."""
+    ends = chosen.loc[chosen["learning_rate"].isin([grid.min(), grid.max()]), "method"].unique()
+    return f"chosen at an end of the grid: {', '.join(f'`{name}`' for name in ends) or 'none'}."
 
 
 def gradients() -> str:
@@ -180,7 +185,6 @@ def tokens() -> str:
     curves = pd.read_csv(TOKENS / "continued.csv")
     grid = curves[curves["learning_rate"] > 0]["learning_rate"]
     curves = curves[curves["chosen"] & curves["method"].str.endswith("%")]
-    at_end = curves[curves["learning_rate"].isin([grid.min(), grid.max()])]["method"].unique()
     lengths = curves[curves["tokens"] > 0].assign(method=curves["method"].str.rpartition("-")[0])
     methods, seeds = list(lengths["method"].unique()), list(lengths["seed"].unique())
     table = lengths.pivot_table(index="tokens", columns="method", values="loss")
@@ -197,7 +201,7 @@ def tokens() -> str:
     shown["peak rates"] = [", ".join(f"{rates.loc[number, name]:g}" for name in methods) for number in table.index]
     start = curves[curves["tokens"] == 0].drop_duplicates("seed")
     joined = pd.concat([lengths, *(start.assign(method=name) for name in methods)])
-    lines = [f"Chosen at an end of the grid: {', '.join(f'`{name}`' for name in at_end) or 'none'}.", ""]
+    lines = [f"By three seeds, {_at_ends(curves, grid)}", ""]
     for name in methods[1:]:
         need, instead = (
             token_ratios(joined, [one], seeds, goal=other)["ratio"]

@@ -388,8 +388,8 @@ def test_a_component_of_one_unit_has_no_imbalance(heads, tiny_model, batch):
     with ActivationRecorder(model, differentiable=True) as recorder:
         model(**batch)
     table = activation_statistics(model, [batch])
-    groups = (table if heads > 1 else table.query("component == 'channel'")).groupby(["layer", "component"])
-    groups = groups["activation"]
+    several = table if heads > 1 else table.query("component == 'channel'")
+    groups = several.groupby(["layer", "component"])["activation"]
     assert recorder.imbalance.item() == pytest.approx((groups.std(ddof=0) / groups.mean()).mean(), rel=1e-9)
 
 

@@ -168,8 +168,8 @@ def decide(values: Sequence[float], *, margin: float = 0.0, needs: str = "more",
         from scipy.stats import binom
 
         row["p"] = float(min(1.0, 2 * binom.sf((values - goal < -margin).sum() - 1, len(values), 0.5)))
-        row |= {} if never.all() else {"high": float(values.max())}
-        return row | ({"verdict": "opposite"} if (never.all() and len(values) >= 3) or row["p"] < _LEVEL else {})
+        row["high"] = np.nan if never.all() else float(values.max())
+        return row | {"verdict": "opposite"} if row["p"] < _LEVEL or (never.all() and len(values) >= 3) else row
     row["low"], row["high"] = interval(values)
     if len(values) >= 3:
         borders = {"reproduced": (margin if needs == "more" else -margin, np.inf), "opposite": (-np.inf, -margin)}
@@ -201,8 +201,8 @@ def measured(row: Any) -> str:
     if row.n == 0:
         return "–"
     if row.mean == -np.inf:
-        some = "" if np.isnan(row.high) else f" from every seed; {row.high:+.2g} at best"
-        return f"did not reach it{some or ' from every seed' * (row.verdict != 'opposite')}"
+        best = "" if np.isnan(row.high) else f"; {row.high:+.2g} at best"
+        return "did not reach it" + ("" if row.verdict == "opposite" and not best else " from every seed") + best
     ends = [row.mean] if row.n == 1 else [row.mean, row.low, row.high]
     largest = max(map(abs, ends))
     digits = min(9, max(0, 2 - int(np.floor(np.log10(largest))))) if largest else 1
