@@ -101,6 +101,8 @@ def _places(node: ast.AST, where: str, put: Callable) -> Iterator[tuple[ast.AST,
     """Walk over what may change: not annotations, decorators, strings, messages or what is there for type checkers."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
+    if isinstance(node, ast.keyword) and node.arg in _GUARDS:
+        return
     if isinstance(node, ast.expr | ast.stmt):
         yield node, where, put
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom):
