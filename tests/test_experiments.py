@@ -496,6 +496,11 @@ def test_a_variant_that_has_the_rate_of_another_needs_no_grid(given_runs):
     assert alone.rates["learning_rate"].tolist() == [0.1, 0.2]
 
 
+def test_a_run_of_a_length_of_its_own_has_a_rate_of_its_own(given_runs):
+    found = compare(fake, ["full-all", "restart-all-33%", "full-all-100%"], learning_rates=[0.1, 0.2], **given_runs)
+    assert found.rates.groupby("method").size().to_dict() == {"full-all": 2, "restart-all-33%": 2, "full-all-100%": 2}
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """An empty project, in whose folder of notebooks we are."""

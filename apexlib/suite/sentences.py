@@ -154,7 +154,7 @@ SENTENCES = {
         trade_off, continued, constructed_ranks, effective_rank, update_rank, rank_gain, movement_by_role, ablations,
         decomposition,
     )
-} | {"learning_rates": rates, "continued_rates": rates}  # fmt: skip
+} | {"learning_rates": rates, "continued_rates": rates, "continued_lengths": continued}  # fmt: skip
 
 
 def _measured(row: pd.Series, digits: str = "+.3g") -> str:
