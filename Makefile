@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself; the first call takes a few minutes, later ones start at once.
-#   make reproduce [PROFILE=smoke|cpu|study|study-25m|paper] [CLAIM=3]   run the notebooks (what one claim needs), write tables, figures
+#   make reproduce [PROFILE=smoke|cpu|study|study-25m|paper] [CLAIM=3]   run the notebooks (what one claim compares), write tables, figures
 #   make reproduce ARGS="--budget 9m"              start nothing after 9 minutes; "Error 3": work is left, run again to go on
 #   make reproduce ARGS="--workers tcp://host:8786"   train on the workers of a Dask scheduler
 #   make compare [PROFILE=cpu]                     do the tables of a run agree with those recorded?

@@ -263,7 +263,7 @@ CASES = [
         {"instruction": INSTRUCTION},
         {0: -0.05, 1: -0.05, 2: -0.05},
     ),
-    ("stages_flatten", {}, {"ablations": STAGES}, {0: 0.25}),
+    ("stages_flatten", {"of": ["stages-1", "stages-3", "stages-4"]}, {"ablations": STAGES}, {0: 0.25}),
     ("tokens_saved", {"method": "apex"}, {"continued_ratio": RATIO}, {0: 0.5, 1: NEVER}),
     ("rank_correlation", {}, {"rank_gain": RANK}, {0: 0.5}),
     (

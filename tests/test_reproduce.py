@@ -498,6 +498,57 @@ def test_a_claim_runs_what_it_needs_and_nothing_else(project, no_kernel, monkeyp
         main(["--claim", "1", "--only", "00"])
 
 
+COMPARED = """
+- {number: 1, id: rows, source: s, statement: It does., expected: yes it does, rule: r, unit: x, limits: None here.,
+   margin: 0, because: b, notebooks: [00_compare],
+   measure: {lead: {table: tried, of: direct, over: direct-random, column: answer_loss}}}
+- {number: 2, id: order, source: s, statement: All count., expected: yes they do, rule: r, unit: x, limits: None here.,
+   margin: 0, because: b, notebooks: [00_compare], measure: {rank_correlation: {}}}
+"""
+
+
+@pytest.fixture
+def comparing(tmp_path):
+    """A project whose notebook writes down the methods that it was given."""
+    project = Project(tmp_path).make().profile(notebooks={"00_compare": {}})
+    project.notebook(
+        "00_compare",
+        """
+        from pathlib import Path
+        table = Path("../data/results") / profile / "tried.csv"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text("\\n".join(["method", *methods]) + "\\n")
+        """,
+        parameters=PROFILE + '\nmethods: list[str] = ["apex", "full", "lora", "direct", "direct-random", "random"]',
+        writes={"data/results/{profile}/tried.csv": ["method"]},
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "claims.yaml").write_text(COMPARED)
+    return project
+
+
+def test_a_claim_is_run_with_what_it_compares_and_leaves_the_tables_of_all_alone(comparing):
+    assert comparing.run(profile="cpu") == {"00": "done"}
+    whole = comparing.table("tried.csv").read_text()
+    edit(comparing.root / "notebooks" / "00_compare.ipynb", "exist_ok=True", "exist_ok=1")  # it is stale
+    assert comparing.run(profile="cpu", claims=[1]) == {"00": "done"}
+    found = (comparing.root / "data" / "results" / "cpu-claims" / "tried.csv").read_text()
+    assert found.split() == ["method", "apex", "full", "direct", "direct-random"]
+    assert comparing.table("tried.csv").read_text() == whole
+    assert comparing.plan(claims=[1])["00"][0] == "skip"
+
+
+def test_a_claim_takes_what_the_whole_profile_has_found_if_that_is_up_to_date(comparing):
+    comparing.run(profile="cpu")
+    assert comparing.run(profile="cpu", claims=[1]) == {"00": "up to date"}
+    assert not (comparing.root / "data" / "results" / "cpu-claims").exists()
+
+
+@pytest.mark.parametrize("claims", [[2], [1, 2]])
+def test_a_claim_on_the_order_of_all_methods_has_them_all(comparing, claims):
+    assert reproduce.job_of("cpu", claims=claims, root=comparing.root).profile.name == "cpu"
+
+
 def test_a_claim_is_printed_with_its_verdict(project, no_kernel, monkeypatch, capsys):
     monkeypatch.chdir(project.root)
     (project.root / "data" / "claims.yaml").write_text(CLAIMS)

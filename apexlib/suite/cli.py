@@ -125,9 +125,10 @@ def _reproduce(
     except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
-    if claims:
-        return _show_verdicts(claims, profile, root)
     read = read_profile(profile, root / "notebooks" / "profiles")
+    if claims:
+        whole = folders(read.name, root).results
+        return _show_verdicts(claims, runner.job_of(profile, **chosen).folders.results, whole, root)
     for line in outcome(read, root, {step.notebook for step in steps}):
         print(line)
     return 0
@@ -193,14 +194,13 @@ def _values(profile: str, prefix: str, root: Path) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
-    """Print claims as the results of a profile decide them; 1: a table is not what it should be."""
-    from apexlib.suite.ledger import claims_table, measured, read_claims
-    from apexlib.suite.notebooks import read_profile
+def _show_verdicts(numbers: Sequence[int], results: Path, whole: Path, root: Path) -> int:
+    """Print claims as `results` decide them, beside what those of the `whole` profile did; 1: a table is damaged."""
+    from apexlib.suite.ledger import claims_table, measured, read_claims, repeated
 
-    results = folders(read_profile(profile, root / "notebooks" / "profiles").name, root).results
     try:
         table = claims_table(results, only=numbers, claims=read_claims(root / "data" / "claims.yaml"))
+        table = repeated(table, whole)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -208,7 +208,8 @@ def _show_verdicts(numbers: Sequence[int], profile: str, root: Path) -> int:
         print(f"claim {row.number}: {row.statement}")
         print(f"  the paper  {row.expected}")
         print(f"  here       {measured(row)}; {row.rule}; seeds: {row.n}")
-        print(f"  verdict    {row.verdict}")
+        recorded = f"; recorded: {row.elsewhere}" if row.elsewhere and results != whole else ""
+        print(f"  verdict    {row.verdict}{recorded}")
         print(f"  limits     {row.limits}")
     return 0
 

@@ -89,7 +89,7 @@ def compare(
     """
     folder = Path(folder)
     known = [name for name in variants if name in VARIANTS and VARIANTS[name].length is None]
-    leader = dict(zip(variants, variants)) | {n: of for n in known if (of := VARIANTS[n].rate_of) in variants}
+    leader = {n: n for n in variants} | {n: of for n in known if (of := VARIANTS[n].rate_of) in variants}
     grid = grid_trials([n for n in variants if leader[n] == n], learning_rates, grid_seeds, bases, **settings)
     on_grid = runs_table(grid, tried := run_trials(run, grid, folder), folder)
     best, chosen = choose_rates(on_grid), []

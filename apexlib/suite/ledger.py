@@ -59,6 +59,12 @@ class Claim(BaseModel, frozen=True, extra="forbid"):
     def arguments(self) -> dict[str, Any]:
         return next(iter(self.measure.values()))
 
+    @property
+    def methods(self) -> set[str]:
+        """Those whose runs the measure compares, where it names them."""
+        named = (self.arguments.get(name, ()) for name in ("of", "over", "method"))
+        return {each for found in named for each in ((found,) if isinstance(found, str) else found)}
+
     def values(self, results: Path) -> pd.Series:
         """Measure the claim from the tables in `results`: one value per seed, none where a table or run is missing."""
         (name,) = self.measure
@@ -96,6 +102,14 @@ def choose(claims: Sequence[Claim], only: Collection[int | str]) -> list[Claim]:
             raise ValueError(f"claim {name!r} is not in the ledger; known: {known}")
         chosen += found
     return [claim for claim in claims if claim in chosen]
+
+
+def compared(claims: Sequence[Claim]) -> set[str]:
+    """Name the methods whose runs claims compare, whose rates those take, and what notebooks set everything beside."""
+    from apexlib.suite.variants import VARIANTS  # which loads torch
+
+    named = {"apex", "full", "full-all"}.union(*(claim.methods for claim in claims))
+    return named | {VARIANTS[name].rate_of for name in named if name in VARIANTS}
 
 
 def claims_table(
@@ -140,8 +154,7 @@ def _closed_gate(results: Path, claim: Claim) -> str:
     if claim.gate is None or not (results / f"{claim.gate}.csv").is_file():
         return ""
     gate = read_table(results, claim.gate, ["method", "condition", "value", "holds"])
-    methods = {"all", *(claim.arguments.get(name) for name in ("of", "over", "method"))}
-    failed = gate[~gate["holds"].astype(bool) & gate["method"].isin(methods)]
+    failed = gate[~gate["holds"].astype(bool) & gate["method"].isin({"all", *claim.methods})]
     said = (f"{row.condition} of {row.method} is {row.value:.3g}" for row in failed.itertuples())
     return "; ".join(said).replace(" of all is", " is")
 

@@ -3,7 +3,7 @@
 Each is put such that a larger value speaks for the claim. A new one is entered in `MEASURES`, below.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +121,9 @@ def share_off(results: Path, *, method: str, expected: float) -> pd.Series:
     return -(per_seed(results, "instruction", method, "trainable") - expected).abs()
 
 
-def stages_flatten(results: Path) -> pd.Series:
-    """Mean gain in answer loss per stage added from one to three, less the gain of a fourth."""
-    one, three, four = (per_seed(results, "ablations", f"stages-{n}", "answer_loss") for n in (1, 3, 4))
+def stages_flatten(results: Path, *, of: Sequence[str]) -> pd.Series:
+    """Mean gain in answer loss per stage added from one to three, less the gain of a fourth: `of` variants of those."""
+    one, three, four = (per_seed(results, "ablations", variant, "answer_loss") for variant in of)
     return (one - three) / 2 - (three - four)
 
 

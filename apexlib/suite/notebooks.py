@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}
 _KINDS |= {f"{name} | None": kind | None for name, kind in _KINDS.items()}
 
 _MOST_YAML = 1_000_000  # bytes
+_METHODS = {"methods", "falling", "variants"}  # parameters that list what is compared
 
 
 class ReproduceError(ValueError):
@@ -279,3 +280,16 @@ def resolve(notebook: Notebook, profile: Profile, settings: Mapping[str, Mapping
                 raise unknown("parameter", name, notebook.parameters, where)
             values[name] = notebook.parameters[name].convert(value, f"{where}, ")
     return values | {"profile": profile.name}
+
+
+def narrowed(
+    profile: Profile, notebooks: Iterable[Notebook], named: Collection[str], settings: Mapping[str, Mapping[str, Any]]
+) -> Profile:
+    """Make the profile in which these `notebooks` compare those methods only that are `named`."""
+    fewer = dict(profile.notebooks)
+    for notebook in notebooks:
+        values = resolve(notebook, profile, settings)
+        for key in _METHODS.intersection(values):
+            if (kept := [each for each in values[key] if each in named]) != values[key]:
+                fewer[notebook.name] = fewer[notebook.name] | {key: kept}
+    return profile.model_copy(update={"name": f"{profile.name}-claims", "notebooks": fewer})

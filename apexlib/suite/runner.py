@@ -18,11 +18,13 @@ from apexlib.suite.bars import RunBars, duration, say
 from apexlib.suite.dependencies import LIBRARY, code_of_source, normalised
 from apexlib.suite.execution import execute, stamps
 from apexlib.suite.folders import folders, project_root
-from apexlib.suite.ledger import choose, read_claims
+from apexlib.suite.ledger import Claim, choose, compared, read_claims
 from apexlib.suite.notebooks import (
     Notebook,
+    Profile,
     ReproduceError,
     matching,
+    narrowed,
     read_notebook,
     read_profile,
     resolve,
@@ -60,14 +62,14 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
     """Run the notebooks of `profile` (a name or a YAML file) whose inputs or results changed since they last ran.
 
     `chosen`: `root`, the project's folder; `only` (several) and `start`, beginnings of notebook names, or `claims`,
-    numbers of the ledger whose notebooks are run; `settings` maps "notebook.parameter" to a value. Once `budget`
+    numbers of the ledger (`job_of`); `settings` maps "notebook.parameter" to a value. Once `budget`
     seconds are over, no notebook is started, and the one under way starts no further training. With `share` "3/16", one
     of sixteen runs at the same time, on machines that see one folder, does the third part of the trainings; a run of
     all then finds them done. `workers`, the address of a Dask scheduler, has its workers train; `processes` is how many
     trainings run side by side here. Raises `ReproduceError` before anything has run, `RunError` after all that depends
     on no failed or unfinished notebook has.
     """
-    deadline, job = time.time() + budget, _Job(profile, **chosen)
+    deadline, job = time.time() + budget, job_of(profile, force=force, **chosen)
     steps: list[Step] = []
     with ExitStack() as held:
         try:
@@ -94,7 +96,22 @@ def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = ma
 
 def plan_profile(profile: str = "cpu", *, force: bool = False, **chosen: Any) -> list[Step]:
     """Tell what `run_profile` would do, given the same choices; nothing is run and nothing written."""
-    return _Job(profile, **chosen).plan(force=force)
+    return job_of(profile, force=force, **chosen).plan(force=force)
+
+
+def job_of(profile: str, claims: Sequence[int] = (), *, force: bool = False, **chosen: Any) -> "Job":
+    """Read and check what is asked for.
+
+    What `claims` need, unless it is up to date and not forced, is run with the methods that they compare, no others, as
+    a profile of its own: its folders are named "<profile>-claims", the tables of the whole profile stay as they are.
+    """
+    job = Job(profile, claims=claims, **chosen)
+    if not claims or all(step.status == "skip" for step in job.plan(force=force)):
+        return job
+    whole = job.needed_by([claim for claim in job.claims if not claim.methods])  # these may compare all
+    few = [job.notebooks[name] for name in job.selected if name not in whole]
+    fewer = narrowed(job.profile, few, compared(job.claims), job.settings)
+    return job if fewer.notebooks == job.profile.notebooks else Job(fewer, claims=claims, **chosen)
 
 
 def find_root(root: Path | None = None) -> Path:
@@ -131,12 +148,12 @@ class _State:
         return (content_hash(hashes) if path.endswith("/") else hashes[path]) if hashes else None
 
 
-class _Job:
+class Job:
     """One run as it was asked for: everything is read and checked before anything starts."""
 
     def __init__(
         self,
-        profile: str,
+        profile: str | Profile,
         root: Path | None = None,
         *,
         only: Collection[str] = (),
@@ -148,7 +165,8 @@ class _Job:
         processes: int | None = None,
     ) -> None:
         self.root = find_root(root)
-        self.profile = read_profile(profile, self.root / "notebooks" / "profiles")
+        known = self.root / "notebooks" / "profiles"
+        self.profile = profile if isinstance(profile, Profile) else read_profile(profile, known)
         if not self.profile.runnable:
             raise ReproduceError(f"profile {self.profile.name} is not run here: {' '.join(self.profile.why.split())}")
         self.folders = folders(self.profile.name, self.root)
@@ -169,7 +187,8 @@ class _Job:
         elif start is not None:
             self.selected = names[names.index(matching(start, names)[0]) :]
         elif claims:
-            self.selected = self._needed_by(claims)
+            self.claims = self._chosen(claims)
+            self.selected = self.needed_by(self.claims)
         self.settings: dict[str, dict[str, Any]] = {}
         for key, value in (settings or {}).items():
             prefix, _, parameter = key.partition(".")
@@ -190,13 +209,15 @@ class _Job:
             except ValueError as error:
                 raise ReproduceError(str(error)) from None
 
-    def _needed_by(self, claims: Sequence[int]) -> list[str]:
-        """Name the notebooks that claims of the ledger need, with all those whose results these need."""
+    def _chosen(self, claims: Sequence[int]) -> list[Claim]:
         try:
-            chosen = choose(read_claims(self.root / "data" / "claims.yaml"), claims)
+            return choose(read_claims(self.root / "data" / "claims.yaml"), claims)
         except (OSError, ValueError) as error:
             raise ReproduceError(str(error)) from None
-        wanted = [name for claim in chosen for name in claim.notebooks]
+
+    def needed_by(self, claims: Sequence[Claim]) -> list[str]:
+        """Name the notebooks that claims of the ledger need, with all those whose results these need."""
+        wanted = [name for claim in claims for name in claim.notebooks]
         for name in wanted:  # grows on the way
             if name not in self.notebooks:
                 raise unknown("notebook", name, self.notebooks, f"data/claims.yaml with profile {self.profile.name}")
