@@ -27,7 +27,6 @@ BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 TOKENS = ROOT / "data" / "results" / "study-tokens"
 GRADIENT = ROOT / "data" / "results" / "study-gradient"
-SMALLER = ROOT / "data" / "results" / "study-850k"
 FRESH = 5  # the first seed of `study-gradient` that was run after the others had been looked at
 GRADIENT_PAIRS = (("direct-gradient", "direct"), ("direct-gradient", "direct-random"), ("direct-gradient", "full"))
 GRADIENT_PAIRS += (("gradient", "direct-gradient"), ("gradient", "apex"))
@@ -181,29 +180,6 @@ def gradients() -> str:
     rate = chosen.loc[chosen["method"] == "apex", "learning_rate"].iloc[0]
     shown = pd.concat(tables).to_markdown(index=False, disable_numparse=True)
     return f"Means over seeds, 95 % intervals; at the rate of `apex`, {rate:g}.\n\n{shown}"
-
-
-def sizes() -> str:
-    """The main claims on bases of another size, beside those of the study, and where verdicts differ."""
-    if not (SMALLER / "claims.csv").exists():
-        return "Not run to its end yet."
-    smaller, study = (claims_table(folder).set_index("number") for folder in (SMALLER, STUDY))
-    both = smaller.index[(smaller["verdict"] != "not measured") & (study["verdict"] != "not measured")]
-    asked = [number for numbers in WORDS["questions"].values() for number in numbers] + list(ADVICE)
-    rows = [
-        {"": number, "claim": smaller.loc[number, "statement"], "the paper": smaller.loc[number, "expected"]}
-        | {title: f"{measured(at.loc[number])}: *{at.loc[number, 'verdict']}*" for title, at in shown}
-        for shown in [(("0.85 M, five bases", smaller), ("2.7 M, one base, ten seeds", study))]
-        for number in dict.fromkeys(asked)
-        if number in both
-    ]
-    turned = [number for number in both if smaller.loc[number, "verdict"] != study.loc[number, "verdict"]]
-    said = ", ".join(f"{n} ({smaller.loc[n, 'verdict']}, above {study.loc[n, 'verdict']})" for n in turned) or "none"
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in smaller["verdict"].value_counts().items())
-    return f"""{pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)}
-
-Of {len(smaller)} claims at 0.85 M: {counts}. Of {len(both)} that both sizes measure, {len(both) - len(turned)} have the
-same verdict; the others: {said}."""
 
 
 def tokens() -> str:
@@ -464,7 +440,6 @@ SECTIONS = {
     "reliability": reliability,
     "run": run,
     "short": short,
-    "sizes": sizes,
     "study": study,
     "support": support,
     "tokens": tokens,

@@ -83,13 +83,13 @@ def compare(
     """Run every variant at every learning rate on `grid_seeds`, and at the rate chosen on the other seeds of `bases`.
 
     `run` is `instruction_run` or `continued_run`, `settings` its further arguments. A variant that has the rate of
-    another one of `variants` (`rate_of`), and no `length` of its own, needs no grid. Models are kept of the runs at the
-    chosen rates only; each is given to `measure`, such as `answers_run`, with the settings of its run, and what that
-    returns is part of the run's result.
+    another one of `variants` (`rate_of`) needs no grid. Models are kept of the runs at the chosen rates only; each is
+    given to `measure`, such as `answers_run`, with the settings of its run, and what that returns is part of the run's
+    result.
     """
     folder = Path(folder)
-    known = [name for name in variants if name in VARIANTS and VARIANTS[name].length is None]
-    leader = {n: n for n in variants} | {n: of for n in known if (of := VARIANTS[n].rate_of) in variants}
+    followed = {name: getattr(VARIANTS.get(name), "rate_of", None) for name in variants}
+    leader = {name: of if of in variants else name for name, of in followed.items()}
     grid = grid_trials([n for n in variants if leader[n] == n], learning_rates, grid_seeds, bases, **settings)
     on_grid = runs_table(grid, tried := run_trials(run, grid, folder), folder)
     best, chosen = choose_rates(on_grid), []

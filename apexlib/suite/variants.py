@@ -108,8 +108,8 @@ VARIANTS: dict[str, Variant] = {
         for name in (("apex", "direct") if rows != "100%" else ("apex",))
     },
     **_EVERYTHING,
-    **{  # runs of their own lengths, each with a rate that falls to zero at its end
-        f"{name}-{length:.0%}": replace(every, length=length, rate_of=every.rate_of or name)
+    **{  # runs of their own lengths, each with a rate of its own that falls to zero at its end
+        f"{name}-{length:.0%}": replace(every, length=length, rate_of=None)
         for name, every in _EVERYTHING.items()
         for length in (1 / 6, 1 / 3, 2 / 3, 1.0)
     },
