@@ -538,6 +538,13 @@ def test_a_claim_is_run_with_what_it_compares_and_leaves_the_tables_of_all_alone
     assert comparing.plan(claims=[1])["00"][0] == "skip"
 
 
+def test_what_a_claim_is_run_with_is_told_before(comparing, monkeypatch, capsys):
+    monkeypatch.chdir(comparing.root)
+    assert main(["--claim", "1", "--dry-run"]) == 0
+    told = ["cpu-claims  00_compare, methods: apex, full, direct, direct-random", "00_compare  run    never run"]
+    assert capsys.readouterr().out.splitlines() == told
+
+
 def test_a_claim_takes_what_the_whole_profile_has_found_if_that_is_up_to_date(comparing):
     comparing.run(profile="cpu")
     assert comparing.run(profile="cpu", claims=[1]) == {"00": "up to date"}

@@ -94,7 +94,7 @@ def _reproduce(
     **chosen: Any,
 ) -> int:
     from apexlib.suite import runner
-    from apexlib.suite.notebooks import read_profile
+    from apexlib.suite.notebooks import METHODS, read_profile
     from apexlib.suite.outcome import outcome
 
     root = runner.find_root()
@@ -105,6 +105,12 @@ def _reproduce(
         print(_values(*parameters, root), end="")
         return 0
     chosen |= {"claims": claims, "root": root, "settings": _assigned(settings, "NOTEBOOK.PARAMETER=VALUE")}
+    if claims:
+        job = runner.job_of(profile, **chosen)
+        for name in job.selected:
+            values = job.profile.notebooks[name]
+            for key in (key for key in METHODS if key in values):
+                print(f"{job.profile.name}  {name}, {key}: {', '.join(values[key])}")
     if dry_run:
         steps = runner.plan_profile(profile, **chosen)
         width = max(len(step.notebook) for step in steps)
@@ -128,7 +134,7 @@ def _reproduce(
     read = read_profile(profile, root / "notebooks" / "profiles")
     if claims:
         whole = folders(read.name, root).results
-        return _show_verdicts(claims, runner.job_of(profile, **chosen).folders.results, whole, root)
+        return _show_verdicts(claims, job.folders.results, whole, root)
     for line in outcome(read, root, {step.notebook for step in steps}):
         print(line)
     return 0

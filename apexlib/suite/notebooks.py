@@ -24,7 +24,7 @@ _FORM = f"need `name: type = literal  # help` with a type of {', '.join(_KINDS)}
 _KINDS |= {f"{name} | None": kind | None for name, kind in _KINDS.items()}
 
 _MOST_YAML = 1_000_000  # bytes
-_METHODS = {"methods", "falling", "variants"}  # parameters that list what is compared
+METHODS = ("methods", "falling", "variants")  # parameters that list what is compared
 
 
 class ReproduceError(ValueError):
@@ -289,7 +289,7 @@ def narrowed(
     fewer = dict(profile.notebooks)
     for notebook in notebooks:
         values = resolve(notebook, profile, settings)
-        for key in _METHODS.intersection(values):
+        for key in (key for key in METHODS if key in values):
             if (kept := [each for each in values[key] if each in named]) != values[key]:
                 fewer[notebook.name] = fewer[notebook.name] | {key: kept}
     return profile.model_copy(update={"name": f"{profile.name}-claims", "notebooks": fewer})
