@@ -239,6 +239,13 @@ def test_lines_on_one_another_can_be_told_apart():
     assert not thinner.collections
 
 
+def test_the_interval_of_a_single_point_is_a_bar(ax):
+    table = pd.DataFrame({"method": "a", "x": [60], "mean": 2.0, "low": 1.5, "high": 3.0})
+    forms.lines(table, ax, by="method", x="x")
+    (bars,) = ax.containers
+    assert bars.lines[2][0].get_segments()[0].tolist() == [[60, 1.5], [60, 3.0]]
+
+
 @pytest.mark.usefixtures("styled")
 def test_names_at_the_ends_of_lines_keep_apart_and_in_order():
     (ax,) = plotting.new_figure(width=7)

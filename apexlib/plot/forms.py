@@ -89,7 +89,7 @@ def lines(
         if "chosen" in rows:
             ax.plot(at[rows["chosen"] > 0], rows.loc[rows["chosen"] > 0, y], **look | {"linestyle": "none"})
         if y == "mean" and intervals and (rows["high"] > rows["low"]).any():
-            if step:
+            if step or len(rows) == 1:  # a band of one point has no width
                 ax.errorbar(at, rows["mean"], yerr=around(rows), fmt="none", ecolor=look["color"], linewidth=0.9)
             else:
                 ax.fill_between(at, rows["low"], rows["high"], color=look["color"], alpha=0.2, linewidth=0)
