@@ -239,7 +239,8 @@ def test_lines_on_one_another_can_be_told_apart():
     assert not thinner.collections
 
 
-def test_the_interval_of_a_single_point_is_a_bar(ax):
+def test_the_interval_of_a_single_point_is_a_bar():
+    (ax,) = plotting.new_figure()
     table = pd.DataFrame({"method": "a", "x": [60], "mean": 2.0, "low": 1.5, "high": 3.0})
     forms.lines(table, ax, by="method", x="x")
     (bars,) = ax.containers
