@@ -223,6 +223,7 @@ FRONT = (
     ("base", 0, 0, 4.0, 3.0, 0.0, 0.0),
     ("full", 0.1, 0, 2.0, 4.0, 0.2, 0.1),
     ("full", 0.2, 0, 2.5, 9.0, 0.4, 0.1),  # further in weights, not in the task
+    ("full", 0.3, 0, 7.0, 12.0, 0.3, 0.1),  # further from the base than any, but the wrong way
     ("apex", 0.1, 0, 3.0, 3.2, 0.1, 0.2),
     ("apex", 0.2, 0, 1.0, 3.4, 0.6, 0.7),
     ("apex", 0.2, 1, 1.0, 3.4, 0.6, 0.7),  # a seed without a base

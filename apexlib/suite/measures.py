@@ -77,10 +77,10 @@ def matched(results: Path, *, table: str, of: str, over: str, column: str, along
 
 
 def _front(runs: pd.DataFrame, method: str, column: str, along: str) -> pd.Series:
-    """What `column` is at each distance from the base, by which a method's runs have come further at higher rates."""
+    """What `column` is at each distance from the base, for the better, as far as runs at higher rates came further."""
     base = runs[runs["method"] == "base"]
     points = pd.concat([base, runs[runs["method"] == method]]).sort_values("learning_rate")
-    distance = (points[along] - base[along].iloc[0]).abs() if len(base) else pd.Series(dtype=float)
+    distance = _better(along) * (points[along] - base[along].iloc[0]) if len(base) else pd.Series(dtype=float)
     further = distance > distance.cummax().shift(fill_value=-1)
     return points.loc[distance.index[further], column].set_axis(distance[further])
 
