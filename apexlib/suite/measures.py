@@ -60,8 +60,8 @@ def matched(results: Path, *, table: str, of: str, over: str, column: str, along
     """How far `of` is ahead of `over` in `column` where both have come equally far `along` another column.
 
     A method's runs at all its learning rates, and the base model as the rate 0, are points of one curve per seed,
-    linear between them, up to the point that is furthest from the base; two curves are compared at the end of the
-    shorter one.
+    linear between them, up to the point that has come furthest from the base for the better; two curves are compared
+    at the end of the shorter one.
     """
     rows = read_table(results, table, ["method", "seed", "learning_rate", column, along])
     if "tokens" in rows:  # the ends of curves
