@@ -9,7 +9,7 @@ from typing import Any
 from apexlib.files import atomic_write
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-_COLOURS = 128  # of a picture: figures have fewer that an eye tells apart, and take a quarter of the space
+_COLOURS = 96  # of a picture: figures have fewer that an eye tells apart, and take a quarter of the space
 
 
 def publish(copy: Path, target: Path, *, root: Path, changed: Mapping[str, Any], **run: Any) -> None:
