@@ -27,6 +27,7 @@ BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 TOKENS = ROOT / "data" / "results" / "study-tokens"
 GRADIENT = ROOT / "data" / "results" / "study-gradient"
+MARGIN = 0.02  # nats, of the claims on answer losses
 FRESH = 5  # the first seed of `study-gradient` that was run after the others had been looked at
 GRADIENT_PAIRS = (("direct-gradient", "direct"), ("direct-gradient", "direct-random"), ("direct-gradient", "full"))
 GRADIENT_PAIRS += (("gradient", "direct-gradient"), ("gradient", "apex"))
@@ -179,7 +180,13 @@ def gradients() -> str:
         tables.append(table)
     rate = chosen.loc[chosen["method"] == "apex", "learning_rate"].iloc[0]
     shown = pd.concat(tables).to_markdown(index=False, disable_numparse=True)
-    return f"Means over seeds, 95 % intervals; at the rate of `apex`, {rate:g}.\n\n{shown}"
+    fresh, pair = chosen[chosen["seed"] >= FRESH], {"": GRADIENT_PAIRS[0][::-1]}
+    tested = summarise(paired_differences(fresh, pair, "answer_loss"), ["method"], "above").iloc[0]
+    clear = "clear of zero" if tested["low"] * tested["high"] > 0 else "not clear of zero"
+    size = "and smaller than" if max(-tested["low"], tested["high"]) < MARGIN else "and not within"
+    lines = ["Means over seeds, 95 % intervals; at the rate of `apex`, " + f"{rate:g}.", "", shown, ""]
+    lines += [f"The test, {next(iter(pairs))} on the fresh seeds: {_INTERVAL.format(tested)} nats,"]
+    return "\n".join([*lines, f"{clear} {size} the margin of {MARGIN:g}."])
 
 
 def tokens() -> str:
