@@ -172,6 +172,8 @@ PANELS = {  # a table for each panel of a figure
     ("continued_rates", 0): rates,
     ("continued", 0): token_curve,
     ("continued", 1): token_curve,
+    ("continued_lengths", 0): token_curve,
+    ("continued_lengths", 1): token_curve,
     ("constructed_ranks", 0): constructed,
     ("effective_rank", 0): by_layer,
     ("effective_rank", 1): by_method,
