@@ -18,7 +18,7 @@ from apexlib.architectures import FAMILIES, NOT_COVERED
 from apexlib.suite.comparison import token_ratios
 from apexlib.suite.differences import paired_differences
 from apexlib.suite.figures import told
-from apexlib.suite.ledger import claims_table, measured, read_claims, repeated
+from apexlib.suite.ledger import choose, claims_table, measured, read_claims, repeated
 from apexlib.suite.overview import WORDS
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,6 @@ BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 TOKENS = ROOT / "data" / "results" / "study-tokens"
 GRADIENT = ROOT / "data" / "results" / "study-gradient"
-MARGIN = 0.02  # nats, of the claims on answer losses
 FRESH = 5  # the first seed of `study-gradient` that was run after the others had been looked at
 GRADIENT_PAIRS = (("direct-gradient", "direct"), ("direct-gradient", "direct-random"), ("direct-gradient", "full"))
 GRADIENT_PAIRS += (("gradient", "direct-gradient"), ("gradient", "apex"))
@@ -169,24 +168,27 @@ def gradients() -> str:
     """What rows chosen by their gradients learnt and forgot, less what others did: seeds known before, fresh ones."""
     if not (GRADIENT / "instruction.csv").exists():
         return "Not run to its end yet."
-    chosen = pd.read_csv(GRADIENT / "instruction.csv").query("chosen")
-    pairs, tables = {f"`{name}` less `{than}`": (than, name) for name, than in GRADIENT_PAIRS}, []
-    for seeds, runs in chosen.query("method != 'base'").groupby(chosen["seed"] >= FRESH):
-        of = sorted(runs["seed"].unique())
-        table = pd.DataFrame({"": list(pairs), "seeds": f"{of[0]} to {of[-1]}{', fresh' if seeds else ''}"})
-        for name, title in MEASURES.items():
-            rows = summarise(paired_differences(runs, pairs, name), ["method"], "above").set_index("method")
-            table[title] = [_INTERVAL.format(rows.loc[pair]) for pair in pairs]
-        tables.append(table)
+    chosen = pd.read_csv(GRADIENT / "instruction.csv").query("chosen and method != 'base'")
+    pairs = {f"`{name}` less `{than}`": (than, name) for name, than in GRADIENT_PAIRS}
+    tables, found = [], {}
+    for fresh, runs in chosen.groupby(chosen["seed"] >= FRESH):  # the fresh ones last
+        seeds = f"{runs['seed'].min()} to {runs['seed'].max()}{', fresh' if fresh else ''}"
+        for name in MEASURES:
+            found[name] = summarise(paired_differences(runs, pairs, name), ["method"], "above").set_index("method")
+        cells = {title: [_INTERVAL.format(found[name].loc[pair]) for pair in pairs] for name, title in MEASURES.items()}
+        tables.append(pd.DataFrame({"": list(pairs), "seeds": seeds} | cells))
     rate = chosen.loc[chosen["method"] == "apex", "learning_rate"].iloc[0]
     shown = pd.concat(tables).to_markdown(index=False, disable_numparse=True)
-    fresh, pair = chosen[chosen["seed"] >= FRESH], {"": GRADIENT_PAIRS[0][::-1]}
-    tested = summarise(paired_differences(fresh, pair, "answer_loss"), ["method"], "above").iloc[0]
+    pair, margin = next(iter(pairs)), choose(read_claims(), ["selection-direct"])[0].margin
+    tested = found["answer_loss"].loc[pair]
     clear = "clear of zero" if tested["low"] * tested["high"] > 0 else "not clear of zero"
-    size = "and smaller than" if max(-tested["low"], tested["high"]) < MARGIN else "and not within"
-    lines = ["Means over seeds, 95 % intervals; at the rate of `apex`, " + f"{rate:g}.", "", shown, ""]
-    lines += [f"The test, {next(iter(pairs))} on the fresh seeds: {_INTERVAL.format(tested)} nats,"]
-    return "\n".join([*lines, f"{clear} {size} the margin of {MARGIN:g}."])
+    size = "and smaller than" if max(-tested["low"], tested["high"]) < margin else "and not within"
+    return f"""Means over seeds, 95 % intervals; at the rate of `apex`, {rate:g}.
+
+{shown}
+
+The test, {pair} on the fresh seeds: {_INTERVAL.format(tested)} nats,
+{clear} {size} the margin of {margin:g}."""
 
 
 def tokens() -> str:
