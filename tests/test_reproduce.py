@@ -490,7 +490,7 @@ def test_a_claim_runs_what_it_needs_and_nothing_else(project, no_kernel, monkeyp
         assert [line[:2] for line in capsys.readouterr().out.splitlines()] == notebooks
     for number, said in (
         ("3", "unknown notebook '09_gone' in data/claims.yaml"),
-        ("4", "claim 4 is not in the ledger"),
+        ("4", "unknown claim 4: need one of 1 to 3"),
     ):
         assert main(["--claim", number]) == 2
         assert said in capsys.readouterr().err

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError, 
 
 from apexlib.analysis.intervals import interval
 from apexlib.suite.measures import MEASURES, per_seed, read_table
-from apexlib.suite.notebooks import load_yaml
+from apexlib.suite.notebooks import load_yaml, unknown
 
 LEDGER = Path(__file__).parents[2] / "data" / "claims.yaml"
 COLUMNS = ["number", "claim", "statement", "source", "expected", "mean", "low", "high", "n", "unit", "needs", "goal"]
@@ -98,8 +98,8 @@ def choose(claims: Sequence[Claim], only: Collection[int | str]) -> list[Claim]:
     chosen = []
     for name in only:
         if not (found := [claim for claim in claims if name in (claim.number, claim.id, claim.notebooks[-1])]):
-            known = f"1 to {max(claim.number for claim in claims)}, {', '.join(claim.id for claim in claims)}"
-            raise ValueError(f"claim {name!r} is not in the ledger; known: {known}")
+            numbers = [f"1 to {max(claim.number for claim in claims)}"]
+            raise unknown("claim", name, [claim.id for claim in claims] if isinstance(name, str) else numbers)
         chosen += found
     return [claim for claim in claims if claim in chosen]
 
