@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import platform
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from apexlib.suite import memory
-from apexlib.suite.memory import peak_mb, reset_peak, resident_mb
+from apexlib.suite.memory import KEEP_FREED, peak_mb, reset_peak, resident_mb
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells it in /proc")
 
@@ -26,6 +27,15 @@ def test_the_peak_counts_what_was_held_since_it_was_reset(monkeypatch):
     assert peak_mb() < before + 40
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps what is freed, if told to")
+def test_what_was_freed_does_not_count():
+    code = "from apexlib.suite.memory import reset_peak; before = reset_peak()"
+    code += "; b'0' * 200_000_000; print(reset_peak() - before)"
+    asked = {"capture_output": True, "text": True, "check": True}
+    more = subprocess.run([sys.executable, "-c", code], env=os.environ | {"GLIBC_TUNABLES": KEEP_FREED}, **asked)
+    assert float(more.stdout) < 20
+
+
 @linux
 def test_another_process_can_be_asked():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
@@ -39,6 +49,6 @@ def test_what_the_system_does_not_tell_is_nan():
 
 
 def test_measuring_needs_no_torch():
-    code = "import sys; from apexlib.suite.memory import peak_mb, reset_peak; reset_peak(); peak_mb()"
+    code = "import sys; from apexlib.suite.memory import KEEP_FREED, peak_mb, reset_peak; reset_peak(); peak_mb()"
     code += "; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

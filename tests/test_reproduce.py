@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 import resource
 import shutil
@@ -91,7 +92,7 @@ def four_notebooks(root: Path) -> Project:
     project.notebook(
         "00_make",
         """
-        import hashlib, json, os, sys
+        import hashlib, json, os, resource, sys
         from pathlib import Path
         import apexlib
         results = Path("../data/results") / profile
@@ -109,8 +110,11 @@ def four_notebooks(root: Path) -> Project:
         """
         seen = {key: os.environ.get(key) for key in ("PYTHONHASHSEED", "TOKENIZERS_PARALLELISM", "OMP_WAIT_POLICY")}
         seen |= {"python": sys.executable, "where": apexlib.WHERE, "cwd": os.getcwd(), "text": text, "rates": rates}
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(11):
+            print((b"0" * 80_000_000)[-1])  # 80 MB for a moment, 20 thousand pages
+        seen |= {"faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before}
         (results / "seen.json").write_text(json.dumps(seen))
-        print(bytearray(80_000_000)[-1])  # 80 MB for a moment
         """,
         parameters=PROFILE
         + '\nn: int = 3  # größe\ntext: str = ""\nrates: list[float] | None = None\nspare: bool = False',
@@ -200,6 +204,8 @@ def test_a_kernel_is_this_interpreter_in_the_notebooks_folder_and_sees_the_proje
     assert (seen["where"], seen["PYTHONHASHSEED"], seen["TOKENIZERS_PARALLELISM"]) == ("the project", "0", "false")
     assert seen["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     assert (seen["text"], seen["rates"]) == ('ä "quoted" \\ {n} $HOME', [1.0, 0.5])
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
+        assert seen["faults"] < 50_000  # what is freed is used again, without asking the system for it
 
 
 def test_the_executed_copies_lie_in_the_runs_folder_and_the_sources_stay_clean(finished):

@@ -16,7 +16,7 @@ import pandas as pd
 
 from apexlib.suite.bars import Counts, RunBars, duration, read_counts, say
 from apexlib.suite.folders import RUNNER
-from apexlib.suite.memory import resident_mb
+from apexlib.suite.memory import KEEP_FREED, resident_mb
 from apexlib.suite.notebooks import Notebook
 from apexlib.suite.trials import COUNTS
 
@@ -144,6 +144,7 @@ def _own_kernel(root: Path, ipython: Path, log: TextIO, follower: _Follower, mor
 
     environment = {
         "OMP_WAIT_POLICY": "PASSIVE",  # beside other work, threads that spin take several times as long
+        "GLIBC_TUNABLES": KEEP_FREED,
         "OPENBLAS_NUM_THREADS": "1",  # two libraries' threads on the same cores wait for each other
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
