@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
+SMALLER = ROOT / "data" / "results" / "study-840k"
 TOKENS = ROOT / "data" / "results" / "study-tokens"
 GRADIENT = ROOT / "data" / "results" / "study-gradient"
 FRESH = 5  # the first seed of `study-gradient` that was run after the others had been looked at
@@ -162,6 +164,26 @@ def _at_ends(chosen: pd.DataFrame, grid: pd.Series) -> str:
     """Name the methods that chose the lowest or the highest learning rate of a grid."""
     ends = chosen.loc[chosen["learning_rate"].isin([grid.min(), grid.max()]), "method"].unique()
     return f"chosen at an end of the grid: {', '.join(f'`{name}`' for name in ends) or 'none'}."
+
+
+def sizes() -> str:
+    """What bases of two sizes say of the same claims: those that the page asks first, and verdicts that differ."""
+    if not (SMALLER / "claims.csv").exists():
+        return "Not run to its end yet."
+    tables = [claims_table(folder).query("verdict != 'not measured'") for folder in (SMALLER, STUDY)]
+    small, study = ({row.number: row for row in table.itertuples()} for table in tables)
+    both = [number for number in small if number in study]
+    lines = ["| | claim | the paper | 0.84 M, five bases | 2.7 M, one base |", "|---|---|---|---|---|"]
+    for number in dict.fromkeys(chain(*WORDS["questions"].values(), ADVICE)):
+        if number in both:
+            cells = [f"{measured(rows[number])}: **{rows[number].verdict}**" for rows in (small, study)]
+            lines.append(f"| {number} | {small[number].statement} | {small[number].expected} | {' | '.join(cells)} |")
+    turned = [number for number in both if small[number].verdict != study[number].verdict]
+    said = "; ".join(f"{number}: {study[number].verdict}, here {small[number].verdict}" for number in turned)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in tables[0]["verdict"].value_counts().items())
+    ends = f"""Of {len(small)} claims that the smaller bases measure: {counts}. The larger one measures {len(both)}
+of them and comes to another verdict on {len(turned)}: {said or "none"}."""
+    return "\n".join([*lines, "", ends])
 
 
 def gradients() -> str:
@@ -449,6 +471,7 @@ SECTIONS = {
     "reliability": reliability,
     "run": run,
     "short": short,
+    "sizes": sizes,
     "study": study,
     "support": support,
     "tokens": tokens,
