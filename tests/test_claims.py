@@ -432,9 +432,9 @@ def test_claims_are_chosen_by_number_id_or_deciding_notebook(tmp_path):
     for only, ids in {(2, 1): ["better", "other"], ("other",): ["other"], ("03_runs",): ["better"], (): []}.items():
         assert [claim.id for claim in choose(both, only)] == ids
         assert claims_table(tmp_path, only=only, claims=both)["claim"].tolist() == ids
-    with pytest.raises(ValueError, match="unknown claim 3: need one of 1 to 2$"):
+    with pytest.raises(ValueError, match=r"unknown claim 3: need one of 1 to 2$"):
         choose(both, [3])
-    with pytest.raises(ValueError, match="unknown claim 'bettter': did you mean better?"):
+    with pytest.raises(ValueError, match="unknown claim 'bettter': did you mean better"):
         choose(both, ["bettter"])
 
 

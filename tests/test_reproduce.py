@@ -148,7 +148,7 @@ def four_notebooks(root: Path) -> Project:
         needs=["data/results/{profile}/b.csv"],
         writes={"figures/{profile}/f.svg": []},
     )
-    project.notebook("03_beside", "1 + 1")
+    project.notebook("03_beside", "1 + 1", parameters=PROFILE + '\nbeside: list[str] = ["other"]')
     text = 'ä "quoted" \\ {n} $HOME'
     values = {"text": text, "rates": [1, 0.5]}
     return project.profile(notebooks={"00_make": values, "01_use": {}, "02_last": None, "03_beside": {}})
@@ -297,6 +297,11 @@ def test_a_changed_parameter_reruns_its_notebook_and_only_those_whose_inputs_cha
     assert set(project.manifest["notebooks"]) == {"00_make", "01_use", "02_last", "03_beside"}
 
 
+def other_run(project: Project) -> None:
+    project.table("../other").mkdir()
+    project.table("../other/claims.csv").write_text("number,verdict\n")
+
+
 def changed(reason: str, *notebooks: str) -> dict[str, str]:
     return dict.fromkeys(notebooks, reason)
 
@@ -332,6 +337,7 @@ def changed(reason: str, *notebooks: str) -> dict[str, str]:
             {"00": "not as it was written: data/models/cpu/tiny/"},
             id="folder",
         ),
+        pytest.param(other_run, {"03": "changed: data/results/other/"}, id="beside"),
         pytest.param(
             lambda p: (p.runs / "state.json").write_text("{"), changed("never run", "00", "01", "02", "03"), id="state"
         ),
@@ -566,7 +572,7 @@ def test_a_claim_is_printed_with_its_verdict(project, no_kernel, monkeypatch, ca
     monkeypatch.chdir(project.root)
     (project.root / "data" / "claims.yaml").write_text(CLAIMS)
     rows = "".join(f"apex,{seed},{step}\n" for seed, step in enumerate((1.0, 1.1, 1.2)))
-    monkeypatch.setattr(reproduce, "run_profile", lambda *_, **__: None)
+    monkeypatch.setattr(reproduce.Job, "run", lambda *_: None)
     assert main(["--claim", "1"]) == 1  # the table is another one
     assert "no column seed" in capsys.readouterr().err
     project.table("a.csv").write_text(f"method,seed,step\n{rows}")
@@ -895,10 +901,10 @@ def test_without_a_budget_there_is_no_deadline(long):
     ("text", "seconds"), [("30m", 1800), ("9m", 540), ("8m30s", 510), ("2h", 7200), ("45s", 45), ("1h1m1s", 3661)]
 )
 def test_a_budget_is_read(small, monkeypatch, text, seconds):
-    seen = {}
-    monkeypatch.setattr(reproduce, "run_profile", lambda *_, **options: seen.update(options) or [])
+    seen = []
+    monkeypatch.setattr(reproduce.Job, "run", lambda _, budget: seen.append(budget) or [])
     assert main(["--budget", text]) == 0
-    assert seen["budget"] == seconds
+    assert seen == [seconds]
 
 
 @pytest.mark.parametrize("text", ["", "30", "m", "1.5h", "-3m", "30s8m", "3 m", "9min"])

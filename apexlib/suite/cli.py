@@ -104,22 +104,22 @@ def _reproduce(
     if parameters:
         print(_values(*parameters, root), end="")
         return 0
-    chosen |= {"claims": claims, "root": root, "settings": _assigned(settings, "NOTEBOOK.PARAMETER=VALUE")}
+    assigned = _assigned(settings, "NOTEBOOK.PARAMETER=VALUE")
+    job = runner.job_of(profile, claims, root=root, settings=assigned, **chosen)
     if claims:
-        job = runner.job_of(profile, **chosen)
         for name in job.selected:
             values = job.profile.notebooks[name]
             for key in (key for key in METHODS if key in values):
                 print(f"{job.profile.name}  {name}, {key}: {', '.join(values[key])}")
     if dry_run:
-        steps = runner.plan_profile(profile, **chosen)
+        steps = job.plan()
         width = max(len(step.notebook) for step in steps)
         print(*(f"{step.notebook:<{width}}  {step.status:<5}  {step.reason}" for step in steps), sep="\n")
         return 0
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        steps = runner.run_profile(profile, **chosen, budget=budget)
+        steps = job.run(budget)
     except runner.RunError as error:
         left = ", ".join(f"{step.notebook} ({step.status})" for step in error.left)
         why = "others have the rest" if chosen["share"] else "time is over"
@@ -131,12 +131,10 @@ def _reproduce(
     except KeyboardInterrupt as stopped:
         print("interrupted: the notebook under way starts again next time", file=sys.stderr)
         return 143 if stopped.args else 130
-    read = read_profile(profile, root / "notebooks" / "profiles")
     if claims:
-        whole = folders(read.name, root).results
+        whole = folders(read_profile(profile, root / "notebooks" / "profiles").name, root).results
         return _show_verdicts(claims, job.folders.results, whole, root)
-    for line in outcome(read, root, {step.notebook for step in steps}):
-        print(line)
+    print(*outcome(job.profile, root, {step.notebook for step in steps}), sep="\n")
     return 0
 
 

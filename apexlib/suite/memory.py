@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KEEP_FREED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.hugetlb=1"
-"""GLIBC_TUNABLES of a process that keeps what it frees; from the system, each product's result would be cleared anew."""
+"""GLIBC_TUNABLES of a process that keeps what it frees; the system would clear each product's result anew."""
 
 
 def resident_mb(process: int | None = None, entry: str = "VmHWM") -> float:

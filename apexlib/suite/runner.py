@@ -58,55 +58,33 @@ class RunError(RuntimeError):
         super().__init__("\n".join(f"{step.notebook} {step.status}: {step.reason}" for step in self.left))
 
 
-def run_profile(profile: str = "cpu", *, force: bool = False, budget: float = math.inf, **chosen: Any) -> list[Step]:
+def run_profile(profile: str = "cpu", *, budget: float = math.inf, **chosen: Any) -> list[Step]:
     """Run the notebooks of `profile` (a name or a YAML file) whose inputs or results changed since they last ran.
 
     `chosen`: `root`, the project's folder; `only` (several) and `start`, beginnings of notebook names, or `claims`,
-    numbers of the ledger (`job_of`); `settings` maps "notebook.parameter" to a value. Once `budget`
-    seconds are over, no notebook is started, and the one under way starts no further training. With `share` "3/16", one
-    of sixteen runs at the same time, on machines that see one folder, does the third part of the trainings; a run of
-    all then finds them done. `workers`, the address of a Dask scheduler, has its workers train; `processes` is how many
-    trainings run side by side here. Raises `ReproduceError` before anything has run, `RunError` after all that depends
-    on no failed or unfinished notebook has.
+    numbers of the ledger (`job_of`); `force`, to run what is up to date; `settings` maps "notebook.parameter" to a
+    value. Once `budget` seconds are over, no notebook is started, and the one under way starts no further training.
+    With `share` "3/16", one of sixteen runs at the same time, on machines that see one folder, does the third part of
+    the trainings; a run of all then finds them done. `workers`, the address of a Dask scheduler, has its workers train;
+    `processes` is how many trainings run side by side here. Raises `ReproduceError` before anything has run, `RunError`
+    after all that depends on no failed or unfinished notebook has.
     """
-    deadline, job = time.time() + budget, job_of(profile, force=force, **chosen)
-    steps: list[Step] = []
-    with ExitStack() as held:
-        try:
-            held.enter_context(exclusive(job.runs / ".lock"))
-            for lock in sorted(job.runs.glob(f"{_SHARE}*/.lock")):
-                held.enter_context(exclusive(lock))
-        except BlockingIOError:
-            raise ReproduceError(f"profile {job.profile.name}: another run of it has not ended yet") from None
-        for folder in job.own:
-            clear_partial(folder)
-        job.state = _State(job.root, job.folders.runs / "state.json", job.runs)  # as the run before left it
-        held.callback(job.keep, steps)
-        if edited := job.edited():
-            say(f"note: {', '.join(edited)}: not as committed")
-        bars = held.enter_context(closing(RunBars(job.expected(force=force))))
-        for name in job.selected:
-            bars.begin(name)
-            steps.append(job.take_turn(name, steps, force=force, deadline=deadline, bars=bars))
-            say("  ".join(filter(None, (name, steps[-1].status, steps[-1].reason))))
-    if any(step.status in _STOPPED for step in steps):
-        raise RunError(steps)
-    return steps
+    return job_of(profile, **chosen).run(budget)
 
 
-def plan_profile(profile: str = "cpu", *, force: bool = False, **chosen: Any) -> list[Step]:
+def plan_profile(profile: str = "cpu", **chosen: Any) -> list[Step]:
     """Tell what `run_profile` would do, given the same choices; nothing is run and nothing written."""
-    return job_of(profile, force=force, **chosen).plan(force=force)
+    return job_of(profile, **chosen).plan()
 
 
-def job_of(profile: str, claims: Sequence[int] = (), *, force: bool = False, **chosen: Any) -> "Job":
+def job_of(profile: str, claims: Sequence[int] = (), **chosen: Any) -> "Job":
     """Read and check what is asked for.
 
     What `claims` need, unless it is up to date and not forced, is run with the methods that they compare, no others, as
     a profile of its own: its folders are named "<profile>-claims", the tables of the whole profile stay as they are.
     """
     job = Job(profile, claims=claims, **chosen)
-    if not claims or all(step.status == "skip" for step in job.plan(force=force)):
+    if not claims or all(step.status == "skip" for step in job.plan()):
         return job
     whole = job.needed_by([claim for claim in job.claims if not claim.methods])  # these may compare all
     few = [job.notebooks[name] for name in job.selected if name not in whole]
@@ -160,6 +138,7 @@ class Job:
         start: str | None = None,
         claims: Sequence[int] = (),
         settings: Any = None,
+        force: bool = False,
         share: str | None = None,
         workers: str | None = None,
         processes: int | None = None,
@@ -171,7 +150,7 @@ class Job:
             raise ReproduceError(f"profile {self.profile.name} is not run here: {' '.join(self.profile.why.split())}")
         self.folders = folders(self.profile.name, self.root)
         self.manifest = self.folders.results / "manifest.json"
-        self.share, self.runs = share, self.folders.runs  # with what this run itself writes there
+        self.force, self.share, self.runs = force, share, self.folders.runs  # with what this run itself writes there
         self.own = (self.folders.results, self.folders.figures, self.folders.models, self.runs)  # no other writes there
         if share is not None:
             part, parts = map(int, found.groups()) if (found := re.fullmatch(r"(\d+)/(\d+)", share)) else (0, 0)
@@ -252,11 +231,13 @@ class Job:
         texts = filter(None, map(normalised, notebook.deciding))
         values = resolve(notebook, self.profile, self.settings)
         package = self.root / "apexlib"  # that its kernel will import
+        names = [names] if isinstance(names := values.get("beside") or [], str) else names
+        others = [f"data/results/{name}/" for name in names]  # of runs that it reads too, where they are there
         return {
             **{f"code cell {number}": content_hash(text) for number, text in enumerate(texts, 2)},
             **{f"parameter {name}": value for name, value in values.items()},
             "what it writes": content_hash(notebook.writes),
-            **{path: self.state.hash(path) for path in notebook.needs},
+            **{path: self.state.hash(path) for path in (*notebook.needs, *others)},
             **code_of_source(notebook.deciding, package if package.is_dir() else LIBRARY),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
             "Python": platform.python_version(),
@@ -276,12 +257,12 @@ class Job:
                 return f"{'missing' if found is None else 'not as it was written'}: {path}"
         return ""
 
-    def plan(self, *, force: bool) -> list[Step]:
+    def plan(self) -> list[Step]:
         """Tell what will become of each selected notebook."""
         steps: list[Step] = []
         for name in self.selected:
             notebook, moving = self.notebooks[name], [step.notebook for step in steps if step.status != "skip"]
-            if reason := "forced" if force else self.stale(notebook):
+            if reason := "forced" if self.force else self.stale(notebook):
                 steps.append(Step(name, "run", reason))
             elif upstream := [path for path in notebook.needs if self.writer(path) in moving]:
                 steps.append(Step(name, "maybe", f"if {self.writer(upstream[0])} changes {upstream[0]}"))
@@ -289,7 +270,7 @@ class Job:
                 steps.append(Step(name, "skip", "up to date"))
         return steps
 
-    def expected(self, *, force: bool) -> dict[str, dict[str, Any]]:
+    def expected(self) -> dict[str, dict[str, Any]]:
         """What is recorded of each selected notebook, as `RunBars` takes it; 0 seconds if it will not run."""
         past: dict[str, dict[str, Any]] = {}
         with suppress(ValueError, TypeError):  # damaged
@@ -297,10 +278,35 @@ class Job:
                 past[name] = {key: float(entry[key]) for key in ("seconds", "trials") if key in entry}
         return {
             step.notebook: {"seconds": 0.0} if step.status == "skip" else past.get(step.notebook, {})
-            for step in self.plan(force=force)
+            for step in self.plan()
         }
 
-    def take_turn(self, name: str, steps: Sequence[Step], *, force: bool, deadline: float, bars: RunBars) -> Step:
+    def run(self, budget: float = math.inf) -> list[Step]:
+        """Run what `plan` tells, as `run_profile` does."""
+        deadline, steps = time.time() + budget, list[Step]()
+        with ExitStack() as held:
+            try:
+                held.enter_context(exclusive(self.runs / ".lock"))
+                for lock in sorted(self.runs.glob(f"{_SHARE}*/.lock")):
+                    held.enter_context(exclusive(lock))
+            except BlockingIOError:
+                raise ReproduceError(f"profile {self.profile.name}: another run of it has not ended yet") from None
+            for folder in self.own:
+                clear_partial(folder)
+            self.state = _State(self.root, self.folders.runs / "state.json", self.runs)  # as the run before left it
+            held.callback(self.keep, steps)
+            if edited := self.edited():
+                say(f"note: {', '.join(edited)}: not as committed")
+            bars = held.enter_context(closing(RunBars(self.expected())))
+            for name in self.selected:
+                bars.begin(name)
+                steps.append(self.take_turn(name, steps, deadline, bars))
+                say("  ".join(filter(None, (name, steps[-1].status, steps[-1].reason))))
+        if any(step.status in _STOPPED for step in steps):
+            raise RunError(steps)
+        return steps
+
+    def take_turn(self, name: str, steps: Sequence[Step], deadline: float, bars: RunBars) -> Step:
         """Run one notebook, unless it is up to date, needs what is not there yet, or the time is over."""
         try:
             # read once more, since it may have been edited while those before it ran
@@ -309,7 +315,7 @@ class Job:
             if blocked := [writer for path in notebook.needs if (writer := self.writer(path)) in stopped]:
                 return Step(name, "not run", f"needs {blocked[0]}")
             inputs = self.inputs(notebook)
-            reason = "forced" if force else self.stale(notebook, inputs)
+            reason = "forced" if self.force else self.stale(notebook, inputs)
         except ReproduceError as error:
             return Step(name, "failed", str(error))
         for path in notebook.needs:
