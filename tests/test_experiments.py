@@ -149,6 +149,7 @@ def test_what_is_compared_trains_as_much():
     assert share_of("direct") < share_of("apex") < 1.02 * share_of("direct")  # operators come on top
     lora = share_of("lora-2.4%")
     assert lora == pytest.approx(0.024, rel=0.2)  # in steps of a rank
+    assert lora < share_of("dora-2.4%") < 1.25 * lora  # of the same rank, with a norm for each row
     for name in ("apex-2.4%", "direct-2.4%", "operator-2.4%"):
         assert share_of(name) == pytest.approx(lora, rel=0.05)
     assert share_of("direct-rows-75%") == pytest.approx(0.75 * layers / total)

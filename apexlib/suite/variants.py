@@ -58,13 +58,14 @@ def _config_beside_lora(shape: PretrainedConfig, share: float, config: ApexConfi
 # What is compared in fine-tuning trains matrices of layers, no embeddings or norms: half of them, or all in "full".
 # The less of a model trains, the larger the steps that it needs: `_RATES` bring all methods into one grid.
 _ALIKE = {"matrices_only": True, "lora_scale": 8.0}
+_DORA = {"lora_dora": True}
 _HALF = {"direct_heads": 0.5, "direct_channels": 0.5, "train_embeddings": False}
 _RATES = {"apex": 2.0, "direct": 2.0, "hft": 2.0, "lora": 2.0}
 _RATE_OF = {"restart": "full", "gmt": "full", "direct": "apex"}  # each one thing changed
 _BY_SHARE = {
-    "2.4%": {"apex": 30.0, "direct": 30.0, "lora": 6.0},
-    "10%": {"apex": 7.0, "direct": 7.0, "lora": 3.0},
-    "25%": {"apex": 3.0, "direct": 3.0, "lora": 2.0},
+    "2.4%": {"apex": 30.0, "direct": 30.0, "lora": 6.0, "dora": 6.0},
+    "10%": {"apex": 7.0, "direct": 7.0, "lora": 3.0, "dora": 3.0},
+    "25%": {"apex": 3.0, "direct": 3.0, "lora": 2.0, "dora": 2.0},
 }
 _BY_ROWS = {"75%": 1.5, "100%": 1.0}  # of rows that train, instead of half of them; all without operators: "restart"
 _STRATEGIES = ("random", "reversed", "magnitude", "gradient")
@@ -82,11 +83,12 @@ def _half(method: Name = "apex", **changes: Any) -> Variant:
 VARIANTS: dict[str, Variant] = {
     # "direct": the rows of "apex", without operators
     **{name: Variant(name, _HALF, _ALIKE, rate=_RATES.get(name, 1.0), rate_of=_RATE_OF.get(name)) for name in METHODS},
-    "dora": Variant("lora", _HALF, _ALIKE | {"lora_dora": True}, rate=_RATES["lora"]),
+    "dora": Variant("lora", _HALF, _ALIKE | _DORA, rate=_RATES["lora"]),
     **{
-        f"{name}-{share}": Variant(name, options=_ALIKE, share=float(share[:-1]) / 100, rate=rate, rate_of=leader)
+        f"{name}-{share}": Variant(method, options=options, share=float(share[:-1]) / 100, rate=rate, rate_of=leader)
         for share, rates in _BY_SHARE.items()
         for name, rate in rates.items()
+        for method, options in [("lora", _ALIKE | _DORA) if name == "dora" else (name, _ALIKE)]
         for leader in [f"apex-{share}" if name == "direct" else None]
     },
     "operator-2.4%": Variant("apex", {"train_rows": False}, share=0.024, rate=30.0),  # rows stay
