@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +29,8 @@ BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 SMALLER = ROOT / "data" / "results" / "study-840k"
 TOKENS = ROOT / "data" / "results" / "study-tokens"
+DORA = ROOT / "data" / "results" / "study-dora"
+DORA_PAIRS = (("dora", "lora"), ("dora-2.4%", "lora-2.4%"), ("dora", "full"), ("dora-2.4%", "full"))
 GRADIENT = ROOT / "data" / "results" / "study-gradient"
 FRESH = 5  # the first seed of `study-gradient` that was run after the others had been looked at
 GRADIENT_PAIRS = (("direct-gradient", "direct"), ("direct-gradient", "direct-random"), ("direct-gradient", "full"))
@@ -186,30 +189,51 @@ of them and comes to another verdict on {len(turned)}: {said or "none"}."""
     return "\n".join([*lines, "", ends])
 
 
+def _less(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
+    """What the first method of each of `pairs` learnt and forgot, less what the second did, a row a pair."""
+    named = {f"`{name}` less `{than}`": (than, name) for name, than in pairs}
+    table = pd.DataFrame({"": list(named)})
+    for name, title in MEASURES.items():
+        rows = summarise(paired_differences(runs, named, name), ["method"], "above").set_index("method")
+        table[title] = [_INTERVAL.format(rows.loc[pair]) for pair in named]
+    return table
+
+
+def adapters() -> str:
+    """What DoRA adds to LoRA of the same rank, at two ranks."""
+    if not (DORA / "instruction.csv").exists():
+        return "Not run to its end yet."
+    chosen = pd.read_csv(DORA / "instruction.csv").query("chosen and method != 'base'")
+    means = chosen.groupby("method")[["trainable", "learning_rate"]].mean()
+    said = [f"`{name}` {row.trainable:.1%} at {row.learning_rate:g}" for name, row in means.iterrows()]
+    table = _less(chosen, DORA_PAIRS).to_markdown(index=False, disable_numparse=True)
+    return f"""Means over {chosen["seed"].nunique()} seeds, 95 % intervals. What trains, and the rate:
+{", ".join(said)}.
+
+{table}"""
+
+
 def gradients() -> str:
     """What rows chosen by their gradients learnt and forgot, less what others did: seeds known before, fresh ones."""
     if not (GRADIENT / "instruction.csv").exists():
         return "Not run to its end yet."
     chosen = pd.read_csv(GRADIENT / "instruction.csv").query("chosen and method != 'base'")
-    pairs = {f"`{name}` less `{than}`": (than, name) for name, than in GRADIENT_PAIRS}
-    tables, found = [], {}
+    tables = []
     for fresh, runs in chosen.groupby(chosen["seed"] >= FRESH):  # the fresh ones last
-        seeds = f"{runs['seed'].min()} to {runs['seed'].max()}{', fresh' if fresh else ''}"
-        for name in MEASURES:
-            found[name] = summarise(paired_differences(runs, pairs, name), ["method"], "above").set_index("method")
-        cells = {title: [_INTERVAL.format(found[name].loc[pair]) for pair in pairs] for name, title in MEASURES.items()}
-        tables.append(pd.DataFrame({"": list(pairs), "seeds": seeds} | cells))
+        tables.append(table := _less(runs, GRADIENT_PAIRS))
+        table.insert(1, "seeds", f"{runs['seed'].min()} to {runs['seed'].max()}{', fresh' if fresh else ''}")
     rate = chosen.loc[chosen["method"] == "apex", "learning_rate"].iloc[0]
     shown = pd.concat(tables).to_markdown(index=False, disable_numparse=True)
-    pair, margin = next(iter(pairs)), choose(read_claims(), ["selection-direct"])[0].margin
-    tested = found["answer_loss"].loc[pair]
+    (name, than), margin = GRADIENT_PAIRS[0], choose(read_claims(), ["selection-direct"])[0].margin
+    above = paired_differences(runs, {name: (than, name)}, "answer_loss")
+    tested = summarise(above, ["method"], "above").iloc[0]
     clear = "clear of zero" if tested["low"] * tested["high"] > 0 else "not clear of zero"
     size = "and smaller than" if max(-tested["low"], tested["high"]) < margin else "and not within"
     return f"""Means over seeds, 95 % intervals; at the rate of `apex`, {rate:g}.
 
 {shown}
 
-The test, {pair} on the fresh seeds: {_INTERVAL.format(tested)} nats,
+The test, `{name}` less `{than}` on the fresh seeds: {_INTERVAL.format(tested)} nats,
 {clear} {size} the margin of {margin:g}."""
 
 
@@ -460,6 +484,7 @@ def cases() -> str:
 
 
 SECTIONS = {
+    "adapters": adapters,
     "advice": advice,
     "bottom": bottom,
     "cases": cases,
