@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from apexlib.analysis.budget import config_for_share, trained_share
+from apexlib.analysis.budget import config_for_share, lora_rank_for_share, trained_share
 from apexlib.analysis.intervals import interval, paired_over_examples
 from apexlib.evaluation import perplexity
+from apexlib.plan import ApexConfig
 from apexlib.provenance import save_table
 from apexlib.suite import runs, trials, variants
 from apexlib.suite.bases import base_models, check_bases, masked_models, measured_models, models_table, reference_losses
@@ -91,10 +92,10 @@ SHAPE = LlamaConfig(
 GIVEN = {"stages": 2, "seed": 3, "samples": 7, "shape": SHAPE}
 
 
-def share_of(name):
+def share_of(name, shape=SHAPE):
     variant = VARIANTS[name]
-    method = method_of(variant.method, variant.config(**GIVEN), **variant.method_options(SHAPE))
-    return trained_share(SHAPE, method)
+    config = variant.config(**GIVEN | {"shape": shape})
+    return trained_share(shape, method_of(variant.method, config, **variant.method_options(shape)))
 
 
 def test_every_variant_is_a_method_with_a_valid_configuration():
@@ -112,12 +113,12 @@ def test_a_share_is_solved_for_once_by_what_it_depends_on(monkeypatch):
     monkeypatch.setattr(variants, "_solved", {})
     monkeypatch.setattr(variants, "config_for_share", lambda *given: solved.append(given) or config_for_share(*given))
     configs = [VARIANTS["apex-2.4%"].config(**GIVEN | {"seed": seed}) for seed in (0, 1)]
-    assert len(solved) == 1
+    assert len(solved) == 2  # whether the rank has a match, and these settings
     assert configs[1] == replace(configs[0], seed=1)
     wide = LlamaConfig(**SHAPE.to_dict() | {"intermediate_size": 1024})
     others = [VARIANTS["apex-2.4%"].config(**GIVEN | {"shape": wide})]
     others += [VARIANTS[name].config(**GIVEN) for name in ("apex-10%", "operator-2.4%")]
-    assert len(solved) == 4
+    assert len(solved) == 7  # two of the other model, two of another share, these settings
     assert len({config.direct_channels for config in (configs[0], *others)}) == 4
 
 
@@ -157,6 +158,17 @@ def test_what_is_compared_trains_as_much():
     assert share_of("restart") < share_of("apex-rows-100%") < 1.02 * share_of("restart")
     assert share_of("apex-25%") == pytest.approx(share_of("lora-25%"), rel=0.05)
     assert share_of("full-all") == 1
+
+
+def test_a_rank_that_rows_of_units_cannot_match_is_passed_over():
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}
+    coarse = LlamaConfig(vocab_size=4096, tie_word_embeddings=True, **sizes)  # a pair of heads: 0.7 % of all
+    with pytest.raises(ValueError, match="need one within 5 %"):
+        config_for_share(coarse, trained_share(coarse, method_of("lora", ApexConfig(), lora_rank=3)))
+    assert lora_rank_for_share(coarse, 0.024) == 3
+    assert VARIANTS["lora-2.4%"].method_options(coarse)["lora_rank"] == 2
+    found = {name: share_of(name, coarse) for name in ("lora-2.4%", "apex-2.4%", "direct-2.4%", "operator-2.4%")}
+    assert found == pytest.approx(dict.fromkeys(found, found["lora-2.4%"]), rel=0.06)
 
 
 RUNS = pd.DataFrame(

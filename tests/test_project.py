@@ -53,7 +53,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 3074, "explore": 722, "the library": 14517}  # at most
+LINES = {"a file": 400, "the method": 3074, "explore": 722, "the library": 14528}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

@@ -1,6 +1,7 @@
 """The methods that experiments compare, by name: each is a training method with its settings."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ class Variant:
     method: Name
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of ApexConfig away from their defaults
     options: Mapping[str, Any] = field(default_factory=dict)  # of `method_of`
-    share: float | None = None  # of the parameters that train: what LoRA of the nearest rank trains
+    share: float | None = None  # of the parameters that train: what LoRA of the rank `_rank` trains
     rate: float = 1.0  # its learning rates, in units of those of a comparison
     rate_of: str | None = None  # a variant whose chosen rate it takes, where both are compared
     length: float | None = None  # of continued pre-training: the share of its steps over which the rate falls to zero
@@ -35,7 +36,7 @@ class Variant:
     def method_options(self, shape: PretrainedConfig) -> Mapping[str, Any]:
         """Options of the method, with the rank that gives LoRA its share."""
         rank = self.share is not None and self.method == "lora"
-        return {**self.options, "lora_rank": _once(lora_rank_for_share, shape, self.share)} if rank else self.options
+        return {**self.options, "lora_rank": _once(_rank, shape, self.share)} if rank else self.options
 
 
 _solved: dict[tuple[Any, ...], Any] = {}  # a process trains by one share again and again
@@ -49,9 +50,19 @@ def _once(solve: Callable[..., Any], shape: PretrainedConfig, *given: Any) -> An
     return _solved[key]
 
 
+def _rank(shape: PretrainedConfig, share: float) -> int:
+    """The rank of LoRA that comes nearest to the share, of those that rows of units can train as much as."""
+    nearest = lora_rank_for_share(shape, share)
+    for rank in sorted(range(1, 2 * nearest), key=lambda rank: abs(rank - nearest)):
+        with suppress(ValueError):
+            config_for_share(shape, trained_share(shape, method_of("lora", ApexConfig(), lora_rank=rank)))
+            return rank
+    raise ValueError(f"share {share}: no rank of LoRA below {2 * nearest} trains as much as pairs of units may")
+
+
 def _config_beside_lora(shape: PretrainedConfig, share: float, config: ApexConfig) -> ApexConfig:
-    """Settings like `config` that train as much as LoRA of the rank that comes nearest to the share."""
-    lora = method_of("lora", config, lora_rank=_once(lora_rank_for_share, shape, share))
+    """Settings like `config` that train as much as LoRA of the rank for the share."""
+    lora = method_of("lora", config, lora_rank=_once(_rank, shape, share))
     return config_for_share(shape, trained_share(shape, lora), config)
 
 
