@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from textwrap import fill
 
 import pandas as pd
 import torch
@@ -145,12 +146,12 @@ def study() -> str:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
     turned = here[here["verdict"] != default["verdict"]]["verdict"].items()
     said = ", ".join(f"{number} ({default.loc[number, 'verdict']}, here {verdict})" for number, verdict in turned)
-    steps = pd.read_csv(ROOT / "figures" / "study" / "decomposition.csv")
+    steps = pd.read_csv(ROOT / "figures" / SMALLER.name / "decomposition.csv")  # with the study's, and others
     steps = steps[steps["panel"] == steps["panel"].iloc[0]]
     steps["change"] = steps.apply(_INTERVAL.format, axis=1)
     changes = steps.pivot(index="setting", columns="method", values="change")
     changes = changes.loc[steps["setting"].unique(), steps["method"].unique()].rename_axis(columns=None).reset_index()
-    return f"""{told("decomposition", ROOT / "figures" / "study")[0]} The answer loss, in nats:
+    return f"""{told("decomposition", ROOT / "figures" / SMALLER.name)[0]} The answer loss, in nats:
 
 {changes.to_markdown(index=False, disable_numparse=True)}
 
@@ -182,11 +183,16 @@ def sizes() -> str:
             cells = [f"{measured(rows[number])}: **{rows[number].verdict}**" for rows in (small, study)]
             lines.append(f"| {number} | {small[number].statement} | {small[number].expected} | {' | '.join(cells)} |")
     turned = [number for number in both if small[number].verdict != study[number].verdict]
-    said = "; ".join(f"{number}: {study[number].verdict}, here {small[number].verdict}" for number in turned)
+    said = ", ".join(f"{number} ({study[number].verdict}, here {small[number].verdict})" for number in turned)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in tables[0]["verdict"].value_counts().items())
-    ends = f"""Of {len(small)} claims that the smaller bases measure: {counts}. The larger one measures {len(both)}
-of them and comes to another verdict on {len(turned)}: {said or "none"}."""
-    return "\n".join([*lines, "", ends])
+    of_answers = ", ".join(str(number) for number in both if small[number].unit == "share of answers")
+    runs = (pd.read_csv(folder / "instruction.csv").query("chosen and method == 'full'") for folder in (SMALLER, STUDY))
+    right = [f"{each['exact_match'].mean():.0%}" for each in runs]
+    ends = f"""Of {len(small)} claims that the smaller bases measure: {counts}. The larger one measures {len(both)} of
+        them and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, the smaller ones give
+        {right[0]} of the answers that are asked for, the larger one {right[1]}: claims on shares of answers
+        ({of_answers}) mean little there."""
+    return "\n".join([*lines, "", fill(" ".join(ends.split()), 120)])
 
 
 def _less(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
