@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-KEEP_FREED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.hugetlb=1"
+KEEP_FREED = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000"
 """GLIBC_TUNABLES of a process that keeps what it frees; the system would clear each product's result anew."""
 
 
