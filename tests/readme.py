@@ -188,10 +188,14 @@ def sizes() -> str:
     of_answers = ", ".join(str(number) for number in both if small[number].unit == "share of answers")
     runs = (pd.read_csv(folder / "instruction.csv").query("chosen and method == 'full'") for folder in (SMALLER, STUDY))
     right = [f"{each['exact_match'].mean():.0%}" for each in runs]
+    ends_at = pd.read_csv(SMALLER / "continued.csv").query("chosen and tokens == tokens.max()")
+    pair = {"apex-all": ("restart-all", "apex-all")}
+    beside = summarise(paired_differences(ends_at, pair, "loss"), ["method"], "above").iloc[0]
     ends = f"""Of {len(small)} claims that the smaller bases measure: {counts}. The larger one measures {len(both)} of
         them and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, the smaller ones give
         {right[0]} of the answers that are asked for, the larger one {right[1]}: claims on shares of answers
-        ({of_answers}) mean little there."""
+        ({of_answers}) mean little there. Continued pre-training there (38), `apex-all` less `restart-all`, which has a
+        fresh optimizer half way as APEX has, and no more: {_INTERVAL.format(beside)} nats."""
     return "\n".join([*lines, "", fill(" ".join(ends.split()), 120)])
 
 
