@@ -196,7 +196,7 @@ def sizes() -> str:
         {right[0]} of the answers that are asked for, the larger one {right[1]}: claims on shares of answers
         ({of_answers}) mean little there. Continued pre-training there (38), `apex-all` less `restart-all`, which has a
         fresh optimizer half way as APEX has, and no more: {_INTERVAL.format(beside)} nats."""
-    return "\n".join([*lines, "", fill(" ".join(ends.split()), 120)])
+    return "\n".join([*lines, "", fill(" ".join(ends.split()), 120, break_on_hyphens=False)])
 
 
 def _less(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
