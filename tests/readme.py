@@ -186,8 +186,10 @@ def sizes() -> str:
     said = ", ".join(f"{number} ({study[number].verdict}, here {small[number].verdict})" for number in turned)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in tables[0]["verdict"].value_counts().items())
     of_answers = ", ".join(str(number) for number in both if small[number].unit == "share of answers")
-    runs = (pd.read_csv(folder / "instruction.csv").query("chosen and method == 'full'") for folder in (SMALLER, STUDY))
-    right = [f"{each['exact_match'].mean():.0%}" for each in runs]
+    tried = [pd.read_csv(folder / "instruction.csv") for folder in (SMALLER, STUDY)]
+    full = [runs[runs["chosen"] & (runs["method"] == "full")] for runs in tried]
+    right = [f"{runs['exact_match'].mean():.0%}" for runs in full]
+    grid = tried[0].loc[tried[0]["method"] == "full", "learning_rate"]
     ends_at = pd.read_csv(SMALLER / "continued.csv").query("chosen and tokens == tokens.max()")
     pair = {"apex-all": ("restart-all", "apex-all")}
     beside = summarise(paired_differences(ends_at, pair, "loss"), ["method"], "above").iloc[0]
@@ -195,7 +197,8 @@ def sizes() -> str:
         them and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, the smaller ones give
         {right[0]} of the answers that are asked for, the larger one {right[1]}: claims on shares of answers
         ({of_answers}) mean little there. Continued pre-training there (38), `apex-all` less `restart-all`, which has a
-        fresh optimizer half way as APEX has, and no more: {_INTERVAL.format(beside)} nats."""
+        fresh optimizer half way as APEX has, and no more: {_INTERVAL.format(beside)} nats. Of the rates there,
+        {_at_ends(tried[0].query("chosen"), grid)}"""
     return "\n".join([*lines, "", fill(" ".join(ends.split()), 120, break_on_hyphens=False)])
 
 
