@@ -231,8 +231,8 @@ class Job:
         texts = filter(None, map(normalised, notebook.deciding))
         values = resolve(notebook, self.profile, self.settings)
         package = self.root / "apexlib"  # that its kernel will import
-        names = [names] if isinstance(names := values.get("beside") or [], str) else names
-        others = [f"data/results/{name}/" for name in names]  # of runs that it reads too, where they are there
+        beside = values.get("beside") or []  # runs whose results it reads too, where they are there
+        others = [f"data/results/{name}/" for name in ([beside] if isinstance(beside, str) else beside)]
         return {
             **{f"code cell {number}": content_hash(text) for number, text in enumerate(texts, 2)},
             **{f"parameter {name}": value for name, value in values.items()},
