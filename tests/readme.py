@@ -5,7 +5,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from textwrap import fill
@@ -133,14 +133,11 @@ def study() -> str:
     runs, grid = tried.query("chosen"), tried.loc[tried["method"] == "full", "learning_rate"]
     methods = [name for name in runs["method"].unique() if name not in ("base", "full")]
     means = runs.groupby("method")[["trainable", "learning_rate", "by_operator", *MEASURES]].mean()
-    table = pd.DataFrame({"": [f"`{name}`" for name in methods]}, index=methods)
-    table["trains"] = means["trainable"].map("{:.1%}".format)
-    table["rate"] = means["learning_rate"].map("{:g}".format)
-    table["by operators"] = means["by_operator"].map("{:.0%}".format).replace("nan%", "–")
-    for name, title in MEASURES.items():
-        above = paired_differences(runs, {method: ("full", method) for method in methods}, name)
-        rows = summarise(above, ["method"], "above").set_index("method")
-        table[title] = rows.apply(_INTERVAL.format, axis=1)
+    table = _above(runs, {f"`{method}`": ("full", method) for method in methods})
+    here = means.loc[methods].reset_index(drop=True)
+    table.insert(1, "trains", here["trainable"].map("{:.1%}".format))
+    table.insert(2, "rate", here["learning_rate"].map("{:g}".format))
+    table.insert(3, "by operators", here["by_operator"].map("{:.0%}".format).replace("nan%", "–"))
     of_full = ", ".join(f"{title} {means.loc['full', name]:.4f}" for name, title in MEASURES.items())
     here, default = (claims_table(folder).set_index("number") for folder in (STUDY, RESULTS))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
@@ -202,14 +199,17 @@ def sizes() -> str:
     return "\n".join([*lines, "", fill(" ".join(ends.split()), 120, break_on_hyphens=False)])
 
 
-def _less(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
-    """What the first method of each of `pairs` learnt and forgot, less what the second did, a row a pair."""
-    named = {f"`{name}` less `{than}`": (than, name) for name, than in pairs}
-    table = pd.DataFrame({"": list(named)})
+def _above(runs: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """What the second method of each of `pairs` learnt and forgot, less what the first did, a row a pair."""
+    table = pd.DataFrame({"": list(pairs)})
     for name, title in MEASURES.items():
-        rows = summarise(paired_differences(runs, named, name), ["method"], "above").set_index("method")
-        table[title] = [_INTERVAL.format(rows.loc[pair]) for pair in named]
+        rows = summarise(paired_differences(runs, pairs, name), ["method"], "above").set_index("method")
+        table[title] = [_INTERVAL.format(rows.loc[pair]) for pair in pairs]
     return table
+
+
+def _named(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    return {f"`{name}` less `{than}`": (than, name) for name, than in pairs}
 
 
 def adapters() -> str:
@@ -219,7 +219,7 @@ def adapters() -> str:
     chosen = pd.read_csv(DORA / "instruction.csv").query("chosen and method != 'base'")
     means = chosen.groupby("method")[["trainable", "learning_rate"]].mean()
     said = [f"`{name}` {row.trainable:.1%} at {row.learning_rate:g}" for name, row in means.iterrows()]
-    table = _less(chosen, DORA_PAIRS).to_markdown(index=False, disable_numparse=True)
+    table = _above(chosen, _named(DORA_PAIRS)).to_markdown(index=False, disable_numparse=True)
     return f"""Means over {chosen["seed"].nunique()} seeds, 95 % intervals. What trains, and the rate:
 {", ".join(said)}.
 
@@ -233,7 +233,7 @@ def gradients() -> str:
     chosen = pd.read_csv(GRADIENT / "instruction.csv").query("chosen and method != 'base'")
     tables = []
     for fresh, runs in chosen.groupby(chosen["seed"] >= FRESH):  # the fresh ones last
-        tables.append(table := _less(runs, GRADIENT_PAIRS))
+        tables.append(table := _above(runs, _named(GRADIENT_PAIRS)))
         table.insert(1, "seeds", f"{runs['seed'].min()} to {runs['seed'].max()}{', fresh' if fresh else ''}")
     rate = chosen.loc[chosen["method"] == "apex", "learning_rate"].iloc[0]
     shown = pd.concat(tables).to_markdown(index=False, disable_numparse=True)
