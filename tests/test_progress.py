@@ -97,7 +97,7 @@ def test_a_terminal_shows_notebook_trials_a_clock_and_where_all_is(toy):
     assert "widgets" not in executed.metadata
     assert not list(toy.runs.glob("*.trials"))
     assert [toy.manifest["notebooks"][name].get("trials") for name in ("00_trials", "01_other")] == [3, None]
-    assert Job("cpu", toy.root).expected(force=False) == {name: {"seconds": 0.0} for name in ("00_trials", "01_other")}
+    assert Job("cpu", toy.root).expected() == {name: {"seconds": 0.0} for name in ("00_trials", "01_other")}
 
 
 def test_an_interrupt_on_a_terminal_ends_with_its_message(toy):
@@ -150,14 +150,14 @@ def test_the_time_left_is_that_of_the_record_and_ever_more_that_of_the_trials_do
 def test_a_damaged_record_tells_nothing(toy, manifest):
     toy.table("manifest.json").parent.mkdir(parents=True)
     toy.table("manifest.json").write_text(manifest)
-    assert Job("cpu", toy.root).expected(force=False) == {"00_trials": {}, "01_other": {}}
+    assert Job("cpu", toy.root).expected() == {"00_trials": {}, "01_other": {}}
 
 
 def test_the_record_of_a_notebook_that_will_run_is_what_it_took(toy):
     toy.table("manifest.json").parent.mkdir(parents=True)
     past = {"00_trials": {"seconds": 12.5, "trials": 3, "device": "cpu"}}
     toy.table("manifest.json").write_text(json.dumps({"notebooks": past}))
-    assert Job("cpu", toy.root).expected(force=False) == {"00_trials": {"seconds": 12.5, "trials": 3}, "01_other": {}}
+    assert Job("cpu", toy.root).expected() == {"00_trials": {"seconds": 12.5, "trials": 3}, "01_other": {}}
 
 
 def test_the_end_tells_verdicts_what_changed_and_the_page(toy, monkeypatch):
