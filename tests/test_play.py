@@ -276,6 +276,9 @@ def rewrite(path: Path, change) -> None:
 def test_tables_that_agree_and_where_others_do_not(project):
     found = agreement("cpu", project)
     assert set(found["agrees"]) == {"equal"}
+    assert found.groupby("folder").size().to_dict() == {
+        folder: len([*(ROOT / folder).glob("*.csv")]) for folder in ("data/results/cpu", "figures/cpu")
+    }
     results = project / "data" / "results" / "cpu"
 
     def scaled(column, by, rows=slice(None)):
@@ -292,7 +295,7 @@ def test_tables_that_agree_and_where_others_do_not(project):
     rewrite(results / "claims.csv", lambda table: table.loc.__setitem__((2, "verdict"), "opposite"))
     (results / "corpus.csv").unlink()
     (results / "new.csv").write_text("a\n1\n")
-    by_table = agreement("cpu", project).set_index("table")
+    by_table = agreement("cpu", project).set_index(["folder", "table"]).loc["data/results/cpu"]
     number = pd.read_csv(ROOT / "data/results/cpu/claims.csv")["number"][2]
     was = pd.read_csv(ROOT / "data/results/cpu/claims.csv")["verdict"][2]
     expected = {
@@ -306,6 +309,29 @@ def test_tables_that_agree_and_where_others_do_not(project):
     assert {name: tuple(by_table.loc[name, ["agrees", "where"]]) for name in expected} == expected
     assert by_table.loc["masking", "where"].startswith("loss: 2 of ")
     assert "rows, recorded" in by_table.loc["models", "where"]
+
+
+def test_figures_and_what_was_recorded_of_the_same_in_other_settings_are_compared_too(project, monkeypatch, capsys):
+    for name in ("cpu-256", "cpu-mine", "cpus"):
+        shutil.copytree(project / "data/results/cpu", project / "data/results" / name)
+    shutil.copytree(project / "figures/cpu", project / "figures/cpu-256")
+    (project / "data/results/cpu-mine/masking.csv").unlink()  # of no concern, since it is not recorded
+    for command in (["add", "-f", "data/results/cpu-256", "data/results/cpus", "figures"], ["commit", "-qm", "more"]):
+        own = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *own, *command], cwd=project, check=True)
+    monkeypatch.chdir(project)
+    tables, figures = (len([*(ROOT / kind / "cpu").glob("*.csv")]) for kind in ("data/results", "figures"))
+    assert cli.main(["compare"]) == 0
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    others = [["data/results/cpu-256/", tables], ["figures/cpu/", figures], ["figures/cpu-256/", figures]]
+    assert said[tables:] == [[name, str(count), "equal"] for name, count in others]
+    rewrite(project / "figures/cpu/masking_curve.csv", lambda table: table.drop(index=0))
+    (project / "data/results/cpu-256/claims.csv").unlink()
+    assert cli.main(["compare"]) == 1
+    said = {name: rest for name, *rest in (line.split() for line in capsys.readouterr().out.splitlines())}
+    assert said["figures/cpu/masking_curve"][0] == said["data/results/cpu-256/claims"][0] == "different"
+    assert said["data/results/cpu-256/masking"] == ["equal"]
+    assert said["figures/cpu-256/"] == [str(figures), "equal"]
 
 
 @pytest.mark.parametrize(

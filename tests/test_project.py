@@ -21,6 +21,8 @@ from packaging.requirements import Requirement
 from readme import PAGES, SECTIONS, rendered
 
 import apexlib
+from apexlib.provenance import git
+from apexlib.suite.agreement import agreement
 from apexlib.suite.figures import FIGURES
 from apexlib.suite.ledger import read_claims
 from apexlib.suite.notebooks import read_notebook, read_profile, resolve
@@ -53,7 +55,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 3074, "explore": 722, "the library": 14528}  # at most
+LINES = {"a file": 400, "the method": 3074, "explore": 722, "the library": 14546}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 
@@ -421,6 +423,18 @@ def test_the_readme_says_what_the_results_say():
     texts = [path.read_text(encoding="utf-8") for path in PAGES]
     assert [rendered(text) for text in texts] == texts, "run `make readme`"
     assert sorted(re.findall(r"<!-- (\w+): made by", "".join(texts))) == sorted(SECTIONS)  # each stands on one page
+
+
+def test_what_the_page_of_the_study_is_made_from_is_held_by_compare(monkeypatch):
+    if not git(ROOT, "ls-tree", "HEAD"):
+        pytest.skip("no repository: nothing is recorded")
+    held = pd.concat(agreement(profile, ROOT) for profile in ("study", "cpu"))
+    held, read, read_csv = {*(held["folder"] + "/" + held["table"] + ".csv")}, set(), pd.read_csv
+    monkeypatch.setattr(pd, "read_csv", lambda path, *_, **__: read.add(Path(path)) or read_csv(path, *_, **__))
+    rendered((ROOT / "docs" / "study.md").read_text(encoding="utf-8"))
+    assert len({path.parent for path in read}) > 5
+    timed = {"data/results/bench/steps.csv"}  # for one claim; how long a step takes is no number of a run
+    assert {path.relative_to(ROOT).as_posix() for path in read} - timed <= held
 
 
 def test_no_file_names_a_path_of_a_machine():

@@ -16,18 +16,29 @@ _OF_THE_MACHINE = ("seconds", "_mb")  # in names of columns: times and memory ar
 def agreement(profile: str, root: Path) -> pd.DataFrame:
     """Hold the tables of `profile` as they are against those committed last, a row a table.
 
-    Columns: `table`; `agrees`: "equal", "to 1e-6" or "different"; `where`: of a table that differs, the column with the
-    largest relative difference, how many rows differ there and by how much at most, or what else is another.
+    So are those that its figures are drawn from, and what was committed of profiles that repeat it in other settings,
+    whose names begin with its own: `study-256` with `study`.
+
+    Columns: `folder`, from the root, first that of the results of `profile`; `table`; `agrees`: "equal", "to 1e-6" or
+    "different"; `where`: of a table that differs, the column with the largest relative difference, how many rows differ
+    there and by how much at most, or what else is another.
     """
-    results = folders(profile, root).results
-    if not (tables := sorted(results.glob("*.csv"))):
-        raise FileNotFoundError(f"{results.relative_to(root)}: no tables; need a run, make reproduce PROFILE={profile}")
-    found = git(root, "ls-tree", "--name-only", "HEAD", f"{results.relative_to(root).as_posix()}/") or ""
-    if not (known := {Path(name).stem for name in found.splitlines() if name.endswith(".csv")}):
-        raise FileNotFoundError(f"{results.relative_to(root)}: the last commit has no tables there to compare with")
-    rows = [(path.stem, *compared(recorded(path, root), pd.read_csv(path))) for path in tables]
-    rows += [(name, "different", "is missing") for name in sorted(known - {path.stem for path in tables})]
-    return pd.DataFrame(rows, columns=["table", "agrees", "where"])
+    own = folders(profile, root)
+    results = own.results.relative_to(root)
+    if not any(own.results.glob("*.csv")):
+        raise FileNotFoundError(f"{results}: no tables; need a run, make reproduce PROFILE={profile}")
+    listed = git(root, "ls-tree", "-r", "--name-only", "HEAD", "data/results/", "figures/") or ""
+    tables = {path for path in map(Path, listed.splitlines()) if path.suffix == ".csv"}
+    if not any(path.parent == results for path in tables):
+        raise FileNotFoundError(f"{results}: the last commit has no tables there to compare with")
+    tables = {path for path in tables if f"{path.parent.name}-".startswith(f"{profile}-")}
+    tables |= {path.relative_to(root) for folder in (own.results, own.figures) for path in folder.glob("*.csv")}
+    rows = []
+    for path in sorted(tables, key=lambda path: (path.parent != results, path)):
+        there = root / path
+        told = compared(recorded(there, root), pd.read_csv(there)) if there.exists() else ("different", "is missing")
+        rows.append((path.parent.as_posix(), path.stem, *told))
+    return pd.DataFrame(rows, columns=["folder", "table", "agrees", "where"])
 
 
 def compared(before: pd.DataFrame | None, now: pd.DataFrame) -> tuple[str, str]:

@@ -148,10 +148,17 @@ def _play() -> None:
 def _compare(*, profile: str) -> int:
     from apexlib.suite.agreement import agreement
 
-    found = agreement(profile, project_root())
-    width = found["table"].str.len().max()
-    for row in found.itertuples():
-        print(f"{row.table:<{width}}  {row.agrees:<9}  {row.where}".rstrip())
+    found, lines = agreement(profile, project_root()), list[tuple[str, str, str]]()
+    for folder, rows in found.groupby("folder", sort=False):
+        if not lines:
+            lines.extend(zip(rows["table"], rows["agrees"], rows["where"], strict=True))
+        elif rows["agrees"].eq("equal").all():
+            lines.append((f"{folder}/", f"{len(rows)} equal", ""))
+        else:
+            lines.extend(zip(f"{folder}/" + rows["table"], rows["agrees"], rows["where"], strict=True))
+    width = max(len(name) for name, *_ in lines)
+    for name, agrees, where in lines:
+        print(f"{name:<{width}}  {agrees:<9}  {where}".rstrip())
     return int(found["agrees"].eq("different").any())
 
 
