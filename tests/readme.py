@@ -29,6 +29,8 @@ RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 SMALLER = ROOT / "data" / "results" / "study-840k"
+SETS = {"256 × 5": "study-256", "1,280 × 1": "study", "5,120 × 1": "study-5120", "20,480 × 1": "study-20480"}
+SET_PAIRS = (("lora", "full"), ("direct-random-1", "full"), ("apex", "full"), ("apex", "direct-random-1"))
 TOKENS = ROOT / "data" / "results" / "study-tokens"
 DORA = ROOT / "data" / "results" / "study-dora"
 DORA_PAIRS = (("dora", "lora"), ("dora-2.4%", "lora-2.4%"), ("dora", "full"), ("dora-2.4%", "full"))
@@ -248,6 +250,26 @@ def gradients() -> str:
 
 The test, `{name}` less `{than}` on the fresh seeds: {_INTERVAL.format(tested)} nats,
 {clear} {size} the margin of {margin:g}."""
+
+
+def sets() -> str:
+    """What full fine-tuning learnt from few and many conversations, and what others learnt less that."""
+    tables = {size: STUDY.with_name(name) / "instruction.csv" for size, name in SETS.items()}
+    rows = []
+    for size, table in tables.items():
+        if not table.exists():
+            continue
+        tried = pd.read_csv(table)
+        chosen = tried.query("chosen and method != 'base'")
+        full = chosen[chosen["method"] == "full"]
+        row = {"conversations": size, "seeds": full["seed"].nunique(), "`full`, rate": f"{full['learning_rate'].iloc[0]:g}"}
+        row |= {f"`full`, {title}": f"{full[name].mean():.4f}" for name, title in MEASURES.items()}
+        above = _above(chosen, _named(SET_PAIRS)).set_index("")["answer loss, nats"]
+        rows.append(row | above.to_dict())
+    shown = pd.DataFrame(rows).set_index("conversations").T.rename_axis("").reset_index()
+    return f"""{shown.to_markdown(index=False, disable_numparse=True)}
+
+Differences of answer losses, in nats; at the rates that {" and ".join(f"`{n}`" for n in ("full", "apex", "lora"))} chose."""
 
 
 def tokens() -> str:
@@ -508,6 +530,7 @@ SECTIONS = {
     "performance": performance,
     "reliability": reliability,
     "run": run,
+    "sets": sets,
     "short": short,
     "sizes": sizes,
     "study": study,
