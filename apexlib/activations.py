@@ -296,7 +296,7 @@ class _UnitSums:
 
 def weight_norms(model: PreTrainedModel) -> pd.DataFrame:
     """Frobenius norm of every unit's weights, taken in float64: columns `layer`, `component`, `unit`, `weight_norm`."""
-    return _unit_norms(model, "weight_norm", _unit_weights(model))
+    return _unit_norms(model, "weight_norm", unit_weights(model))
 
 
 def gradient_norms(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> pd.DataFrame:
@@ -305,7 +305,7 @@ def gradient_norms(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     The gradient is that of the mean loss over all labelled tokens of `batches`, which have `labels`, in evaluation
     mode; it takes memory as a step of full fine-tuning does. Raises ValueError if no token is labelled.
     """
-    weights = _unit_weights(model)
+    weights = unit_weights(model)
     sums = {name: torch.zeros_like(weight, dtype=wide(weight.dtype)) for name, weight in weights.items()}
     frozen, tokens = [weight for weight in weights.values() if not weight.requires_grad], 0
     try:
@@ -318,9 +318,7 @@ def gradient_norms(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
                 inputs = on_device(model, batch)
                 if not (labelled := int((inputs["labels"][:, 1:] != -100).sum())):
                     continue
-                loss = model(**inputs, use_cache=False).loss * labelled
-                for total, gradient in zip(sums.values(), torch.autograd.grad(loss, [*weights.values()]), strict=True):
-                    total += gradient
+                add_gradients(model(**inputs, use_cache=False).loss * labelled, weights, sums)
                 tokens += labelled
     finally:
         for weight in frozen:
@@ -330,7 +328,14 @@ def gradient_norms(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     return _unit_norms(model, "gradient_norm", {name: total / tokens for name, total in sums.items()})
 
 
-def _unit_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def add_gradients(loss: Tensor, weights: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Add the gradient of a loss by each weight to its sum."""
+    for name, gradient in zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True):
+        sums[name].add_(gradient)
+
+
+def unit_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The matrices that units have a part of, by the name of their module."""
     modules = {slot.module for part in model_components(model) for slot in part.slots.values()}
     return {name: model.get_submodule(name).weight for name in sorted(modules)}
 

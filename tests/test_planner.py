@@ -9,6 +9,7 @@ from sharded_run import launched
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from apexlib import ApexConfig, config_for_share, plan_budget
+from apexlib.activations import gradient_norms
 from apexlib.analysis.budget import calibrate, lora_rank_for_share, trained_share
 from apexlib.training.methods import METHODS, method_of
 from benchmarks.measure import MIB, peak_and_kinds
@@ -44,6 +45,20 @@ def test_the_peak_of_a_step_is_what_was_forecast(budget, method):
     assert budget.loc[method, "train_mib"] == pytest.approx(peak_of_a_step(work) / MIB, rel=0.02)
     trainable = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
     assert budget.loc[method, "trainable"] == trainable
+
+
+def test_the_peak_of_a_selection_by_gradients_is_what_was_forecast(budget):
+    """A whole gradient and the sum of those before it: what the forward pass of other strategies does not need."""
+    settings = replace(APEX, strategy="gradient")
+    planned = plan_budget(llama_config(CASE), settings, batch=2, length=48, methods=["apex", "full"]).set_index(
+        "method"
+    )
+    work = workload(CASE, "full")
+    batch = dict.fromkeys(("input_ids", "labels"), work.inputs[0])
+    peak = peak_and_kinds(replace(work, step=lambda: gradient_norms(work.model, [batch])))[0] / MIB
+    assert planned.loc["apex", "assess_mib"] == pytest.approx(peak, rel=0.02)
+    assert planned.loc["apex", "assess_mib"] > 2 * budget.loc["apex", "assess_mib"]
+    assert planned.loc["full", "assess_mib"] == budget.loc["full", "assess_mib"] == 0
 
 
 def test_flops_of_full_fine_tuning_are_six_per_weight_and_token_and_attention(budget):
@@ -180,6 +195,8 @@ def test_what_cannot_be_planned_is_refused():
         plan_budget(TINY_LLAMA, batch=1, length=8, devices=0)
     with pytest.raises(ValueError, match="strategy 'zero3': need one of ddp, fsdp, zero2"):
         plan_budget(TINY_LLAMA, batch=1, length=8, devices=8, strategy="zero3")
+    with pytest.raises(ValueError, match="strategy 'gradient': under FSDP no process holds whole gradients"):
+        plan_budget(TINY_LLAMA, ApexConfig(strategy="gradient"), batch=1, length=8, devices=8, strategy="fsdp")
     assert torch.get_default_device() == torch.device("cpu")
 
 

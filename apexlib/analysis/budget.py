@@ -23,10 +23,11 @@ from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_fl
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from apexlib.activations import unit_table
+from apexlib.activations import add_gradients, unit_table, unit_weights
 from apexlib.analysis.devices import STRATEGIES, Alone, Fsdp2
 from apexlib.architectures import family_of, model_components
 from apexlib.files import pretrained, untrained
+from apexlib.fused_ffn import wide
 from apexlib.plan import ApexConfig
 from apexlib.training.methods import METHODS, Method, method_of
 
@@ -57,11 +58,11 @@ def plan_budget(
     """Say what a run on `batch` sequences of `length` tokens a step and device needs, one row per method.
 
     Columns: `method`; `parameters` of the plain model; `trainable`, operators included, and `share`, which leaves them
-    out of what trains; `flops_per_step` (dense products, a multiply-add is two); `assess_mib`, `train_mib`, `fuse_mib`,
-    the peak of each phase, weights included; of `train_mib`, at its moment, `parameters_mib`, `optimizer_mib` of
-    AdamW's state, `gradients_mib`, `gathered_mib` of what an engine has collected or is sending, and `activations_mib`,
-    the rest; `traffic_mib` that a device sends in a step; `disk_mib` of the checkpoints of all stages;
-    `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
+    out of what trains; `flops_per_step` (dense products, a multiply-add is two); `assess_mib` (with gradients, where
+    they select), `train_mib`, `fuse_mib`, the peak of each phase, weights included; of `train_mib`, at its moment,
+    `parameters_mib`, `optimizer_mib` of AdamW's state, `gradients_mib`, `gathered_mib` of what an engine has collected
+    or is sending, and `activations_mib`, the rest; `traffic_mib` that a device sends in a step; `disk_mib` of the
+    checkpoints of all stages; `seconds_per_step`, where `flops_per_second` says what the machine reaches (`calibrate`).
 
     All of it is for one of `devices` that share the work by a `strategy`: "ddp", a whole model on each; "fsdp", FSDP2
     by decoder layers, for which `fuse_mib` is memory of the first process's host; "zero2", DeepSpeed's ZeRO 2, which
@@ -87,6 +88,9 @@ def plan_budget(
         if value < 1:
             raise ValueError(f"{name}: need at least 1, got {value}")
     shape = config_or_name if isinstance(config_or_name, PretrainedConfig) else pretrained(AutoConfig, config_or_name)
+    by_gradients = config is not None and config.strategy == "gradient"
+    if by_gradients and devices > 1 and strategy == "fsdp":
+        raise ValueError("strategy 'gradient': under FSDP no process holds whole gradients; need another strategy")
     config, options = replace(config or ApexConfig(), strategy="random"), {}
     if share is not None:
         config, options = config_for_share(shape, share, config), {"lora_rank": lora_rank_for_share(shape, share)}
@@ -98,7 +102,8 @@ def plan_budget(
             method = method_of(name, config, **options)
             model = _on_meta(shape, dtype, layers)
             share_out = partial(STRATEGIES[strategy] if devices > 1 else Alone, devices=devices)
-            counts.append(pd.Series(_count(model, method, batch, length, gradient_checkpointing, share_out)))
+            asked = (batch, length, gradient_checkpointing, share_out, by_gradients)
+            counts.append(pd.Series(_count(model, method, *asked)))
         whole = counts[0] + (counts[-1] - counts[0]) * ((depth - 2) / 2)
         stages = config.stages if method.staged else 1
         rows.append({"method": name, **whole, "disk_mib": whole["disk_mib"] * stages})
@@ -168,7 +173,13 @@ def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.flo
 
 
 def _count(
-    plain: PreTrainedModel, method: Method, batch: int, length: int, checkpointing: bool, share_out: Callable
+    plain: PreTrainedModel,
+    method: Method,
+    batch: int,
+    length: int,
+    checkpointing: bool,
+    share_out: Callable,
+    by_gradients: bool,
 ) -> dict[str, float]:
     """Count one model on the meta device: parameters, FLOPs and MiB."""
     ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
@@ -183,6 +194,13 @@ def _count(
         with torch.no_grad(), engine, _Counter((*engine.parameters(), *plain.buffers(), ids), engine) as assess:
             plain.base_model(input_ids=ids, use_cache=False)
         sizes["assess"] = assess.peak
+    if method.assesses and by_gradients:
+        weights = unit_weights(plain)
+        with _Counter((*plain.parameters(), *plain.buffers(), ids)) as assess:
+            sums = {name: torch.zeros_like(weight, dtype=wide(weight.dtype)) for name, weight in weights.items()}
+            add_gradients(plain(input_ids=ids, labels=ids, use_cache=False).loss, weights, sums)
+        del weights, sums
+        sizes["assess"] = max(sizes["assess"], assess.peak)
     model = method.begin(plain, 0, equal_statistics(plain)).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
