@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,13 +23,16 @@ from apexlib.suite.comparison import token_ratios
 from apexlib.suite.differences import paired_differences
 from apexlib.suite.figures import told
 from apexlib.suite.ledger import choose, claims_table, measured, read_claims, repeated
+from apexlib.suite.measures import matched
 from apexlib.suite.overview import WORDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
-SMALLER = ROOT / "data" / "results" / "study-840k"
+SIZES = {"0.46 M, five bases": "460k", "0.84 M, five bases": "840k", "1.5 M, five bases": "1500k"}
+SIZES = {size: STUDY.with_name(f"study-{name}") for size, name in SIZES.items()} | {"2.7 M, one base": STUDY}
+STEPS = ROOT / "figures" / "study-840k"  # with those of the study, and others
 SETS = {"256 × 5": "study-256", "1,280 × 1": "study", "5,120 × 1": "study-5120", "20,480 × 1": "study-20480"}
 SET_PAIRS = (("lora", "full"), ("direct-random-1", "full"), ("apex", "full"), ("apex", "direct-random-1"))
 TOKENS = ROOT / "data" / "results" / "study-tokens"
@@ -145,12 +149,12 @@ def study() -> str:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in here["verdict"].value_counts().items())
     turned = here[here["verdict"] != default["verdict"]]["verdict"].items()
     said = ", ".join(f"{number} ({default.loc[number, 'verdict']}, here {verdict})" for number, verdict in turned)
-    steps = pd.read_csv(ROOT / "figures" / SMALLER.name / "decomposition.csv")  # with the study's, and others
+    steps = pd.read_csv(STEPS / "decomposition.csv")
     steps = steps[steps["panel"] == steps["panel"].iloc[0]]
     steps["change"] = steps.apply(_INTERVAL.format, axis=1)
     changes = steps.pivot(index="setting", columns="method", values="change")
     changes = changes.loc[steps["setting"].unique(), steps["method"].unique()].rename_axis(columns=None).reset_index()
-    return f"""{told("decomposition", ROOT / "figures" / SMALLER.name)[0]} The answer loss, in nats:
+    return f"""{told("decomposition", STEPS)[0]} The answer loss, in nats:
 
 {changes.to_markdown(index=False, disable_numparse=True)}
 
@@ -170,35 +174,52 @@ def _at_ends(chosen: pd.DataFrame, grid: pd.Series) -> str:
 
 
 def sizes() -> str:
-    """What bases of two sizes say of the same claims: those that the page asks first, and verdicts that differ."""
-    if not (SMALLER / "claims.csv").exists():
-        return "Not run to its end yet."
-    tables = [claims_table(folder).query("verdict != 'not measured'") for folder in (SMALLER, STUDY)]
-    small, study = ({row.number: row for row in table.itertuples()} for table in tables)
-    both = [number for number in small if number in study]
-    lines = ["| | claim | the paper | 0.84 M, five bases | 2.7 M, one base |", "|---|---|---|---|---|"]
+    """What bases of several sizes say of the same claims: those that the page asks first, and verdicts that differ."""
+    found = {
+        size: _decided(claims_table(folder)) for size, folder in SIZES.items() if (folder / "masking.csv").exists()
+    }
+    study = found[[*SIZES][-1]]
+    lines = _table_head("", ["claim", "the paper", *found])
     for number in dict.fromkeys(chain(*WORDS["questions"].values(), ADVICE)):
-        if number in both:
-            cells = [f"{measured(rows[number])}: **{rows[number].verdict}**" for rows in (small, study)]
-            lines.append(f"| {number} | {small[number].statement} | {small[number].expected} | {' | '.join(cells)} |")
-    turned = [number for number in both if small[number].verdict != study[number].verdict]
-    said = ", ".join(f"{number} ({study[number].verdict}, here {small[number].verdict})" for number in turned)
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in tables[0]["verdict"].value_counts().items())
-    of_answers = ", ".join(str(number) for number in both if small[number].unit == "share of answers")
-    tried = [pd.read_csv(folder / "instruction.csv") for folder in (SMALLER, STUDY)]
-    full = [runs[runs["chosen"] & (runs["method"] == "full")] for runs in tried]
-    right = [f"{runs['exact_match'].mean():.0%}" for runs in full]
+        rows = (table.get(number) for table in found.values())
+        cells = (f"{measured(row)}: **{row.verdict}**" if row else "–" for row in rows)
+        cells = (number, study[number].statement, study[number].expected, *cells)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for size, table in found.items():
+        if table is not study and len(table) > len(study) / 2:
+            lines += ["", fill(" ".join(_of_size(size, table, study).split()), 120, break_on_hyphens=False)]
+    return "\n".join(lines)
+
+
+def _decided(table: pd.DataFrame) -> dict[int, Any]:
+    """The rows of a ledger that were measured, by number."""
+    return {row.number: row for row in table.itertuples() if row.verdict != "not measured"}
+
+
+def _of_size(size: str, table: Mapping[int, Any], study: Mapping[int, Any]) -> str:
+    """How the verdicts of a smaller size differ from those of the study, and what to know of its runs."""
+    both = [number for number in table if number in study]
+    turned = [number for number in both if table[number].verdict != study[number].verdict]
+    said = ", ".join(f"{number} ({study[number].verdict}, here {table[number].verdict})" for number in turned)
+    counts = pd.Series([row.verdict for row in table.values()]).value_counts().items()
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in counts)
+    of_answers = ", ".join(str(number) for number in both if table[number].unit == "share of answers")
+    tried = [pd.read_csv(folder / "instruction.csv") for folder in (SIZES[size], STUDY)]
+    right = [runs.query("chosen and method == 'full'")["exact_match"].mean() for runs in tried]
     grid = tried[0].loc[tried[0]["method"] == "full", "learning_rate"]
-    ends_at = pd.read_csv(SMALLER / "continued.csv").query("chosen and tokens == tokens.max()")
+    ends_at = pd.read_csv(SIZES[size] / "continued.csv").query("chosen and tokens == tokens.max()")
     pair = {"apex-all": ("restart-all", "apex-all")}
     beside = summarise(paired_differences(ends_at, pair, "loss"), ["method"], "above").iloc[0]
-    ends = f"""Of {len(small)} claims that the smaller bases measure: {counts}. The larger one measures {len(both)} of
-        them and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, the smaller ones give
-        {right[0]} of the answers that are asked for, the larger one {right[1]}: claims on shares of answers
-        ({of_answers}) mean little there. Continued pre-training there (38), `apex-all` less `restart-all`, which has a
-        fresh optimizer half way as APEX has, and no more: {_INTERVAL.format(beside)} nats. Of the rates there,
-        {_at_ends(tried[0].query("chosen"), grid)}"""
-    return "\n".join([*lines, "", fill(" ".join(ends.split()), 120, break_on_hyphens=False)])
+    of_size = size.partition(",")[0]
+    return f"""Of {len(table)} claims that bases of {of_size} measure: {counts}. The study measures {
+        len(both)
+    } of them and
+        comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, they give {right[0]:.0%} of the
+        answers that are asked for, the study's base {right[1]:.0%}{
+        f": claims on shares of answers ({of_answers}) mean little there" if right[0] < 0.2 else ""
+    }. Continued
+        pre-training (38), `apex-all` less `restart-all`, which has a fresh optimizer half way as APEX has, and no more:
+        {_INTERVAL.format(beside)} nats. Of the rates, {_at_ends(tried[0].query("chosen"), grid)}"""
 
 
 def _above(runs: pd.DataFrame, pairs: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
@@ -253,23 +274,32 @@ The test, `{name}` less `{than}` on the fresh seeds: {_INTERVAL.format(tested)} 
 
 
 def sets() -> str:
-    """What full fine-tuning learnt from few and many conversations, and what others learnt less that."""
-    tables = {size: STUDY.with_name(name) / "instruction.csv" for size, name in SETS.items()}
-    rows = []
-    for size, table in tables.items():
-        if not table.exists():
+    """What full fine-tuning learnt from few and many conversations, and what others learnt and forgot less that."""
+    columns, clear = {}, dict[str, list[str]]()
+    for size, name in SETS.items():
+        if not (folder := STUDY.with_name(name)).joinpath("instruction.csv").exists():
             continue
-        tried = pd.read_csv(table)
-        chosen = tried.query("chosen and method != 'base'")
+        chosen = pd.read_csv(folder / "instruction.csv").query("chosen and method != 'base'")
         full = chosen[chosen["method"] == "full"]
-        row = {"conversations": size, "seeds": full["seed"].nunique(), "`full`, rate": f"{full['learning_rate'].iloc[0]:g}"}
-        row |= {f"`full`, {title}": f"{full[name].mean():.4f}" for name, title in MEASURES.items()}
-        above = _above(chosen, _named(SET_PAIRS)).set_index("")["answer loss, nats"]
-        rows.append(row | above.to_dict())
-    shown = pd.DataFrame(rows).set_index("conversations").T.rename_axis("").reset_index()
-    return f"""{shown.to_markdown(index=False, disable_numparse=True)}
+        said = {"seeds": f"{full['seed'].nunique()}", "rate of `full`": f"{full['learning_rate'].iloc[0]:g}"}
+        said |= {f"`full`: {title}": f"{full[name].mean():.4f}" for name, title in MEASURES.items()}
+        above = paired_differences(chosen, _named(SET_PAIRS), "answer_loss")
+        at_one = {"table": "instruction", "column": "retention_loss", "along": "valid_loss", "over": "full"}
+        for of in ("lora", "apex"):
+            forgotten = -matched(folder, of=of, **at_one)
+            row = {"method": f"`{of}` less `full`: retention at the same loss", "above": forgotten}
+            above = pd.concat([above, pd.DataFrame(row)])
+        rows = summarise(above, ["method"], "above").set_index("method")
+        columns[size] = said | rows.apply(_INTERVAL.format, axis=1).to_dict()
+        for row in rows.index[rows["low"] * rows["high"] > 0]:
+            clear.setdefault(row, []).append(size)
+    shown = pd.DataFrame(columns).rename_axis("conversations").reset_index()
+    said = "; ".join(f"{row}, at {', '.join(sizes)}" for row, sizes in clear.items())
+    return f"""Differences in nats, within a seed, 95 % intervals.
 
-Differences of answer losses, in nats; at the rates that {" and ".join(f"`{n}`" for n in ("full", "apex", "lora"))} chose."""
+{shown.to_markdown(index=False, disable_numparse=True)}
+
+Clear of zero, of which chance makes one in twenty: {said or "none"}."""
 
 
 def tokens() -> str:
