@@ -32,6 +32,7 @@ BENCH = ROOT / "data" / "results" / "bench"
 STUDY = ROOT / "data" / "results" / "study"
 SIZES = {"0.46 M, five bases": "460k", "0.84 M, five bases": "840k", "1.5 M, five bases": "1500k"}
 SIZES = {size: STUDY.with_name(f"study-{name}") for size, name in SIZES.items()} | {"2.7 M, one base": STUDY}
+OF_SMALL_MODELS = (5, 6, 7, 8)  # claims on what training does, of which the shipped base has no checkpoints
 STEPS = ROOT / "figures" / "study-840k"  # with those of the study, and others
 SETS = {"256 × 5": "study-256", "1,280 × 1": "study", "5,120 × 1": "study-5120", "20,480 × 1": "study-20480"}
 SET_PAIRS = (("lora", "full"), ("direct-random-1", "full"), ("apex", "full"), ("apex", "direct-random-1"))
@@ -175,18 +176,19 @@ def _at_ends(chosen: pd.DataFrame, grid: pd.Series) -> str:
 
 def sizes() -> str:
     """What bases of several sizes say of the same claims: those that the page asks first, and verdicts that differ."""
-    found = {
-        size: _decided(claims_table(folder)) for size, folder in SIZES.items() if (folder / "masking.csv").exists()
-    }
+    there = {size: folder for size, folder in SIZES.items() if (folder / "masking.csv").exists()}
+    found = {size: _decided(claims_table(folder)) for size, folder in there.items()}
     study = found[[*SIZES][-1]]
+    for number in OF_SMALL_MODELS:
+        study.pop(number, None)
     lines = _table_head("", ["claim", "the paper", *found])
-    for number in dict.fromkeys(chain(*WORDS["questions"].values(), ADVICE)):
-        rows = (table.get(number) for table in found.values())
+    for number in dict.fromkeys(chain(range(1, 7), *WORDS["questions"].values(), ADVICE)):
+        rows = [table.get(number) for table in found.values()]
+        claim = next(filter(None, rows))
         cells = (f"{measured(row)}: **{row.verdict}**" if row else "–" for row in rows)
-        cells = (number, study[number].statement, study[number].expected, *cells)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {number} | {claim.statement} | {claim.expected} | {' | '.join(cells)} |")
     for size, table in found.items():
-        if table is not study and len(table) > len(study) / 2:
+        if table is not study and (SIZES[size] / "instruction.csv").exists():
             lines += ["", fill(" ".join(_of_size(size, table, study).split()), 120, break_on_hyphens=False)]
     return "\n".join(lines)
 
@@ -210,14 +212,11 @@ def _of_size(size: str, table: Mapping[int, Any], study: Mapping[int, Any]) -> s
     ends_at = pd.read_csv(SIZES[size] / "continued.csv").query("chosen and tokens == tokens.max()")
     pair = {"apex-all": ("restart-all", "apex-all")}
     beside = summarise(paired_differences(ends_at, pair, "loss"), ["method"], "above").iloc[0]
+    little = f": claims on shares of answers ({of_answers}) mean little there" if right[0] < 0.2 else ""
     of_size = size.partition(",")[0]
-    return f"""Of {len(table)} claims that bases of {of_size} measure: {counts}. The study measures {
-        len(both)
-    } of them and
-        comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, they give {right[0]:.0%} of the
-        answers that are asked for, the study's base {right[1]:.0%}{
-        f": claims on shares of answers ({of_answers}) mean little there" if right[0] < 0.2 else ""
-    }. Continued
+    return f"""Of {len(table)} claims that bases of {of_size} measure: {counts}. The study measures {len(both)} of them
+        and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, they give {right[0]:.0%} of the
+        answers that are asked for, the study's base {right[1]:.0%}{little}. Continued
         pre-training (38), `apex-all` less `restart-all`, which has a fresh optimizer half way as APEX has, and no more:
         {_INTERVAL.format(beside)} nats. Of the rates, {_at_ends(tried[0].query("chosen"), grid)}"""
 
