@@ -215,8 +215,8 @@ def _of_size(size: str, table: Mapping[int, Any], study: Mapping[int, Any]) -> s
     little = f": claims on shares of answers ({of_answers}) mean little there" if right[0] < 0.2 else ""
     of_size = size.partition(",")[0]
     return f"""Of {len(table)} claims that bases of {of_size} measure: {counts}. The study measures {len(both)} of them
-        and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, they give {right[0]:.0%} of the
-        answers that are asked for, the study's base {right[1]:.0%}{little}. Continued
+        and comes to another verdict on {len(turned)}: {said or "none"}. Fully fine-tuned, they give {right[0]:.0%} of
+        the answers that are asked for, the study's base {right[1]:.0%}{little}. Continued
         pre-training (38), `apex-all` less `restart-all`, which has a fresh optimizer half way as APEX has, and no more:
         {_INTERVAL.format(beside)} nats. Of the rates, {_at_ends(tried[0].query("chosen"), grid)}"""
 
