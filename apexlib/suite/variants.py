@@ -107,7 +107,7 @@ VARIANTS: dict[str, Variant] = {
         f"operator-lr-{scale:g}-2.4%": Variant(
             "apex", {"operator_lr_scale": scale}, share=0.024, rate=30.0, rate_of="apex-2.4%"
         )
-        for scale in (3.0, 10.0)
+        for scale in (0.1, 3.0, 10.0, 100.0)
     },
     **{
         f"{name}-rows-{rows}": Variant(
@@ -135,7 +135,7 @@ VARIANTS: dict[str, Variant] = {
     **{f"stages-{stages}": _half(stages=stages) for stages in (1, 2, 3, 4)},
     "halve": _half(stages=3, halve_fraction=True),  # one thing changed from "stages-3"
     **{name: _half(statistic=name) for name in ("mean", "ema", "ema_rank")},
-    **{f"operator-lr-{scale:g}": _half(operator_lr_scale=scale) for scale in (4.0, 10.0)},
+    **{f"operator-lr-{scale:g}": _half(operator_lr_scale=scale) for scale in (0.1, 4.0, 10.0, 100.0)},
     "balance": _half(balance_weight=0.01),
 }
 
