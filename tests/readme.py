@@ -34,6 +34,7 @@ SIZES = {"0.46 M, five bases": "460k", "0.84 M, five bases": "840k", "1.5 M, fiv
 SIZES = {size: STUDY.with_name(f"study-{name}") for size, name in SIZES.items()} | {"2.7 M, one base": STUDY}
 OF_SMALL_MODELS = (5, 6, 7, 8)  # claims on what training does, of which the shipped base has no checkpoints
 STEPS = ROOT / "figures" / "study-840k"  # with those of the study, and others
+OPERATORS = STUDY.with_name("study-operators")
 SETS = {"256 × 5": "study-256", "1,280 × 1": "study", "5,120 × 1": "study-5120", "20,480 × 1": "study-20480"}
 SET_PAIRS = (("lora", "full"), ("direct-random-1", "full"), ("apex", "full"), ("apex", "direct-random-1"))
 TOKENS = ROOT / "data" / "results" / "study-tokens"
@@ -246,6 +247,25 @@ def adapters() -> str:
 {", ".join(said)}.
 
 {table}"""
+
+
+def operators() -> str:
+    """What operators add to rows that train, at rates over three decades and drawn otherwise, and alone."""
+    if not (OPERATORS / "instruction.csv").exists():
+        return "Not run to its end yet."
+    chosen = pd.read_csv(OPERATORS / "instruction.csv").query("chosen and method != 'base'")
+    methods = [name for name in chosen["method"].unique() if not name.startswith(("full", "direct"))]
+    pairs = _named((name, "direct-2.4%" if name.endswith("-2.4%") else "direct") for name in methods)
+    table = _above(chosen, pairs)
+    moved = chosen.groupby("method")["by_operator"].mean()[methods].map("{:.0%}".format).replace("nan%", "–")
+    table.insert(1, "by operators", moved.to_numpy())
+    above = summarise(paired_differences(chosen, pairs, "answer_loss"), ["method"], "above").set_index("method")
+    learnt = [f"{name} ({_INTERVAL.format(row)})" for name, row in above.loc[[*pairs]].iterrows() if row["high"] < 0]
+    return f"""Means over {chosen["seed"].nunique()} seeds, 95 % intervals; by operators: their part of what rows moved.
+
+{table.to_markdown(index=False, disable_numparse=True)}
+
+A lower answer loss, clear of zero: {"; ".join(learnt) or "none"}."""
 
 
 def gradients() -> str:
@@ -556,6 +576,7 @@ SECTIONS = {
     "devices": devices,
     "effective_rank": effective_rank,
     "gradients": gradients,
+    "operators": operators,
     "performance": performance,
     "reliability": reliability,
     "run": run,
