@@ -309,6 +309,7 @@ def sets() -> str:
             row = {"method": f"`{of}` less `full`: retention at the same loss", "above": forgotten}
             above = pd.concat([above, pd.DataFrame(row)])
         rows = summarise(above, ["method"], "above").set_index("method")
+        rows = rows.rename(index={pair: f"{pair}: answer loss" for pair in _named(SET_PAIRS)})
         columns[size] = said | rows.apply(_INTERVAL.format, axis=1).to_dict()
         for row in rows.index[rows["low"] * rows["high"] > 0]:
             clear.setdefault(row, []).append(size)
