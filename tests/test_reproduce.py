@@ -1129,9 +1129,11 @@ def test_a_profile_file_of_ones_own(small, capsys):
 def test_list_shows_profiles_notebooks_and_parameters(small, capsys):
     small.profile("paper", runnable=False, why="8 GPUs")
     small.profile("more", notebooks={"00_only": {"n": 9}})
+    small.profile("one-of-a-long-name", notebooks={"00_only": {}})
     assert main(["--list", "--profile", "more"]) == 0
     shown = capsys.readouterr().out
-    assert "profile paper     as written (not run here)" in shown
+    assert f"profile {'paper':<18}  as written (not run here)" in shown
+    assert "profile one-of-a-long-name  as written\n" in shown
     assert "00_only  writes data/x" in shown
     assert "  n: int = 9\n" in shown
     assert "  profile: str = 'more'  # whose folders\n" in shown

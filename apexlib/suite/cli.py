@@ -183,9 +183,11 @@ def _listing(profile: str, root: Path) -> Iterator[str]:
     from apexlib.suite.notebooks import read_profile, resolve
 
     folder = root / "notebooks"
-    for path in sorted((folder / "profiles").glob("*.yaml")):
-        each = read_profile(path.stem, folder / "profiles")
-        yield f"profile {each.name:<9} {each.description}{'' if each.runnable else ' (not run here)'}"
+    names = sorted(path.stem for path in (folder / "profiles").glob("*.yaml"))
+    for name in names:
+        each = read_profile(name, folder / "profiles")
+        note = "" if each.runnable else " (not run here)"
+        yield f"profile {name:<{max(map(len, names))}}  {each.description}{note}"
     chosen = read_profile(profile, folder / "profiles")
     for name, notebook in chosen.read_notebooks(folder).items():
         values = resolve(notebook, chosen, {})
