@@ -482,6 +482,10 @@ def test_a_run_of_the_library_depends_on_what_computes_it_and_on_nothing_else():
         assert f"apexlib.{name}" in found
     assert {"apexlib.expansion", "apexlib.selection", "apexlib.activations", "apexlib.text.skills"} <= modules
     assert "apexlib.text.skills._calendar" in found  # an entry of a table
+    assert "apexlib.suite.variants.Variant" in found
+    assert (
+        "apexlib.suite.variants.VARIANTS" not in found
+    )  # a run is given its own: one more leaves the others' as they are
     found = set(found) - {"apexlib.suite.trials.DEADLINE", "apexlib.suite.trials.time_left"}  # when to stop, not what
     others = (*(f"suite.{name}" for name in ("figures", "overview", "runner", "ledger", "trials")), "training.bar")
     for room in (*others, "analysis.difference", "analysis.function_spectrum"):

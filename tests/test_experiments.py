@@ -47,7 +47,7 @@ from apexlib.suite.runs import (
     pretraining_run,
     untouched_run,
 )
-from apexlib.suite.variants import VARIANTS
+from apexlib.suite.variants import VARIANTS, Variant, settings_of
 from apexlib.text.corpora import load_corpus
 from apexlib.text.datasets import batches, collate, encode_chat, in_one_row, pack
 from apexlib.text.skills import skills, skills_text
@@ -131,11 +131,18 @@ def test_ablations_change_one_thing_each():
         assert sum(own[field] != value for field, value in start.items()) <= 1, name
 
 
+def test_what_a_run_is_given_is_all_of_its_variant_and_survives_a_file():
+    for name, variant in VARIANTS.items():
+        named, *own = json.loads(json.dumps(settings_of(name))).items()
+        assert named == ("name", name)
+        assert Variant(**dict(own)) == replace(variant, rate_of=None)  # which chooses rates, and is no part of a run
+
+
 def test_a_variant_has_its_rates_in_units_of_its_own(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(VARIANTS, "twice", replace(VARIANTS["full"], rate=2.0))
     half = settings | {"learning_rate": settings["learning_rate"] / 2}
-    one = instruction_run(folder=tmp_path / "one", variant="full", chat=CHAT, **settings)
-    two = instruction_run(folder=tmp_path / "two", variant="twice", chat=CHAT, **half)
+    one = instruction_run(folder=tmp_path / "one", variant=settings_of("full"), chat=CHAT, **settings)
+    two = instruction_run(folder=tmp_path / "two", variant=settings_of("twice"), chat=CHAT, **half)
     assert one["update_norm"] > 0
     assert {name: one[name] for name in ("update_norm", "valid_loss", "retention_loss")}.items() <= two.items()
 
@@ -265,7 +272,7 @@ def test_pairs_over_examples_match_the_literal_formula():
 
 @pytest.mark.parametrize("variant", ["full-all", "apex", "lora", "no-operator"])
 def test_an_instruction_run_measures_the_model_it_leaves(variant, settings, base, tmp_path):
-    result = instruction_run(folder=tmp_path, variant=variant, chat=CHAT, **settings)
+    result = instruction_run(folder=tmp_path, variant=settings_of(variant), chat=CHAT, **settings)
     last = sorted(tmp_path.glob("stage-*"))[-1]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(last), AutoTokenizer.from_pretrained(base)
     result |= answers_run(folder=tmp_path, model=str(last), chat=CHAT, **settings)
@@ -299,7 +306,9 @@ def test_conversations_in_one_row_train_as_padded_ones_do(variant, settings, tmp
     found = []
     for longest in (1024, 0):
         monkeypatch.setattr(runs, "_SHORT", longest)
-        found.append(instruction_run(folder=tmp_path / str(longest), variant=variant, chat=CHAT, **settings))
+        found.append(
+            instruction_run(folder=tmp_path / str(longest), variant=settings_of(variant), chat=CHAT, **settings)
+        )
         assert seen[-4:] == [4] * 4
         assert set(seen[:-4]) <= {2, 4}
     measured = [name for name in found[0] if name not in ("seconds_per_step", "peak_memory_mb")]
@@ -330,7 +339,8 @@ def test_without_tokens_to_write_only_the_loss_on_answers_is_measured(base, tmp_
 
 def test_the_same_run_twice_gives_the_same_numbers(settings, tmp_path):
     first, second = (
-        instruction_run(folder=tmp_path / name, variant="apex", chat=CHAT, **settings) for name in ("one", "two")
+        instruction_run(folder=tmp_path / name, variant=settings_of("apex"), chat=CHAT, **settings)
+        for name in ("one", "two")
     )
     costs = {"seconds_per_step", "peak_memory_mb"}
     assert {k: v for k, v in first.items() if k not in costs} == {k: v for k, v in second.items() if k not in costs}
@@ -338,7 +348,7 @@ def test_the_same_run_twice_gives_the_same_numbers(settings, tmp_path):
 
 @pytest.mark.parametrize("variant", ["full", "apex"])
 def test_a_run_out_of_time_goes_on_to_the_numbers_of_one_left_alone(variant, settings, tmp_path, monkeypatch):
-    asked, interrupted = {"variant": variant, "chat": CHAT, **settings}, 0
+    asked, interrupted = {"variant": settings_of(variant), "chat": CHAT, **settings}, 0
     whole = instruction_run(folder=tmp_path / "whole", **asked)
     for seconds in (0.02 * 1.3**attempt for attempt in range(40)):
         monkeypatch.setattr(runs, "time_left", lambda seconds=seconds: seconds)
@@ -376,7 +386,7 @@ def test_pretraining_out_of_time_goes_on_to_the_same_log(base, tmp_path, monkeyp
 
 def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_path):
     text = {"corpus": str(base / "text.txt"), "context": 16, "blocks": 6}
-    result = continued_run(folder=tmp_path, variant="apex", evaluations=2, text=text, **settings)
+    result = continued_run(folder=tmp_path, variant=settings_of("apex"), evaluations=2, text=text, **settings)
     assert [point["tokens"] for point in result["curve"]] == [0, 2 * 4 * 16, 4 * 4 * 16]
     tokenizer = AutoTokenizer.from_pretrained(base)
     held_out = pack(load_corpus(base / "text.txt", split="test"), tokenizer, 16)
@@ -389,14 +399,16 @@ def test_a_continued_run_draws_its_curve_from_the_base_on(settings, base, tmp_pa
 def test_a_run_of_its_own_length_takes_a_share_of_the_steps_under_a_rate_that_falls_to_zero(settings, base, tmp_path):
     text = {"corpus": str(base / "text.txt"), "context": 16, "blocks": 6}
     settings |= {"steps": 24, "retention": settings["retention"]}
-    result = continued_run(folder=tmp_path / "run", variant="apex-all-33%", evaluations=3, text=text, **settings)
+    result = continued_run(
+        folder=tmp_path / "run", variant=settings_of("apex-all-33%"), evaluations=3, text=text, **settings
+    )
     assert [point["tokens"] for point in result["curve"]] == [0, 8 * 4 * 16]
     data = {"train_dataset": text_blocks(load_tokenizer(base), text["corpus"], "train", 16)}
     own = {name: value for name, value in settings.items() if name not in ("base", "retention")} | {"steps": 8}
     left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-1", dtype=torch.float32).state_dict()
     for schedule in ("cosine", "constant_with_warmup"):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        by_hand = {"variant": "apex-all", "lr_scheduler_type": schedule}
+        by_hand = {"variant": settings_of("apex-all"), "lr_scheduler_type": schedule}
         record, _ = runs._train(model, data, tmp_path / schedule, **own, **by_hand)
         same = [torch.equal(left[name], value) for name, value in record.model.state_dict().items()]
         assert all(same) == (schedule == "cosine")
@@ -430,7 +442,10 @@ def fake(folder, variant, learning_rate, seed, base):
     with (folder.parent / "calls").open("a") as calls:
         calls.write(f"{folder.name}\n")
     (folder / "stage-0").mkdir()
-    return {"valid_loss": abs(learning_rate - (0.1 if variant == "full" else 0.2)) + seed, "text": "not a number"}
+    return {
+        "valid_loss": abs(learning_rate - (0.1 if variant["name"] == "full" else 0.2)) + seed,
+        "text": "not a number",
+    }
 
 
 def fake_measure(folder, model, variant, learning_rate, seed, base):

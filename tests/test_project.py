@@ -55,7 +55,7 @@ ARROWS = {
     "certificate": {"evaluation", "expansion", "files", "inspection", "plan", "projections", "provenance"},
 }
 SOURCES = sorted((ROOT / "apexlib").rglob("*.py"))
-LINES = {"a file": 400, "the method": 3079, "explore": 722, "the library": 14571}  # at most
+LINES = {"a file": 400, "the method": 3079, "explore": 722, "the library": 14585}  # at most
 SHAPE = ("d_model", "layers", "heads", "groups", "d_ff")
 
 

@@ -21,7 +21,7 @@ from apexlib.suite.folders import NotReadyError, home, locate, needed, relative
 from apexlib.suite.inputs import data_files
 from apexlib.suite.runs import untouched_run
 from apexlib.suite.trials import RESULT, Trial, run_trials
-from apexlib.suite.variants import STEPS, VARIANTS
+from apexlib.suite.variants import STEPS, VARIANTS, settings_of
 
 
 def grid_trials(
@@ -37,11 +37,11 @@ def grid_trials(
         raise ValueError(f"unknown variant {unknown[0]!r}; known: {', '.join(VARIANTS)}")
     if missing := sorted({*seeds} - {*bases}):
         raise ValueError(f"seeds {missing} of the grid: need a base for each, got those of seeds {sorted(bases)}")
-    files = data_files(settings)
+    files, given = data_files(settings), {name: settings_of(name) for name in variants}
     return [
         Trial(
             f"{variant}-lr{rate:g}-seed{seed}",
-            {"variant": variant, "learning_rate": rate, "seed": seed, "base": str(bases[seed]), **settings},
+            {"variant": given[variant], "learning_rate": rate, "seed": seed, "base": str(bases[seed]), **settings},
             reads=(Path(locate(bases[seed])), *files),
         )
         for variant in variants
@@ -53,7 +53,8 @@ def grid_trials(
 def runs_table(trials: Sequence[Trial], results: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
     """One row per trial: `method`, `learning_rate`, `seed`, each number of its result, `path` of its folder."""
     return pd.DataFrame(
-        {"method": trial.settings["variant"], **{name: trial.settings[name] for name in ("learning_rate", "seed")}}
+        {"method": trial.settings["variant"]["name"]}
+        | {name: trial.settings[name] for name in ("learning_rate", "seed")}
         | {name: value for name, value in result.items() if isinstance(value, int | float)}
         | {"path": relative(Path(folder) / trial.name)}
         for trial, result in zip(trials, results, strict=True)
@@ -173,7 +174,8 @@ def beside_untouched(tuning: Comparison, bases: Mapping[int, str], folder: Path,
         for seed, path in reversed(bases.items())  # a base that several seeds share is measured once
     }
     found = dict(zip(trials, run_trials(untouched_run, list(trials.values()), folder), strict=True))
-    named = [Trial(path, {"variant": "base", "learning_rate": 0.0, "seed": seed}) for seed, path in bases.items()]
+    untouched = {"variant": {"name": "base"}, "learning_rate": 0.0}
+    named = [Trial(path, {**untouched, "seed": seed}) for seed, path in bases.items()]
     base = runs_table(named, [found[path] for path in bases.values()], home()).assign(chosen=True)
     runs = pd.concat([base, tuning.runs], ignore_index=True)
     return Comparison(runs, tuning.results | {relative(home() / path): found[path] for path in found}, tuning.rates)

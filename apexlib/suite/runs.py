@@ -31,7 +31,7 @@ from apexlib.files import content_hash
 from apexlib.suite.inputs import conversations, documents, examples, load_model, load_tokenizer, text_blocks
 from apexlib.suite.memory import peak_mb, reset_peak
 from apexlib.suite.trials import time_left
-from apexlib.suite.variants import VARIANTS
+from apexlib.suite.variants import Variant
 from apexlib.text.answers import pad_token
 from apexlib.text.cache import corpus_hash
 from apexlib.text.corpora import final_answer
@@ -66,7 +66,8 @@ def instruction_run(*, folder: Path, base: str, chat: Settings, retention: Setti
 
     `chat`: `source`, `train`, `valid` and `test` (numbers of examples), `difficulties` (of skills), `max_length`,
     `max_new_tokens`. `retention`: `corpus`, `context`, `blocks`, text of the kind the base was trained on.
-    `training`: `variant`, `learning_rate`, `seed`, `steps`, `batch_size`, `stages`, `assessment_samples`.
+    `training`: `variant` (`settings_of` a name), `learning_rate`, `seed`, `steps`, `batch_size`, `stages`,
+    `assessment_samples`.
     Returns `instruction_losses`, the `movement` from the base and the cost of training, as JSON holds them; the stages'
     models stay in `folder`.
     """
@@ -155,7 +156,7 @@ def continued_run(
     start = {"tokens": 0} | _losses_of_base(base, tuple(text.items()), tuple(retention.items()))
     steps, tokens = training["steps"], training["batch_size"] * text["context"]
     schedule, every = "constant_with_warmup", max(1, steps // evaluations)
-    if (length := VARIANTS[training["variant"]].length) is not None:
+    if (length := training["variant"]["length"]) is not None:
         schedule, every = "cosine", max(1, round(length * steps))
         training["steps"] = every
     points = {"eval_strategy": "steps", "eval_steps": every, "per_device_eval_batch_size": 16}
@@ -209,7 +210,13 @@ def text_loss(
 
 
 def _train(
-    model: PreTrainedModel, data: Settings, folder: Path, variant: str, stages: int, assessment_samples: int, **own: Any
+    model: PreTrainedModel,
+    data: Settings,
+    folder: Path,
+    variant: Settings,
+    stages: int,
+    assessment_samples: int,
+    **own: Any,
 ) -> tuple[TrainingRecord, dict[str, float]]:
     """Train by a variant; return what it leaves and what it cost.
 
@@ -221,7 +228,7 @@ def _train(
     own |= {"max_steps": steps, "warmup_steps": max(1, round(0.05 * steps)), "logging_steps": max(1, steps // 20)}
     own |= {"per_device_train_batch_size": own.pop("batch_size"), "weight_decay": 0.0, "adam_beta2": 0.95}
     own |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    chosen, before = VARIANTS[variant], reset_peak()
+    chosen, before = Variant(**{name: each for name, each in variant.items() if name != "name"}), reset_peak()
     own["learning_rate"] *= chosen.rate
     arguments = TrainingArguments(str(folder), bf16=on_gpu, dataloader_pin_memory=on_gpu, **own)
     config = chosen.config(seed=arguments.seed, stages=stages, samples=assessment_samples, shape=model.config)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -85,6 +85,11 @@ _EVERYTHING = {  # continued pre-training: every weight trains, and APEX has ope
     "apex-all": Variant("apex", {"fraction": 0.125, "direct_heads": 1.0, "direct_channels": 1.0, "train_norms": True}),
     "restart-all": Variant("restart", rate_of="full-all"),
 }
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """All that decides what a variant trains, its name beside it: a run that is given these needs no other variant."""
+    return {"name": name, **asdict(replace(VARIANTS[name], rate_of=None))}
 
 
 def _half(method: Name = "apex", **changes: Any) -> Variant:
