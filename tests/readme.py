@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from conftest import OTHER_LAYOUTS, VARIANTS, build, smallest
-from study_page import adapters, advice, gradients, operators, sets, sizes, study, table_head, tokens
+from study_page import RESULTS, ROOT, adapters, advice, gradients, operators, sets, sizes, study, table_head, tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apexlib import ApexConfig, activation_statistics, expand, fuse, model_components, select
@@ -17,8 +17,6 @@ from apexlib.architectures import FAMILIES, NOT_COVERED
 from apexlib.suite.ledger import claims_table, measured, read_claims, repeated
 from apexlib.suite.overview import WORDS
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "data" / "results" / "cpu"
 BENCH = ROOT / "data" / "results" / "bench"
 
 

@@ -19,7 +19,7 @@ from apexlib.suite.overview import WORDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "data" / "results" / "cpu"
-STUDY = ROOT / "data" / "results" / "study"
+STUDY = RESULTS.with_name("study")
 SIZES = {"0.46 M, five bases": "460k", "0.84 M, five bases": "840k", "1.5 M, five bases": "1500k"}
 SIZES = {size: STUDY.with_name(f"study-{name}") for size, name in SIZES.items()} | {"2.7 M, one base": STUDY}
 OF_SMALL_MODELS = (5, 6, 7, 8)  # claims on what training does, of which the shipped base has no checkpoints
@@ -27,10 +27,10 @@ STEPS = ROOT / "figures" / "study-840k"  # with those of the study, and others
 OPERATORS = STUDY.with_name("study-operators")
 SETS = {"256 × 5": "study-256", "1,280 × 1": "study", "5,120 × 1": "study-5120", "20,480 × 1": "study-20480"}
 SET_PAIRS = (("lora", "full"), ("direct-random-1", "full"), ("apex", "full"), ("apex", "direct-random-1"))
-TOKENS = ROOT / "data" / "results" / "study-tokens"
-DORA = ROOT / "data" / "results" / "study-dora"
+TOKENS = STUDY.with_name("study-tokens")
+DORA = STUDY.with_name("study-dora")
 DORA_PAIRS = (("dora", "lora"), ("dora-2.4%", "lora-2.4%"), ("dora", "full"), ("dora-2.4%", "full"))
-GRADIENT = ROOT / "data" / "results" / "study-gradient"
+GRADIENT = STUDY.with_name("study-gradient")
 FRESH = 5  # the first seed of `study-gradient` that was run after the others had been looked at
 GRADIENT_PAIRS = (("direct-gradient", "direct"), ("direct-gradient", "direct-random"), ("direct-gradient", "full"))
 GRADIENT_PAIRS += (("gradient", "direct-gradient"), ("gradient", "apex"))
@@ -225,7 +225,7 @@ The test, `{name}` less `{than}` on the fresh seeds: {_INTERVAL.format(tested)} 
 
 def sets() -> str:
     """What full fine-tuning learnt from few and many conversations, and what others learnt and forgot less that."""
-    columns, clear = {}, dict[str, list[str]]()
+    columns, clear, pairs = {}, dict[str, list[str]](), _named(SET_PAIRS)
     for size, name in SETS.items():
         if not (folder := STUDY.with_name(name)).joinpath("instruction.csv").exists():
             continue
@@ -233,14 +233,14 @@ def sets() -> str:
         full = chosen[chosen["method"] == "full"]
         said = {"seeds": f"{full['seed'].nunique()}", "rate of `full`": f"{full['learning_rate'].iloc[0]:g}"}
         said |= {f"`full`: {title}": f"{full[name].mean():.4f}" for name, title in MEASURES.items()}
-        above = paired_differences(chosen, _named(SET_PAIRS), "answer_loss")
+        above = paired_differences(chosen, pairs, "answer_loss")
         at_one = {"table": "instruction", "column": "retention_loss", "along": "valid_loss", "over": "full"}
         for of in ("lora", "apex"):
             forgotten = -matched(folder, of=of, **at_one)
             row = {"method": f"`{of}` less `full`: retention at the same loss", "above": forgotten}
             above = pd.concat([above, pd.DataFrame(row)])
         rows = summarise(above, ["method"], "above").set_index("method")
-        rows = rows.rename(index={pair: f"{pair}: answer loss" for pair in _named(SET_PAIRS)})
+        rows = rows.rename(index={pair: f"{pair}: answer loss" for pair in pairs})
         columns[size] = said | rows.apply(_INTERVAL.format, axis=1).to_dict()
         for row in rows.index[rows["low"] * rows["high"] > 0]:
             clear.setdefault(row, []).append(size)

@@ -150,12 +150,12 @@ def _compare(*, profile: str) -> int:
 
     found, lines = agreement(profile, project_root()), list[tuple[str, str, str]]()
     for folder, rows in found.groupby("folder", sort=False):
-        if not lines:
-            lines.extend(zip(rows["table"], rows["agrees"], rows["where"], strict=True))
-        elif rows["agrees"].eq("equal").all():
+        own = folder == found["folder"].iloc[0]
+        if not own and rows["agrees"].eq("equal").all():
             lines.append((f"{folder}/", f"{len(rows)} equal", ""))
         else:
-            lines.extend(zip(f"{folder}/" + rows["table"], rows["agrees"], rows["where"], strict=True))
+            named = rows["table"] if own else f"{folder}/" + rows["table"]
+            lines.extend(zip(named, rows["agrees"], rows["where"], strict=True))
     width = max(len(name) for name, *_ in lines)
     for name, agrees, where in lines:
         print(f"{name:<{width}}  {agrees:<9}  {where}".rstrip())
